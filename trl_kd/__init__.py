@@ -1,0 +1,31 @@
+"""Preference-based knowledge distillation for Hugging Face TRL.
+
+The public names are resolved on first use, so that `import trl_kd` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC = {
+    "PbKDConfig": "trl_kd.trainers.pbkd_config",
+    "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
+}
+
+__all__ = ["PbKDConfig", "PbKDTrainer", "__version__"]
+
+if TYPE_CHECKING:
+    from trl_kd.trainers.pbkd_config import PbKDConfig
+    from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trl_kd' has no attribute {name!r}; the public names are {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
