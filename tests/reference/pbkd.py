@@ -1,0 +1,101 @@
+"""The offline objective in plain loops: one row at a time, one token at a time, float64, no padding, no batch.
+
+It shares nothing with the package: sequences are run alone through a float64 copy of the model, and every formula is written
+out again from docs/method.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Row:
+    """Token ids of a pair, P(chosen ≻ rejected) or `None`, and which response the teacher wrote."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    preference: float | None = 1.0
+    teacher: str | None = "chosen"
+
+
+def token_logits(model, prompt: list[int], response: list[int]) -> list[torch.Tensor]:
+    """The model's logits before each token of the response."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
+    return [logits[len(prompt) - 1 + t] for t in range(len(response))]
+
+
+def log_probability(logits: torch.Tensor, token: int) -> torch.Tensor:
+    top = max(float(x) for x in logits)
+    total = sum(math.e ** (x - top) for x in logits)
+    return logits[token] - top - torch.log(total)
+
+
+def sequence_logps(model, prompt, response) -> list[torch.Tensor]:
+    return [log_probability(l, token) for l, token in zip(token_logits(model, prompt, response), response, strict=True)]
+
+
+def weighted_sum(logps: list[torch.Tensor], shared: int, ld_alpha: float | None):
+    total = torch.zeros((), dtype=torch.float64)
+    for t, logp in enumerate(logps):
+        total = total + (logp if ld_alpha is None or t < shared else ld_alpha * logp)
+    return total
+
+
+def margin(model, reference, row: Row, beta: float, ld_alpha: float | None = None) -> torch.Tensor:
+    shared = min(len(row.chosen), len(row.rejected))
+    total = 0.0
+    for sign, response in ((1, row.chosen), (-1, row.rejected)):
+        ours = weighted_sum(sequence_logps(model, row.prompt, response), shared, ld_alpha)
+        with torch.no_grad():
+            theirs = weighted_sum(sequence_logps(reference, row.prompt, response), shared, ld_alpha)
+        total = total + sign * (ours - theirs)
+    return beta * total
+
+
+def bradley_terry(z: torch.Tensor, p: float) -> torch.Tensor:
+    """−p·log σ(z) − (1−p)·log σ(−z), by the logistic function itself."""
+    sigma = 1 / (1 + torch.exp(-z))
+    return -p * torch.log(sigma) - (1 - p) * torch.log(1 - sigma)
+
+
+def imitation(model, row: Row, teacher=None) -> torch.Tensor:
+    """−log π(y_T|x), or with a teacher Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on its response."""
+    response = row.chosen if row.teacher == "chosen" else row.rejected
+    if teacher is None:
+        return -sum(sequence_logps(model, row.prompt, response))
+    total = torch.zeros((), dtype=torch.float64)
+    ours = token_logits(model, row.prompt, response)
+    with torch.no_grad():
+        theirs = token_logits(teacher, row.prompt, response)
+    for pi, mu in zip(ours, theirs, strict=True):
+        for token in range(min(len(pi), len(mu))):
+            log_mu = log_probability(mu, token)
+            total = total + torch.exp(log_mu) * (log_mu - log_probability(pi, token))
+    return total
+
+
+def pbkd_loss(
+    model,
+    reference,
+    rows: list[Row],
+    *,
+    beta: float = 0.1,
+    weight: float = 1.0,
+    dual: float = 1.0,
+    teacher=None,
+    ld_alpha: float | None = None,
+    preference_loss=bradley_terry,
+) -> torch.Tensor:
+    """w·β·mean over teacher's rows of L_imit + λ·mean over known rows of the preference loss."""
+    taught = [row for row in rows if row.teacher is not None]
+    known = [row for row in rows if row.preference is not None]
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in taught:
+        loss = loss + weight * beta * imitation(model, row, teacher) / len(taught)
+    for row in known:
+        z = margin(model, reference, row, beta, ld_alpha)
+        loss = loss + dual * preference_loss(z, row.preference) / len(known)
+    return loss

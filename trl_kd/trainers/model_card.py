@@ -1,0 +1,90 @@
+"""The model card's account of a distillation: what taught the student, on what, how, and what came of it."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+from trl_kd import __version__
+
+
+if TYPE_CHECKING:
+    from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+
+_SETTINGS = (
+    "imitation_weight",
+    "imitation",
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "dual_init",
+    "dual_learning_rate",
+    "dual_max",
+    "confidence_radius",
+    "preference_nll_target",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+)
+
+
+def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
+    """Adds to the card that TRL wrote at `path`: teacher, preference data, settings, results and versions."""
+    card = ModelCard.load(path)
+    card.text = card.text.replace(
+        "## Training procedure", "\n".join(_sections(trainer)) + "\n## Training procedure", 1
+    )
+    card.text = card.text.replace("### Framework versions\n", f"### Framework versions\n\n- trl-kd: {__version__}", 1)
+    card.save(path)
+
+
+def _sections(trainer: "PbKDTrainer") -> list[str]:
+    lines = ["## Distillation", ""]
+    teacher = trainer.teacher
+    if teacher is not None:
+        lines += [f"Teacher: {public_name(teacher.name)}, by its distribution at each token.", ""]
+    else:
+        lines += ["Teacher: known by its responses in the preference data.", ""]
+    for name, counts in trainer.row_counts.items():
+        lines += [
+            f"{name.capitalize()} data: {counts.rows} rows, of which {counts.teacher} with a response of the teacher's; "
+            f"preference known for {counts.known} ({counts.soft} soft labels or ties), unknown for {counts.null}.",
+            "",
+        ]
+    lines += ["| setting | value |", "|---|---|"]
+    lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in _SETTINGS]
+    dual = trainer.dual
+    lines += [
+        f"| λ (dual variable), last value | {dual.value:.6g} |",
+        f"| ζ (radius of the confidence set) | {dual.radius:.6g} |",
+        f"| optimizer steps | {trainer.state.global_step} |",
+        "",
+        "## Results",
+        "",
+    ]
+    results = trainer.card_results or _last_evaluation(trainer)
+    if results:
+        lines += ["| result | value |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in results.items()), ""]
+    else:
+        lines += ["No evaluation was run in this training.", ""]
+    return lines
+
+
+def _last_evaluation(trainer: "PbKDTrainer") -> dict[str, Any]:
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry:
+            return {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return {}
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def public_name(name: str | None) -> str:
+    """A Hub id as it is; of a folder the last part, since a card is read elsewhere."""
+    if not name:
+        return "a model without a name"
+    return os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name

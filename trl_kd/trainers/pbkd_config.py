@@ -1,0 +1,189 @@
+"""Settings of `PbKDTrainer`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+
+@dataclass
+class PbKDConfig(DPOConfig):
+    r"""
+    Configuration class for the [`PbKDTrainer`].
+
+    It has every parameter of [`~trl.DPOConfig`], with the same defaults, and those below. The loss is
+
+        L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
+
+    with w = `imitation_weight` and λ the dual variable of the constraint `L_DPO ≤ L* + ζ` (offline form of
+    [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
+    docs/method.md).
+
+    Parameters:
+        > Parameters of the imitation term
+
+        imitation_weight (`float`, *optional*, defaults to `1.0`):
+            w ≥ 0, the weight of the imitation term. `1.0` is the theory's; `0.0` leaves the preference loss alone.
+        imitation (`str`, *optional*, defaults to `"sequence"`):
+            `"sequence"`: negative log-likelihood of the teacher's response, summed over its tokens (black-box).
+            `"token"`: cross-entropy to the teacher's distribution at each of those tokens (white-box: needs the
+            teacher's weights and its vocabulary). Its value is logged as the KL divergence, which has the same gradient.
+        teacher_model_name_or_path (`str`, *optional*):
+            Teacher, a Hub id or a folder. Only for `imitation="token"`.
+        teacher_model_revision (`str`, *optional*):
+            Branch, tag or commit of the teacher.
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the teacher's `from_pretrained`. `{"load_in_4bit": true}` and the other fields of
+            [`~transformers.BitsAndBytesConfig`] load a quantised teacher.
+
+        > Parameters of the constraint
+
+        dual_init (`float`, *optional*, defaults to `1.0`):
+            λ at the start; in [0, `dual_max`].
+        dual_learning_rate (`float`, *optional*, defaults to `0.0`):
+            η_λ ≥ 0: λ ← clip(λ + η_λ·violation, 0, `dual_max`) after each optimizer step. `0.0` keeps λ fixed. Above
+            zero it needs `loss_type="sigmoid"` and `preference_nll_target`.
+        dual_max (`float`, *optional*, defaults to `10.0`):
+            λ's cap, > 0. After 50 steps in a row at the cap a moving λ warns, once, that the constraint is not met.
+        confidence_radius (`float` or `str`, *optional*, defaults to `0.0`):
+            ζ ≥ 0 in nats per pair, the slack of the constraint; or `"theory"` for c·log(N/δ)/N with N the number of
+            training rows with a known preference (not for streamed data).
+        confidence_constant (`float`, *optional*, defaults to `1.0`):
+            c > 0, for `confidence_radius="theory"`.
+        confidence_delta (`float`, *optional*, defaults to `0.05`):
+            δ in (0, 1), for `confidence_radius="theory"`.
+        preference_nll_target (`float`, *optional*):
+            L* ≥ 0 in nats per pair, the best reachable preference NLL, in excess of the labels' own entropy (which is
+            zero for hard labels). Measure it: the final `pbkd/preference_nll` of a run with fixed λ.
+
+    Raises:
+        `ValueError`: a field outside its range, or fields that do not go together. The message names the field, its
+            value and the fix.
+    """
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    imitation_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight w of the imitation term in L = w·β·L_imit + λ·L_DPO; at least 0."},
+    )
+    imitation: str = field(
+        default="sequence",
+        metadata={
+            "help": "Imitation term: 'sequence' (log-likelihood of the teacher's response) or 'token' (cross-entropy "
+            "to the teacher's distribution at each token, needs the teacher's weights).",
+            "choices": ["sequence", "token"],
+        },
+    )
+    dual_init: float = field(default=1.0, metadata={"help": "Dual variable λ at the start; at least 0."})
+    dual_learning_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Step size of λ per optimizer step; 0 keeps λ fixed. Above 0 only with loss_type='sigmoid'."
+        },
+    )
+    dual_max: float = field(default=10.0, metadata={"help": "Cap of λ; above 0."})
+    confidence_radius: float | str | None = field(
+        default=0.0,
+        metadata={"help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N."},
+    )
+    confidence_constant: float = field(
+        default=1.0, metadata={"help": "Constant c of confidence_radius='theory'; above 0."}
+    )
+    confidence_delta: float = field(
+        default=0.05, metadata={"help": "Failure probability δ of confidence_radius='theory'; in (0, 1)."}
+    )
+    preference_nll_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Best reachable preference NLL L* in nats per pair, in excess of the labels' entropy. Measure it: "
+            "the final 'pbkd/preference_nll' of a run with fixed λ."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher, a Hub id or a folder; for imitation='token' only."}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the teacher's from_pretrained; load_in_4bit and the other fields of "
+            "BitsAndBytesConfig are accepted."
+        },
+    )
+
+    def __post_init__(self):
+        # The command line and YAML hand over a union with `str` as a string
+        self.confidence_radius = _radius(self.confidence_radius)
+        self._check_ranges()
+        super().__post_init__()  # `loss_type` is a list from here on
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        if self.imitation not in ("sequence", "token"):
+            raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
+        for name in ("imitation_weight", "dual_init", "dual_learning_rate"):
+            _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+        for name in ("dual_max", "confidence_constant"):
+            _check(name, getattr(self, name), lambda value: value > 0, "above 0")
+        _check("beta", self.beta, lambda value: value > 0, "above 0")
+        _check("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
+        if self.confidence_radius != "theory":
+            _check("confidence_radius", self.confidence_radius, lambda value: value >= 0, "at least 0, or 'theory'")
+        if self.preference_nll_target is not None:
+            _check("preference_nll_target", self.preference_nll_target, lambda value: value >= 0, "at least 0")
+        if self.dual_init > self.dual_max:
+            raise ValueError(
+                f"`dual_init` is {self.dual_init} but λ is capped at `dual_max` = {self.dual_max}: lower `dual_init` or "
+                "raise `dual_max`."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.dual_learning_rate > 0:
+            if self.loss_type != ["sigmoid"] or self.f_divergence_type != "reverse_kl":
+                raise ValueError(
+                    f"`dual_learning_rate` is {self.dual_learning_rate}, but the constraint is on the Bradley–Terry "
+                    f"likelihood and `loss_type` is {self.loss_type}, `f_divergence_type` {self.f_divergence_type!r}: "
+                    "use `loss_type='sigmoid'` with 'reverse_kl', or keep λ fixed with `dual_learning_rate=0`."
+                )
+            if self.preference_nll_target is None:
+                raise ValueError(
+                    f"`dual_learning_rate` is {self.dual_learning_rate} but `preference_nll_target` is not set, and "
+                    "since a preference NLL is always above 0, λ could only rise: set it to the final "
+                    "`pbkd/preference_nll` of a run with fixed λ (`dual_learning_rate=0`)."
+                )
+            if self.precompute_ref_log_probs and self.ld_alpha is not None:
+                raise ValueError(
+                    f"`dual_learning_rate` is {self.dual_learning_rate}, but with `ld_alpha` = {self.ld_alpha} the "
+                    "precomputed reference log-probabilities are length-weighted and the preference NLL cannot be "
+                    "measured: set `precompute_ref_log_probs=False`, `ld_alpha=None` or `dual_learning_rate=0`."
+                )
+        if self.imitation == "sequence":
+            for name in ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is set but `imitation='sequence'` reads the teacher's texts, not its weights: set "
+                        f"`imitation='token'` or drop `{name}`."
+                    )
+
+
+def _radius(value: float | str | None) -> float | str:
+    if value is None:
+        return 0.0
+    if isinstance(value, str) and value != "theory":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(
+                f"`confidence_radius` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
+            ) from None
+    return value
+
+
+def _check(name: str, value: Any, holds, allowed: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")

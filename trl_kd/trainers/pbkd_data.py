@@ -1,0 +1,288 @@
+"""Rows of `PbKDTrainer`: what its columns may hold, how they are read, and how they reach a batch.
+
+Beside TRL's `prompt` (optional), `chosen` and `rejected`, a row may have
+
+- `preference`: P(chosen ≻ rejected), 1 by default; a soft label, ½ for a tie, or null where nothing is known;
+- `teacher_side`: "chosen" or "rejected", which of the two the teacher wrote, or null for neither;
+- `teacher`: the teacher's response where it is neither of the two.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset, Value
+from trl import DPOTrainer, is_conversational
+
+from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
+from trl_kd.trainers.pbkd_config import PbKDConfig
+
+
+logger = get_logger(__name__)
+
+LABEL_COLUMNS = ("preference", "teacher_side")
+SIDES: dict[str | None, int] = {None: NO_TEACHER, "chosen": CHOSEN, "rejected": REJECTED}
+
+
+@dataclass
+class RowCounts:
+    """Statistics of a dataset of pairs: `rows` in all (a `teacher` text adds one), those with a `known` preference, with a
+    `soft` one (neither 1 nor null), with none (`null`), with a text of the `teacher`, and with an `empty` response."""
+
+    rows: int = 0
+    known: int = 0
+    soft: int = 0
+    null: int = 0
+    teacher: int = 0
+    empty: int = 0
+
+
+def prepare_rows(
+    dataset: Dataset | IterableDataset, name: str, args: PbKDConfig
+) -> tuple[Dataset | IterableDataset, RowCounts | None]:
+    """
+    Checks every row, resolves `teacher` texts to `teacher_side`, and gives a third text a row of its own.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Pairs in TRL's preference format. A stream is checked row by row as it is read.
+        name (`str`):
+            Name of the dataset in messages.
+        args (`PbKDConfig`):
+            Settings, which must be able to serve the labels found.
+
+    Returns:
+        The dataset, and its `RowCounts` (`None` for a stream).
+
+    Raises:
+        `ValueError`: no rows, a missing column, a value outside its range, or labels that `args` cannot serve.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty: it needs at least one row.")
+    missing = [column for column in ("chosen", "rejected") if column not in first]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset lacks the column {' and '.join(map(repr, missing))}: it has {', '.join(sorted(first))}. "
+            "Preference data needs 'chosen' and 'rejected' (and 'prompt', unless both begin with it)."
+        )
+    if "teacher_side" not in first and "teacher" not in first:
+        logger.info(
+            f"The {name} dataset says nothing of the teacher: its chosen responses are taken as the teacher's."
+        )
+
+    reader = _RowReader(name, set(first), "prompt" not in first)
+    counts = None
+    if isinstance(dataset, Dataset):
+        counts = reader.count(dataset)
+        check_labels(args, soft=counts.soft > 0, null=counts.null > 0, name=name)
+        if counts.empty:
+            logger.warning(
+                f"{counts.empty} rows of the {name} dataset have an empty response, which trains the end token alone."
+            )
+    else:
+        reader.read(first, 0)
+    if reader.third:
+        dataset = reader.expand_all(dataset)
+    elif counts is None and reader.labelled:
+        dataset = dataset.map(reader.label, with_indices=True)  # nothing but the check of each row
+    return dataset, counts
+
+
+def check_labels(args: PbKDConfig, *, soft: bool, null: bool, name: str) -> None:
+    """Raises a `ValueError` where the losses of `args` cannot serve soft or null labels (they would be taken for 1)."""
+    if soft:
+        sigmoid = "sigmoid" in args.loss_type and set(args.loss_type) <= {"sigmoid", "sft"}
+        if args.use_weighting or not sigmoid or args.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                f"The {name} dataset has soft labels (`preference` other than 1 and null), which only the 'sigmoid' loss "
+                f"with reverse KL and without weighting can use, and `loss_type` is {args.loss_type}, `use_weighting` "
+                f"{args.use_weighting}, `f_divergence_type` {args.f_divergence_type!r}: use `loss_type='sigmoid'`, or drop "
+                "those rows."
+            )
+    refused = sorted({"aot", "aot_unpaired", "sft"} & set(args.loss_type))
+    if null and refused:
+        raise ValueError(
+            f"The {name} dataset has rows without a known preference (`preference` null, or a third `teacher` text), which "
+            f"the loss {' and '.join(map(repr, refused))} cannot leave out: drop those rows or that loss (the imitation "
+            "term does what 'sft' does)."
+        )
+
+
+class _RowReader:
+    """Reads the label columns of one dataset; every message names the dataset, the row and the value."""
+
+    def __init__(self, name: str, columns: set[str], implicit_prompt: bool):
+        self.name = name
+        self.third = "teacher" in columns
+        self.has_side = "teacher_side" in columns
+        self.labelled = bool(columns & {*LABEL_COLUMNS, "teacher"})
+        self.implicit_prompt = implicit_prompt
+
+    def read(self, row: dict[str, Any], index: int) -> tuple[float | None, str | None, Any]:
+        """Returns the preference, the teacher's side, and the teacher's text where it is neither chosen nor rejected."""
+        where = f"Row {index} of the {self.name} dataset"
+        for column in ("chosen", "rejected"):
+            if row[column] is None:
+                raise ValueError(f"{where}: `{column}` is null. Give a response, or drop the row.")
+        if (
+            self.implicit_prompt
+            and isinstance(row["chosen"], str)
+            and (self.third or row["chosen"] == row["rejected"])
+        ):
+            raise ValueError(
+                f"{where}: without a 'prompt' column the prompt is what 'chosen' and 'rejected' have in common, which "
+                "fails for equal texts and for a third one. Give the prompt in a column of its own."
+            )
+        preference = self._preference(row.get("preference", 1.0), where)
+        side = row.get("teacher_side") if self.has_side else None if self.third else "chosen"
+        if side not in SIDES:
+            raise ValueError(f"{where}: `teacher_side` is {side!r}; it may be 'chosen', 'rejected' or null.")
+        text = row.get("teacher")
+        if text is None:
+            return preference, side, None
+        if type(text) is not type(row["chosen"]):
+            raise ValueError(
+                f"{where}: `teacher` is a {type(text).__name__} but `chosen` a {type(row['chosen']).__name__}: give both "
+                "as text or both as messages."
+            )
+        sides = [column for column in ("chosen", "rejected") if text == row[column]]
+        if side is not None and side not in sides:
+            raise ValueError(
+                f"{where}: `teacher_side` is {side!r} but `teacher` is another text. Give one of the two, or null."
+            )
+        if sides:
+            return preference, side or sides[0], None
+        return preference, None, text
+
+    def _preference(self, value: Any, where: str) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, (int, float)):
+            if math.isnan(value):
+                return None
+            if 0 <= value <= 1:
+                return float(value)
+        raise ValueError(
+            f"{where}: `preference` is {value!r}; it is P(chosen ≻ rejected), a number in [0, 1], or null where unknown."
+        )
+
+    def count(self, dataset: Dataset) -> RowCounts:
+        counts = RowCounts()
+        columns = [c for c in dataset.column_names if c in {"chosen", "rejected", "teacher", *LABEL_COLUMNS}]
+        for index, row in enumerate(dataset.select_columns(columns)):
+            preference, side, text = self.read(row, index)
+            counts.rows += 1 + (text is not None)
+            counts.known += preference is not None
+            counts.soft += preference is not None and preference != 1
+            counts.null += (preference is None) + (text is not None)
+            counts.teacher += side is not None or text is not None
+            counts.empty += any(_is_empty(response) for response in (row["chosen"], row["rejected"], text))
+        return counts
+
+    def label(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        preference, side, _ = self.read(row, index)
+        return {"preference": preference, "teacher_side": side}
+
+    def expand_all(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """A third text becomes one more row, both of whose responses it is, with no preference: it teaches imitation only."""
+        features = dataset.features
+        if features is not None:  # said outright, since the first rows may hold nothing but nulls
+            features = features.copy()
+            del features["teacher"]
+            features |= {"preference": Value("float64"), "teacher_side": Value("string")}
+        mapping = {"desc": f"Reading the labels of the {self.name} dataset"} if isinstance(dataset, Dataset) else {}
+        return dataset.map(
+            self.expand, batched=True, with_indices=True, remove_columns=["teacher"], features=features, **mapping
+        )
+
+    def expand(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        expanded = []
+        for index, *values in zip(indices, *batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            preference, side, text = self.read(row, index)
+            del row["teacher"]
+            expanded.append({**row, "preference": preference, "teacher_side": side})
+            if text is not None:
+                third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
+                expanded.append({**row, **third})
+        return {column: [row[column] for row in expanded] for column in expanded[0]}
+
+
+def _is_empty(response: Any) -> bool:
+    if isinstance(response, list):
+        return all(_is_empty(message.get("content")) for message in response)
+    return response == ""
+
+
+def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises a `ValueError` when `tokenizer` cannot render the dataset: messages without a chat template, text without an
+    end token."""
+    first = next(iter(dataset))
+    if is_conversational(first):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"The {name} dataset holds messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
+                "set `tokenizer.chat_template` and pass it as `processing_class`, or give the dataset as text."
+            )
+    elif tokenizer.eos_token is None:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, with which every response must "
+            "end: set `tokenizer.eos_token` and pass it as `processing_class`."
+        )
+
+
+def tokenize_rows(
+    dataset: Dataset | IterableDataset, processing_class: Any, args: PbKDConfig, name: str
+) -> Dataset | IterableDataset:
+    """
+    Tokenizes as `DPOTrainer` does, without a model, and says what `max_length` takes away.
+
+    Returns:
+        The dataset with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Raises:
+        `ValueError`: no row has a response token left.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    before = len(dataset) if isinstance(dataset, Dataset) else None
+    stand_in: Any = SimpleNamespace(_tokenizer=tokenizer)
+    dataset = DPOTrainer._prepare_dataset(stand_in, dataset, processing_class, args, name)
+    if before is None:
+        return dataset
+    if before > len(dataset):
+        said = (
+            f"In {before - len(dataset)} of {before} rows of the {name} dataset the prompt alone fills `max_length` = "
+            f"{args.max_length}, which leaves no response token"
+        )
+        if not len(dataset):
+            raise ValueError(f"{said}: raise `max_length` or shorten the prompts.")
+        logger.warning(f"{said}: they are left out.")
+    responses = dataset.select_columns(["chosen_ids", "rejected_ids"])
+    if not any(row["chosen_ids"] or row["rejected_ids"] for row in responses):
+        raise ValueError(
+            f"No row of the {name} dataset has a response token: check its 'chosen' and 'rejected' columns."
+        )
+    return dataset
+
+
+@dataclass
+class PbKDCollator:
+    """Adds the labels to what another collator makes of a list of examples: `preference` (`[B]`, float32, NaN where unknown)
+    and `teacher_side` (`[B]`, int64, see `trl_kd.losses.imitation`)."""
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # Read first: the inner collator may change its examples, and need not know these columns
+        preferences = [example.get("preference", 1.0) for example in examples]
+        sides = [example.get("teacher_side", "chosen") for example in examples]
+        rest = [{k: v for k, v in example.items() if k not in LABEL_COLUMNS} for example in examples]
+        batch = self.inner(rest)
+        batch["preference"] = torch.tensor([math.nan if p is None else p for p in preferences], dtype=torch.float32)
+        batch["teacher_side"] = torch.tensor([SIDES[side] for side in sides])
+        return batch

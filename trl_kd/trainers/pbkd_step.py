@@ -1,0 +1,104 @@
+"""What one optimizer step of `PbKDTrainer` needs beside TRL's loss: counts over its global batch, and one forward kept."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from trl_kd.trainers.teacher import Teacher
+
+
+@dataclass
+class Window:
+    """
+    The global batch of one optimizer step (ranks × accumulation), or one batch of an evaluation: its counts, known before
+    its first micro-batch, and the sums that its micro-batches add up.
+
+    Our normalisers are these counts, so that 2 ranks × 1 micro-batch equal 1 × 2, however the rows are spread. Since
+    `Trainer` averages over ranks and micro-batches what each returns, a micro-batch returns its sum × their number / count.
+    """
+
+    rows: int
+    teacher: int
+    known: int
+    micro_batches: int
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def over(cls, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], accelerator: Accelerator) -> "Window":
+        """Counts over all ranks; `batches` are this rank's `(preference_B, teacher_side_B)`."""
+        batches = list(batches)
+        rows = sum(len(side) for _, side in batches)
+        teacher = sum((side != 0).sum().item() for _, side in batches)
+        known = sum((~preference.isnan()).sum().item() for preference, _ in batches)
+        counts = torch.tensor([rows, teacher, known, len(batches)], device=accelerator.device)
+        return cls(*(int(n) for n in accelerator.reduce(counts, reduction="sum").tolist()))
+
+    @property
+    def null(self) -> int:
+        """Rows without a known preference, on any rank."""
+        return self.rows - self.known
+
+    def mean(self, total: torch.Tensor, count: int) -> torch.Tensor:
+        """This micro-batch's share of `total / count` over the global batch, as `Trainer` will average it."""
+        return total * (self.micro_batches / max(count, 1))
+
+    def add(self, **totals: torch.Tensor) -> None:
+        for name, total in totals.items():
+            self.sums[name] = self.sums.get(name, 0) + total.detach().float()
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """The sums over all ranks, by name."""
+        stacked = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum")
+        return dict(zip(self.sums, stacked.tolist(), strict=True))
+
+
+class CapturingForward:
+    """
+    Stands for the student in `DPOTrainer._compute_loss`, which calls it once, and keeps what our terms need of the output.
+
+    Rows without a known preference reach TRL's loss without a gradient, so that they cannot move the student there. Their
+    rows stay in place: TRL gathers tensors of one value a row, whose shapes must agree between ranks.
+
+    Args:
+        model (`torch.nn.Module`):
+            The student, as wrapped for training.
+        teacher (`Teacher`, *optional*):
+            For token-level imitation.
+        side_B, known_B (`torch.Tensor` of shape `[B]`):
+            Who wrote what; whether the preference is known.
+        detach (`bool`):
+            Whether any rank's window has rows without a known preference.
+
+    Attributes:
+        output:
+            The student's output as TRL sees it.
+        logps_2BT (`torch.Tensor` of shape `[2B, T−1]`):
+            Log-probability of each token, with its gradient, zero outside the responses.
+        divergence (`torch.Tensor`, *optional*):
+            Σ KL(teacher ‖ student) over the teacher's responses, nats.
+    """
+
+    def __init__(self, model: Any, teacher: Teacher | None, side_B: torch.Tensor, known_B: torch.Tensor, detach: bool):
+        self.model, self.teacher, self.side_B, self.known_B, self.detach = model, teacher, side_B, known_B, detach
+        self.output: Any = None
+        self.logps_2BT: torch.Tensor = None  # type: ignore[assignment]
+        self.divergence: torch.Tensor | None = None
+
+    def __call__(self, **kwargs: Any) -> Any:
+        if not kwargs.get("fused_lm_head"):  # TRL's second call, for the logits of `compute_metrics`
+            return self.model(**kwargs)
+        if self.teacher is None:
+            output = self.model(**kwargs)
+        else:
+            output, self.divergence = self.teacher.student_forward(self.model, self.side_B, **kwargs)
+        # Prompt learning puts virtual tokens in front
+        self.logps_2BT = output.log_probs[:, 1 - kwargs["input_ids"].size(1) :]
+        if self.detach:
+            known_2B1 = self.known_B.repeat(2).unsqueeze(1)
+            log_probs = torch.where(known_2B1, output.log_probs, output.log_probs.detach())
+            output = type(output)(**{**output, "log_probs": log_probs})
+        self.output = output
+        return output

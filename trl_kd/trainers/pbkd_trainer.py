@@ -1,0 +1,429 @@
+"""`PbKDTrainer`: offline preference-based knowledge distillation as a drop-in `DPOTrainer`.
+
+It reads as follows. Everything before the weights load is in `pbkd_data`; the mathematics is in `trl_kd.losses`; here one
+micro-batch goes forward once, through `DPOTrainer`'s own loss, and what that forward computed is reused for our terms.
+"""
+
+import json
+import os
+import textwrap
+from collections import defaultdict
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor, PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from trl_kd._trl import get_config_model_id
+from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.losses.imitation import sequence_imitation
+from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
+from trl_kd.trainers.model_card import add_pbkd_sections
+from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_data import (
+    LABEL_COLUMNS,
+    PbKDCollator,
+    RowCounts,
+    check_labels,
+    check_tokenizer,
+    prepare_rows,
+    tokenize_rows,
+)
+from trl_kd.trainers.pbkd_step import CapturingForward, Window
+from trl_kd.trainers.teacher import Teacher
+
+
+logger = get_logger(__name__)
+
+DUAL_FILE = "pbkd_dual.json"
+
+
+class PbKDTrainer(DPOTrainer):
+    """
+    Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
+    Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the constraint that
+    its implicit reward explains the preferences,
+
+        L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
+
+    It takes what [`~trl.DPOTrainer`] takes, and does what it does: with `imitation_weight=0` and `dual_init=1` it *is* DPO.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_kd import PbKDTrainer
+
+    trainer = PbKDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, \
+optimizers, quantization_config, peft_config:
+            As in [`~trl.DPOTrainer`]. `args` is a [`PbKDConfig`]; a plain [`~trl.DPOConfig`] is taken with our defaults.
+            Rows may have the columns `preference`, `teacher_side` and `teacher`, see docs/data_format.md.
+        teacher_model ([`~transformers.PreTrainedModel`], *optional*, keyword only):
+            The teacher, for `imitation="token"`, in place of `args.teacher_model_name_or_path`.
+
+    Attributes:
+        dual ([`~trl_kd.losses.dual.DualVariable`]):
+            λ and its history.
+        row_counts (`dict[str, RowCounts]`):
+            Statistics of each dataset that is not a stream.
+        card_results (`dict[str, float | str]`):
+            Results to show in the model card; fill it before `create_model_card`.
+
+    Raises:
+        `ValueError`: data, labels, tokenizers or settings that do not fit together, before any weight is loaded.
+    """
+
+    _tag_names = ["trl", "dpo", "trl-kd", "pbkd", "knowledge-distillation"]
+    _name = "PbKD"
+    _paper = {
+        "title": "Online Knowledge Distillation with Reward Guidance",
+        "id": "2505.18952",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{jia2025online,
+                title   = {{Online Knowledge Distillation with Reward Guidance}},
+                author  = {Chen Jia},
+                year    = 2025,
+                journal = {arXiv preprint arXiv:2505.18952}
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: DPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        teacher_model: PreTrainedModel | None = None,
+    ):
+        args = _pbkd_config(args, model)
+        self.row_counts: dict[str, RowCounts] = {}
+        self.card_results: dict[str, float | str] = {}
+        self._window: Window | None = None
+        teacher = Teacher.from_args(args, teacher_model)
+        if isinstance(train_dataset, (Dataset, IterableDataset)):
+            if processing_class is None:
+                processing_class = _load_processing_class(model, args)
+            self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            if teacher is not None:
+                teacher.check_vocabulary(self._tokenizer)
+            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+            eval_dataset = self._prepare_all(eval_dataset, processing_class, args)
+        self.dual = self._make_dual(args)
+
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.data_collator = PbKDCollator(self.data_collator)
+        self.teacher = teacher.load(self.accelerator, self.model) if teacher is not None else None
+
+    # ---- Data, before any weight is loaded -------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        first = next(iter(dataset), {})
+        if "prompt_ids" in first:  # prepared in `__init__`, and now again by `DPOTrainer`
+            return dataset
+        vision = "image" in first or "images" in first
+        if vision and ("teacher" in first or args.imitation == "token"):
+            raise ValueError(
+                f"The {dataset_name} dataset has images, with which a third `teacher` text and `imitation='token'` are not "
+                "supported: say `teacher_side`, and use `imitation='sequence'`."
+            )
+        dataset, counts = prepare_rows(dataset, dataset_name, args)
+        if counts is not None:
+            self.row_counts[dataset_name] = counts
+        if vision:  # tokenized batch by batch, in the collator
+            return dataset
+        check_tokenizer(self._tokenizer, dataset, dataset_name)
+        return tokenize_rows(dataset, processing_class, args, dataset_name)
+
+    def _prepare_all(self, dataset, processing_class, args):
+        if isinstance(dataset, dict):
+            return type(dataset)(
+                {name: self._prepare_dataset(d, processing_class, args, name) for name, d in dataset.items()}
+            )
+        return None if dataset is None else self._prepare_dataset(dataset, processing_class, args, "eval")
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [c for c in LABEL_COLUMNS if c not in self._signature_columns]
+
+    def _make_dual(self, args: PbKDConfig) -> DualVariable:
+        radius = args.confidence_radius
+        if radius == "theory":
+            counts = self.row_counts.get("train")
+            if counts is None or counts.known == 0:
+                raise ValueError(
+                    "`confidence_radius` is 'theory', which needs the number of training rows with a known preference, and "
+                    f"there is {'none' if counts else 'no telling from a stream'}: give a number of nats per pair."
+                )
+            radius = theory_radius(counts.known, args.confidence_constant, args.confidence_delta)
+        return DualVariable(
+            value=args.dual_init,
+            learning_rate=args.dual_learning_rate,
+            maximum=args.dual_max,
+            target=args.preference_nll_target or 0.0,
+            radius=float(radius),
+        )
+
+    # ---- One optimizer step ----------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            labels = ((batch["preference"], batch["teacher_side"]) for batch in batches)
+            self._window = Window.over(labels, self.accelerator)
+        return batches, num_items
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._window is not None:
+            violation = self._log_window(self._window)
+            if violation is not None and self.dual.step(violation):
+                logger.warning(
+                    f"The dual variable has been at its cap, dual_max={self.dual.maximum}, for {self.dual.CAP_PATIENCE} "
+                    "steps: the preference constraint is not being met. The student may be too small for "
+                    f"preference_nll_target={self.dual.target}; raise the target or confidence_radius, or fix λ."
+                )
+            self._window = None
+        return loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = dict(inputs)  # the labels must not reach the model's forward
+        preference_B, side_B = inputs.pop("preference"), inputs.pop("teacher_side")
+        training = self.model.training
+        if training and self._window is not None:
+            window = self._window
+        else:
+            window = Window.over([(preference_B, side_B)], self.accelerator)
+        known_B, preference_B = ~preference_B.isnan(), preference_B.nan_to_num(1.0)
+        check_labels(self.args, soft=bool((preference_B != 1).any()), null=window.null > 0, name="streamed")
+
+        reference, reference_2BT = self._reference_logps(inputs)
+        inputs |= reference
+        forward = CapturingForward(model, self.teacher, side_B, known_B, detach=window.null > 0)
+        loss, outputs = self._trl_loss(forward, inputs, return_outputs)
+
+        mask_2BT = inputs["completion_mask"][:, 1:]
+        margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
+        preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
+        logps_2B = forward.logps_2BT.sum(1)
+        imitation = sequence_imitation(logps_2B, side_B).sum() if self.teacher is None else forward.divergence
+        auxiliary = self._auxiliary_loss(forward.output)
+        weight = self.args.imitation_weight * self.beta
+        loss = self.dual.value * preference_loss + auxiliary + weight * window.mean(imitation, window.teacher)
+
+        if self.ld_alpha is not None and reference_2BT is not None:  # the constraint is on the unweighted log-ratios
+            with torch.no_grad():
+                plain = reference_2BT.sum(1).chunk(2)
+                margin_B = self._margin(logps_2B.chunk(2), plain)
+        excess_B = bradley_terry_nll(margin_B.detach(), preference_B) - label_entropy(preference_B)
+        window.add(
+            loss=loss / window.micro_batches,
+            imitation=imitation,
+            teacher_logps=-sequence_imitation(logps_2B.detach(), side_B).sum(),
+            preference_nll=(excess_B * known_B).sum(),
+        )
+        if not training:
+            self._log_window(window)
+        return (loss, outputs) if return_outputs else loss
+
+    def _reference_logps(self, inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The reference's log-probabilities as TRL's loss takes them, `[B]` each, and by token, `[2B, T]`, if computed here."""
+        names = ("ref_chosen_logps", "ref_rejected_logps")
+        if self.precompute_ref_logps:
+            return {name: inputs[name] for name in names}, None
+        model = self.ref_model if self.ref_model is not None else self.model
+        captured = []
+
+        def forward(**kwargs):
+            captured.append(model(**kwargs))
+            return captured[0]
+
+        logps = self.compute_ref_log_probs(forward, inputs)
+        return dict(zip(names, logps, strict=True)), captured[0].log_probs
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in LABEL_COLUMNS})
+
+    def _trl_loss(self, forward, inputs, return_outputs=False):
+        """TRL's loss with the reference's log-probabilities read from `inputs`, so that they are computed once."""
+        precomputed = self.precompute_ref_logps
+        self.precompute_ref_logps = True
+        try:
+            result = super()._compute_loss(forward, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        return result if return_outputs else (result, None)
+
+    def _margin(self, logps, reference_logps) -> torch.Tensor:
+        """β·(log π/π_ref(y⁺) − log π/π_ref(y⁻)), `[B]`: the implicit reward's difference."""
+        chosen_B, rejected_B = logps
+        reference_chosen_B, reference_rejected_B = reference_logps
+        return self.beta * ((chosen_B - reference_chosen_B) - (rejected_B - reference_rejected_B))
+
+    def _auxiliary_loss(self, output) -> torch.Tensor | float:
+        return self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
+
+    def _preference_loss(self, loss, forward, inputs, margin_B, preference_B, known_B, window) -> torch.Tensor:
+        """TRL's loss without the router's, made right for soft labels (p ≠ 1) and for rows without a known preference."""
+        loss = loss - self._auxiliary_loss(forward.output)
+        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        # −p·log σ(z) − (1−p)·log σ(−z) = −log σ(z) + (1−p)·z, of which TRL's mean has the first term
+        loss = loss + weights.get("sigmoid", 0.0) * ((1 - preference_B) * margin_B).mean()
+        if window.null == 0:
+            return loss
+        if self.loss_types == ["sigmoid"] and self.f_divergence_type == "reverse_kl" and not self.use_weighting:
+            null_total = weights["sigmoid"] * (bradley_terry_nll(margin_B.detach(), preference_B) * ~known_B).sum()
+        else:
+            null_total = self._null_total(forward, inputs, known_B)
+        self._correct_rewards(inputs, forward, known_B)
+        return window.mean(loss * len(known_B) - null_total, window.known)
+
+    def _null_total(self, forward, inputs, known_B) -> torch.Tensor:
+        """
+        What the rows without a known preference add to any of TRL's losses that is a mean over rows, without its formula.
+
+        TRL's mean is taken again, from the same forward, with every known row replaced by one and the same row r:
+        B·mean = Σ_null f + n_known·f(r), and once more with all rows replaced by r, which gives f(r).
+        """
+        rows = torch.arange(len(known_B), device=known_B.device)
+        r = (~known_B).int().argmax()
+
+        def mean(rows_B: torch.Tensor) -> torch.Tensor:
+            rows_2B = torch.cat([rows_B, rows_B + len(rows_B)])
+            output = {k: v[rows_2B] for k, v in forward.output.items() if v.dim() > 0}
+            output = SimpleNamespace(**output, aux_loss=torch.zeros((), device=rows.device))
+            replayed = {
+                k: v[rows_2B] for k, v in inputs.items() if k in ("input_ids", "attention_mask", "completion_mask")
+            }
+            replayed |= {k: inputs[k][rows_B] for k in ("ref_chosen_logps", "ref_rejected_logps")}
+            return self._trl_loss(lambda **_: output, replayed)[0]
+
+        metrics, tokens = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        try:
+            with torch.no_grad():
+                return len(rows) * mean(torch.where(known_B, r, rows)) - known_B.sum() * mean(r.expand_as(rows))
+        finally:
+            self._metrics, self._total_train_tokens = metrics, tokens
+
+    def _correct_rewards(self, inputs, forward, known_B) -> None:
+        """Leaves the rows without a known preference out of TRL's `rewards/*`."""
+        logps = sequence_logps(forward.logps_2BT.detach(), inputs["completion_mask"][:, 1:], self.ld_alpha)
+        references = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        chosen_B, rejected_B = (self.beta * (ours - ref) for ours, ref in zip(logps, references, strict=True))
+        values = {
+            "chosen": chosen_B,
+            "rejected": rejected_B,
+            "accuracies": (chosen_B > rejected_B).float(),
+            "margins": chosen_B - rejected_B,
+        }
+        sums = torch.stack([*((value * known_B).sum() for value in values.values()), known_B.sum().float()])
+        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, total in zip(values, sums, strict=True):
+            history = metrics[f"rewards/{name}"]
+            history.pop()
+            if count:
+                history.append(total / count)
+            if not history:
+                del metrics[f"rewards/{name}"]
+
+    def _log_window(self, window: Window) -> float | None:
+        """Records our metrics of a global batch; returns the constraint's violation, if a preference is known."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        sums = window.reduce(self.accelerator)
+        metrics["pbkd/dual"].append(self.dual.value)
+        metrics["pbkd/known_preferences"].append(float(window.known))
+        slack = self.dual.target + self.dual.radius
+        metrics["pbkd/lagrangian"].append(sums["loss"] - self.dual.value * slack)
+        if window.teacher:
+            metrics["pbkd/imitation"].append(sums["imitation"] / window.teacher)
+            metrics["pbkd/teacher_logps"].append(sums["teacher_logps"] / window.teacher)
+        if not window.known:
+            return None
+        nll = sums["preference_nll"] / window.known
+        violation = self.dual.violation(nll)
+        metrics["pbkd/preference_nll"].append(nll)
+        metrics["pbkd/violation"].append(violation)
+        return violation
+
+    # ---- Checkpoints and the model card ----------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            with open(os.path.join(output_dir, DUAL_FILE), "w", encoding="utf-8") as file:
+                json.dump(self.dual.state_dict(), file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, DUAL_FILE)
+        if not os.path.isfile(path):
+            logger.warning(f"No {DUAL_FILE} in the checkpoint: λ starts again at dual_init={self.dual.value}.")
+            return
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        for name in ("target", "radius"):
+            if state[name] != getattr(self.dual, name):
+                logger.warning(f"The constraint's {name} was {state[name]} and is now {getattr(self.dual, name)}.")
+        self.dual.load_state_dict(state)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
+
+
+def _pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
+    if isinstance(args, PbKDConfig):
+        return args
+    settings = args.to_dict()
+    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
+    return PbKDConfig(**{f.name: settings[f.name] for f in fields(PbKDConfig) if f.init and f.name in settings})
+
+
+def _load_processing_class(model: Any, args: PbKDConfig) -> Any:
+    """The tokenizer that `DPOTrainer` would load, before the weights."""
+    named = isinstance(model, str)
+    revision = (args.model_init_kwargs or {}).get("revision") if named else None
+    name = model if named else get_config_model_id(model.config)
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

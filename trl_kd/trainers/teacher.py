@@ -1,0 +1,198 @@
+"""The white-box teacher: its weights give a distribution at each token of its response, which the student imitates."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from trl_kd import _trl
+from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
+from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.vocabulary import check_same_vocabulary
+
+
+logger = get_logger(__name__)
+
+
+class Teacher:
+    """
+    A frozen teacher, known by name until `load` is called, so that what can be checked is checked before.
+
+    Args:
+        args (`PbKDConfig`):
+            Settings; `teacher_model_name_or_path` and its companions say where the teacher is.
+        model (`PreTrainedModel`, *optional*):
+            The teacher itself.
+    """
+
+    def __init__(self, args: PbKDConfig, model: PreTrainedModel | None = None):
+        self._args = args
+        self.model = model
+        self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
+        self._tokenizer_size: int | None = None
+        self._redirect = _trl.ForwardRedirection()
+
+    @classmethod
+    def from_args(cls, args: PbKDConfig, model: PreTrainedModel | None) -> "Teacher | None":
+        """The teacher that `args` and `model` describe, or `None` when none is needed.
+
+        Raises:
+            `ValueError`: one is needed and missing, or given and not needed, or given twice.
+        """
+        named = args.teacher_model_name_or_path
+        if args.imitation != "token":
+            if model is not None:
+                raise ValueError(
+                    f"`teacher_model` is given but `imitation` is {args.imitation!r}, which reads the teacher's texts only: "
+                    "set `imitation='token'` or drop `teacher_model`."
+                )
+            return None
+        if model is None and named is None:
+            raise ValueError(
+                "`imitation='token'` reads the teacher's distributions: give `teacher_model_name_or_path` (or the keyword "
+                "`teacher_model`), or use `imitation='sequence'`."
+            )
+        if model is not None and named is not None:
+            raise ValueError(
+                f"The teacher is given twice, as `teacher_model` and as `teacher_model_name_or_path` = {named!r}: drop one."
+            )
+        return cls(args, model)
+
+    def check_vocabulary(self, student_tokenizer: Any) -> None:
+        """Raises a `ValueError` unless the teacher's tokenizer is the student's. A teacher passed as a model may have no
+        tokenizer on disk; then only the sizes are compared, in `load`."""
+        self._tokenizer_size = max(student_tokenizer.get_vocab().values()) + 1
+        options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
+        except (OSError, ValueError, TypeError):
+            if self.model is None:
+                raise
+            logger.info("The teacher has no tokenizer on disk: only the sizes of the vocabularies are compared.")
+            return
+        check_same_vocabulary(student_tokenizer, tokenizer)
+
+    def load(self, accelerator: Accelerator, student: PreTrainedModel) -> "Teacher":
+        """Loads the weights where they are not given, freezes them and places them as the reference model is placed."""
+        self._accelerator = accelerator
+        model = self.model if self.model is not None else self._from_pretrained()
+        self._vocab_size = self._shared_rows(student, model)
+        model.requires_grad_(False).eval()
+        state = accelerator.state
+        if getattr(state, "deepspeed_plugin", None) is not None:
+            model = _trl.prepare_deepspeed(model, accelerator)
+        elif getattr(state, "fsdp_plugin", None) is not None:
+            model = _trl.prepare_fsdp(model, accelerator)
+        else:
+            model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+        self.model = model
+        return self
+
+    def _from_pretrained(self) -> PreTrainedModel:
+        kwargs = dict(self._args.teacher_model_init_kwargs or {})
+        quantization = {
+            name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("load_in_", "bnb_", "llm_int8_"))
+        }
+        if quantization:
+            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+        kwargs.setdefault("revision", self._args.teacher_model_revision or "main")
+        kwargs.setdefault("trust_remote_code", self._args.trust_remote_code)
+        if self._args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None  # one whole teacher a rank
+        return _trl.create_model_from_path(self.name, **kwargs)
+
+    def _shared_rows(self, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+        """Families pad their output embeddings to different sizes: rows past the tokenizer's tokens are then left out of
+        both softmaxes. `None`: the sizes are equal, and whole rows are compared."""
+        ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+        if ours == theirs:
+            return None
+        if self._tokenizer_size is None or min(ours, theirs) < self._tokenizer_size:
+            raise ValueError(
+                f"The teacher's vocabulary has {theirs} rows and the student's {ours}, for {self._tokenizer_size} tokens: "
+                "they do not number the same tokens. Distil through texts instead (`imitation='sequence'`)."
+            )
+        logger.info(f"Only the {self._tokenizer_size} tokens that student and teacher share enter the imitation term.")
+        return self._tokenizer_size
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Last hidden states `[B, T, H]` of the teacher on sequences `[B, T]`."""
+        unwrapped = self._accelerator.unwrap_model(self.model)
+
+        def forward(**kwargs):
+            return _trl.backbone(unwrapped)(**kwargs, use_cache=False).last_hidden_state
+
+        with torch.no_grad(), self._accelerator.autocast():
+            return self._redirect(self.model, unwrapped, forward, input_ids=input_ids, attention_mask=attention_mask)
+
+    def student_forward(self, model: Any, side_B: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
+        """
+        The student's forward, with the imitation term made inside it: a wrapped student (DDP, FSDP, DeepSpeed) allows one
+        forward, within which alone its output embedding is whole.
+
+        Args:
+            model (`torch.nn.Module`):
+                The student as wrapped for training.
+            side_B (`torch.Tensor` of shape `[B]`):
+                Who wrote what, see `trl_kd.losses.imitation`.
+            **kwargs:
+                What `DPOTrainer` gives the student: `input_ids`, `attention_mask`, `labels` of shape `[2B, T]`.
+
+        Returns:
+            The student's output, and Σ over rows and tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)) on the teacher's responses, in
+            nats. Its gradient is that of the cross-entropy −⟨μ, log π_θ⟩.
+        """
+        length = kwargs["input_ids"].size(1)
+        mask_BT = teacher_rows(kwargs["labels"][:, 1:] != -100, side_B) & (side_B != NO_TEACHER).unsqueeze(1)
+        teacher_BTH = self.hidden_states(
+            teacher_rows(kwargs["input_ids"], side_B), teacher_rows(kwargs["attention_mask"], side_B)
+        )[:, :-1]
+        student = self._accelerator.unwrap_model(model)
+
+        def forward(**kwargs):
+            captured = []
+            hook = _trl.backbone(student).register_forward_hook(
+                lambda *args: captured.append(args[-1].last_hidden_state)
+            )
+            try:
+                output = student.forward(**kwargs)
+            finally:
+                hook.remove()
+            # Prompt learning puts virtual tokens in front
+            student_BTH = teacher_rows(captured[0][:, -length:][:, :-1], side_B)
+            divergence = self._divergence(student, student_BTH[mask_BT], teacher_BTH[mask_BT])
+            # A tuple: DDP rebuilds a dataclass from its own fields
+            return tuple(output.keys()), tuple(output.values()), divergence
+
+        names, values, divergence = self._redirect(model, student, forward, **kwargs)
+        return _trl.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
+
+    def _divergence(self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor) -> torch.Tensor:
+        teacher = self._accelerator.unwrap_model(self.model)
+        settings: dict[str, Any] = {}
+        for who, model in (("student", student), ("teacher", teacher)):
+            head = model.get_output_embeddings()
+            settings[f"{who}_lm_head_weight"] = self._shared(head.weight)
+            settings[f"{who}_lm_head_bias"] = None if head.bias is None else self._shared(head.bias)
+            settings[f"{who}_logit_scale"] = _trl.logit_scale(model.config)
+            settings[f"{who}_final_logit_softcapping"] = getattr(
+                model.config.get_text_config(), "final_logit_softcapping", None
+            )
+        device = settings["student_lm_head_weight"].device
+        total, _, _ = _trl.chunked_divergence_loss(
+            student_hidden_states=student_NH.to(device).unsqueeze(0),
+            teacher_hidden_states=teacher_NH.to(device).unsqueeze(0),
+            completion_mask=torch.ones(1, len(student_NH), device=device),
+            beta=0.0,  # KL(teacher ‖ student)
+            num_items_in_batch=1,  # the sum
+            **settings,
+        )
+        return total
+
+    def _shared(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._vocab_size is None:
+            return weight
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return whole[: self._vocab_size]
