@@ -61,8 +61,8 @@ def bradley_terry(z: torch.Tensor, p: float) -> torch.Tensor:
     return -p * torch.log(sigma) - (1 - p) * torch.log(1 - sigma)
 
 
-def imitation(model, row: Row, teacher=None) -> torch.Tensor:
-    """−log π(y_T|x), or with a teacher Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on its response."""
+def imitation(model, row: Row, teacher=None, tokens: int | None = None) -> torch.Tensor:
+    """−log π(y_T|x), or with a teacher Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on its response, over the first `tokens` of both."""
     response = row.chosen if row.teacher == "chosen" else row.rejected
     if teacher is None:
         return -sum(sequence_logps(model, row.prompt, response))
@@ -71,7 +71,8 @@ def imitation(model, row: Row, teacher=None) -> torch.Tensor:
     with torch.no_grad():
         theirs = token_logits(teacher, row.prompt, response)
     for pi, mu in zip(ours, theirs, strict=True):
-        for token in range(min(len(pi), len(mu))):
+        pi, mu = pi[:tokens], mu[:tokens]
+        for token in range(len(pi)):
             log_mu = log_probability(mu, token)
             total = total + torch.exp(log_mu) * (log_mu - log_probability(pi, token))
     return total
@@ -86,6 +87,7 @@ def pbkd_loss(
     weight: float = 1.0,
     dual: float = 1.0,
     teacher=None,
+    tokens: int | None = None,
     ld_alpha: float | None = None,
     preference_loss=bradley_terry,
 ) -> torch.Tensor:
@@ -94,7 +96,7 @@ def pbkd_loss(
     known = [row for row in rows if row.preference is not None]
     loss = torch.zeros((), dtype=torch.float64)
     for row in taught:
-        loss = loss + weight * beta * imitation(model, row, teacher) / len(taught)
+        loss = loss + weight * beta * imitation(model, row, teacher, tokens) / len(taught)
     for row in known:
         z = margin(model, reference, row, beta, ld_alpha)
         loss = loss + dual * preference_loss(z, row.preference) / len(known)

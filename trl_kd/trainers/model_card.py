@@ -4,7 +4,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+
 from trl_kd import __version__
+from trl_kd._trl import get_config_model_id
 
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ _SETTINGS = (
 def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     """Adds to the card that TRL wrote at `path`: teacher, preference data, settings, results and versions."""
     card = ModelCard.load(path)
+    # TRL names neither a base model in a folder nor a repository that does not exist yet
+    start = public_name(get_config_model_id(trainer.model.config))
+    card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{start}`", 1)
+    card.text = card.text.replace('model="None"', f'model="{os.path.basename(os.path.normpath(trainer.args.output_dir))}"', 1)
     card.text = card.text.replace(
         "## Training procedure", "\n".join(_sections(trainer)) + "\n## Training procedure", 1
     )

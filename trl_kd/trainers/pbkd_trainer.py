@@ -404,7 +404,16 @@ optimizers, quantization_config, peft_config:
                 logger.warning(f"The constraint's {name} was {state[name]} and is now {getattr(self.dual, name)}.")
         self.dual.load_state_dict(state)
 
+    def _save(self, output_dir=None, state_dict=None):
+        # `training_args.bin` is saved, and pushed, beside the weights: without the token
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
