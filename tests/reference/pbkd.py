@@ -34,7 +34,9 @@ def log_probability(logits: torch.Tensor, token: int) -> torch.Tensor:
 
 
 def sequence_logps(model, prompt, response) -> list[torch.Tensor]:
-    return [log_probability(l, token) for l, token in zip(token_logits(model, prompt, response), response, strict=True)]
+    return [
+        log_probability(l, token) for l, token in zip(token_logits(model, prompt, response), response, strict=True)
+    ]
 
 
 def weighted_sum(logps: list[torch.Tensor], shared: int, ld_alpha: float | None):

@@ -27,7 +27,10 @@ def no_weights(monkeypatch):
 
 BAD_ROWS = {
     "empty": (lambda rows: [], "train dataset is empty"),
-    "missing column": (lambda rows: [{k: r[k] for k in ("prompt", "chosen")} for r in rows], "lacks the column 'rejected'"),
+    "missing column": (
+        lambda rows: [{k: r[k] for k in ("prompt", "chosen")} for r in rows],
+        "lacks the column 'rejected'",
+    ),
     "null response": (lambda rows: [*rows[:2], {**rows[2], "chosen": None}], "Row 2 .*`chosen` is null"),
     "preference above 1": (lambda rows: [{**r, "preference": 1.2} for r in rows], r"`preference` is 1.2.*\[0, 1\]"),
     "preference below 0": (lambda rows: [{**r, "preference": -0.1} for r in rows], "`preference` is -0.1"),
@@ -222,8 +225,8 @@ def test_theory_radius_counts_known_preferences(tiny_dir, pairs, settings):
     args = PbKDConfig(**settings, confidence_radius="theory", confidence_constant=2.0, confidence_delta=0.1)
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
     assert trainer.dual.radius == theory_radius(5, 2.0, 0.1)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match="`confidence_radius` is 'theory'"):
-        stream = IterableDataset.from_generator(lambda: iter(rows))
         PbKDTrainer(model=tiny_dir, args=args, train_dataset=stream)
 
 
@@ -260,9 +263,7 @@ def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, 
 )
 def test_bad_settings(options, message, tiny_dir, pairs, settings, no_weights):
     with pytest.raises(ValueError, match=message):
-        PbKDTrainer(
-            model=tiny_dir, args=PbKDConfig(**settings, **options), train_dataset=Dataset.from_list(pairs)
-        )
+        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **options), train_dataset=Dataset.from_list(pairs))
 
 
 @pytest.mark.parametrize(("text", "value"), [("theory", "theory"), ("0.02", 0.02), ("1e-3", 1e-3), (None, 0.0)])

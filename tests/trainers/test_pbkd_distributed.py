@@ -23,9 +23,7 @@ MOVING = {"dual_learning_rate": 0.5, "preference_nll_target": 0.1}
 
 @pytest.fixture
 def jobs(tiny_dir, teacher_dir, pairs, settings, tmp_path) -> list[dict]:
-    rows = [
-        {**pairs[i % len(pairs)], "preference": p, "teacher_side": s} for i, (p, s) in enumerate(LABELS * 2)
-    ]
+    rows = [{**pairs[i % len(pairs)], "preference": p, "teacher_side": s} for i, (p, s) in enumerate(LABELS * 2)]
     settings = {**settings, **EXACT, **MOVING}
     token = {**settings, "imitation": "token", "teacher_model_name_or_path": teacher_dir}
     return [
@@ -42,7 +40,12 @@ def launch(kind: str, jobs: list[dict]) -> None:
     script = str(Path(__file__).with_name("two_processes.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, script, kind, json.dumps(jobs)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*torchrun, script, kind, json.dumps(jobs)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers import pbkd_trainer
+from trl_kd.trainers import pbkd_config
 
 
 LABELS = [(1.0, "chosen"), (0.6, "chosen"), (None, "rejected"), (1.0, None), (0.5, "chosen"), (None, "chosen")]
@@ -162,9 +162,7 @@ def test_qlora_student(tiny_dir, rows, settings):
 def test_teacher_given_as_a_model(tiny_dir, teacher_dir, rows, settings):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
     args = PbKDConfig(**settings, imitation="token")
-    trainer = PbKDTrainer(
-        model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows), teacher_model=teacher
-    )
+    trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows), teacher_model=teacher)
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     trainer.train()
     assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in teacher.named_parameters())
@@ -188,8 +186,8 @@ def test_streams_with_third_texts(tiny_dir, pairs, settings):
 
 def test_args_may_be_left_out(monkeypatch):
     made = []
-    monkeypatch.setattr(pbkd_trainer, "PbKDConfig", made.append)  # its default, bf16, wants a GPU
-    pbkd_trainer._pbkd_config(None, "org/student")
+    monkeypatch.setattr(pbkd_config, "PbKDConfig", made.append)  # its default, bf16, wants a GPU
+    pbkd_config.as_pbkd_config(None, "org/student")
     assert made == ["student-PbKD"]
 
 

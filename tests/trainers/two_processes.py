@@ -1,6 +1,6 @@
 """Trainings that end in a file each; run by `torchrun` in test_pbkd_distributed.py.
 
-    two_processes.py {ddp,fsdp2} JOBS_JSON
+two_processes.py {ddp,fsdp2} JOBS_JSON
 """
 
 import json

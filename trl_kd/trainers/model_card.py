@@ -37,7 +37,9 @@ def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     # TRL names neither a base model in a folder nor a repository that does not exist yet
     start = public_name(get_config_model_id(trainer.model.config))
     card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{start}`", 1)
-    card.text = card.text.replace('model="None"', f'model="{os.path.basename(os.path.normpath(trainer.args.output_dir))}"', 1)
+    card.text = card.text.replace(
+        'model="None"', f'model="{os.path.basename(os.path.normpath(trainer.args.output_dir))}"', 1
+    )
     card.text = card.text.replace(
         "## Training procedure", "\n".join(_sections(trainer)) + "\n## Training procedure", 1
     )

@@ -1,10 +1,12 @@
 """Settings of `PbKDTrainer`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import DPOConfig
+
+from trl_kd._trl import get_config_model_id
 
 
 @dataclass
@@ -187,3 +189,15 @@ def _check(name: str, value: Any, holds, allowed: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
         raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
+
+
+def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
+    """The settings of a run: `args`, or a plain `DPOConfig` with our defaults added, or for `None` the defaults of all."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
+    if isinstance(args, PbKDConfig):
+        return args
+    settings = args.to_dict()
+    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
+    return PbKDConfig(**{f.name: settings[f.name] for f in fields(PbKDConfig) if f.init and f.name in settings})

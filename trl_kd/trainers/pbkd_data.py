@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, Value
+from transformers import AutoProcessor
 from trl import DPOTrainer, is_conversational
 
+from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.trainers.pbkd_config import PbKDConfig
 
@@ -217,6 +219,17 @@ def _is_empty(response: Any) -> bool:
     if isinstance(response, list):
         return all(_is_empty(message.get("content")) for message in response)
     return response == ""
+
+
+def load_processing_class(model: Any, args: PbKDConfig) -> Any:
+    """The tokenizer or processor that `DPOTrainer` would load, before the weights."""
+    named = isinstance(model, str)
+    kwargs: Any = args.model_init_kwargs if named else None
+    return AutoProcessor.from_pretrained(
+        model if named else get_config_model_id(model.config),
+        revision=(kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:

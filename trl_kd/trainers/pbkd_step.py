@@ -34,7 +34,8 @@ class Window:
         teacher = sum((side != 0).sum().item() for _, side in batches)
         known = sum((~preference.isnan()).sum().item() for preference, _ in batches)
         counts = torch.tensor([rows, teacher, known, len(batches)], device=accelerator.device)
-        return cls(*(int(n) for n in accelerator.reduce(counts, reduction="sum").tolist()))
+        rows, teacher, known, micro_batches = accelerator.reduce(counts, reduction="sum").tolist()
+        return cls(rows, teacher, known, micro_batches)
 
     @property
     def null(self) -> int:

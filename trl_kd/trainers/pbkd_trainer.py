@@ -8,28 +8,27 @@ import json
 import os
 import textwrap
 from collections import defaultdict
-from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from trl_kd._trl import get_config_model_id
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
 from trl_kd.trainers.model_card import add_pbkd_sections
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
 from trl_kd.trainers.pbkd_data import (
     LABEL_COLUMNS,
     PbKDCollator,
     RowCounts,
     check_labels,
     check_tokenizer,
+    load_processing_class,
     prepare_rows,
     tokenize_rows,
 )
@@ -100,6 +99,11 @@ optimizers, quantization_config, peft_config:
             }"""),
     }
 
+    data_collator: Any
+    precompute_ref_logps: bool
+    _metrics: dict[str, defaultdict[str, list[float]]]
+    _total_train_tokens: float
+
     def __init__(
         self,
         model,
@@ -117,14 +121,14 @@ optimizers, quantization_config, peft_config:
         *,
         teacher_model: PreTrainedModel | None = None,
     ):
-        args = _pbkd_config(args, model)
+        args = as_pbkd_config(args, model)
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self._window: Window | None = None
         teacher = Teacher.from_args(args, teacher_model)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             if processing_class is None:
-                processing_class = _load_processing_class(model, args)
+                processing_class = load_processing_class(model, args)
             self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer)
@@ -152,7 +156,7 @@ optimizers, quantization_config, peft_config:
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        first = next(iter(dataset), {})
+        first: dict[str, Any] = next(iter(dataset), {})
         if "prompt_ids" in first:  # prepared in `__init__`, and now again by `DPOTrainer`
             return dataset
         vision = "image" in first or "images" in first
@@ -181,7 +185,7 @@ optimizers, quantization_config, peft_config:
         self._signature_columns += [c for c in LABEL_COLUMNS if c not in self._signature_columns]
 
     def _make_dual(self, args: PbKDConfig) -> DualVariable:
-        radius = args.confidence_radius
+        radius: Any = args.confidence_radius
         if radius == "theory":
             counts = self.row_counts.get("train")
             if counts is None or counts.known == 0:
@@ -324,8 +328,8 @@ optimizers, quantization_config, peft_config:
 
         def mean(rows_B: torch.Tensor) -> torch.Tensor:
             rows_2B = torch.cat([rows_B, rows_B + len(rows_B)])
-            output = {k: v[rows_2B] for k, v in forward.output.items() if v.dim() > 0}
-            output = SimpleNamespace(**output, aux_loss=torch.zeros((), device=rows.device))
+            by_row = {k: v[rows_2B] for k, v in forward.output.items() if v.dim() > 0}
+            output = SimpleNamespace(**by_row, aux_loss=torch.zeros((), device=rows.device))
             replayed = {
                 k: v[rows_2B] for k, v in inputs.items() if k in ("input_ids", "attention_mask", "completion_mask")
             }
@@ -417,22 +421,3 @@ optimizers, quantization_config, peft_config:
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
-
-
-def _pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
-    if isinstance(args, PbKDConfig):
-        return args
-    settings = args.to_dict()
-    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
-    return PbKDConfig(**{f.name: settings[f.name] for f in fields(PbKDConfig) if f.init and f.name in settings})
-
-
-def _load_processing_class(model: Any, args: PbKDConfig) -> Any:
-    """The tokenizer that `DPOTrainer` would load, before the weights."""
-    named = isinstance(model, str)
-    revision = (args.model_init_kwargs or {}).get("revision") if named else None
-    name = model if named else get_config_model_id(model.config)
-    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

@@ -91,7 +91,8 @@ class Teacher:
         return self
 
     def _from_pretrained(self) -> PreTrainedModel:
-        kwargs = dict(self._args.teacher_model_init_kwargs or {})
+        given: Any = self._args.teacher_model_init_kwargs
+        kwargs = dict(given or {})
         quantization = {
             name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("load_in_", "bnb_", "llm_int8_"))
         }

@@ -1,0 +1,72 @@
+"""Promises of the package as a whole."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_kd
+from trl_kd import _trl
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_is_lazy():
+    heavy = "{'torch', 'trl', 'transformers', 'datasets', 'accelerate', 'peft'}"
+    code = f"import sys, trl_kd; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve():
+    for name in trl_kd.__all__:
+        assert getattr(trl_kd, name) is not None
+    with pytest.raises(AttributeError, match="the public names are PbKDConfig"):
+        _ = trl_kd.NoSuchTrainer
+
+
+def test_private_names_of_trl_are_touched_in_one_place_and_exist():
+    for module, name in re.findall(r'require\("([\w.]+)", "(\w+)"\)', Path(_trl.__file__).read_text()):
+        assert _trl.require(module, name) is not None
+
+
+def test_a_private_name_that_is_gone_is_one_clear_sentence():
+    with pytest.raises(
+        ImportError, match=r"`trl.models.no_such_name` is gone in trl .* tested with trl>=1.16.0,<1.17"
+    ):
+        _trl.require("trl.models", "no_such_name")
+    with pytest.raises(ImportError, match="is gone"):
+        _trl.require("trl.no_such_module", "name")
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
+def test_an_untested_trl_warns(version):
+    with pytest.warns(UserWarning, match=rf"trl {version} is outside the range .*trl>=1.16.0,<1.17"):
+        _trl.warn_if_untested(version)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.1.dev0"])
+def test_a_tested_trl_does_not(version):
+    _trl.warn_if_untested(version)
+
+
+def test_sources_name_no_unstable_class_and_no_private_import():
+    for path in (ROOT / "trl_kd").rglob("*.py"):
+        text = path.read_text()
+        assert "trl.experimental" not in text, path
+        if path.name != "_trl.py":
+            private = re.findall(
+                r"^\s*from (?:trl|transformers)(?:\.[\w.]+)? import .*\b_[a-z]\w*", text, re.MULTILINE
+            )
+            assert not private, (path, private)
+
+
+def test_versions_agree():
+    constraints = (ROOT / "constraints.txt").read_text()
+    low = _trl.TESTED_TRL[0].removeprefix(">=")
+    assert f"trl=={low}" in constraints
+    assert f'"trl{",".join(_trl.TESTED_TRL)}"'.replace(".0,", ",") in (ROOT / "pyproject.toml").read_text()
