@@ -35,7 +35,8 @@ def log_probability(logits: torch.Tensor, token: int) -> torch.Tensor:
 
 def sequence_logps(model, prompt, response) -> list[torch.Tensor]:
     return [
-        log_probability(l, token) for l, token in zip(token_logits(model, prompt, response), response, strict=True)
+        log_probability(logits, token)
+        for logits, token in zip(token_logits(model, prompt, response), response, strict=True)
     ]
 
 

@@ -28,9 +28,9 @@ def teacher_rows(values_2B: torch.Tensor, side_B: torch.Tensor) -> torch.Tensor:
 
 def sequence_imitation(logps_2B: torch.Tensor, side_B: torch.Tensor) -> torch.Tensor:
     """
-    Imitation of the teacher's responses, −log π(y_T|x) **summed over tokens**, in nats: the sampled form of E_{y~μ}[−log π(y|x)]
-    in the offline objective max_θ β·E_{y~μ}[log π_θ(y|x)] s.t. L_DPO ≤ L* + ζ (https://huggingface.co/papers/2505.18952;
-    docs/method.md, "From the min-max to one loss").
+    Imitation of the teacher's responses: −log π(y_T|x) **summed over tokens**, in nats, the sampled form of
+    E_{y~μ}[−log π(y|x)] in the offline objective max_θ β·E_{y~μ}[log π_θ(y|x)] s.t. L_DPO ≤ L* + ζ
+    (https://huggingface.co/papers/2505.18952; docs/method.md, "From the min-max to one loss").
 
     Args:
         logps_2B (`torch.Tensor` of shape `[2B]`):

@@ -191,7 +191,7 @@ class _RowReader:
         return {"preference": preference, "teacher_side": side}
 
     def expand_all(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """A third text becomes one more row, both of whose responses it is, with no preference: it teaches imitation only."""
+        """A third text becomes a row whose responses both are that text, with no preference: imitation alone."""
         features = dataset.features
         if features is not None:  # said outright, since the first rows may hold nothing but nulls
             features = features.copy()

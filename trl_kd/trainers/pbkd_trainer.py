@@ -8,6 +8,7 @@ import json
 import os
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,8 +45,8 @@ DUAL_FILE = "pbkd_dual.json"
 class PbKDTrainer(DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
-    Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the constraint that
-    its implicit reward explains the preferences,
+    Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
+    constraint that its implicit reward explains the preferences,
 
         L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
 
@@ -127,13 +128,18 @@ optimizers, quantization_config, peft_config:
         self._window: Window | None = None
         teacher = Teacher.from_args(args, teacher_model)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
+            # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
+            train_dataset = self._read_rows(train_dataset, args, "train")
+            eval_dataset = _each(eval_dataset, lambda dataset, name: self._read_rows(dataset, args, name))
             if processing_class is None:
                 processing_class = load_processing_class(model, args)
             self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer)
-            train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
-            eval_dataset = self._prepare_all(eval_dataset, processing_class, args)
+            train_dataset = self._tokenize_rows(train_dataset, processing_class, args, "train")
+            eval_dataset = _each(
+                eval_dataset, lambda dataset, name: self._tokenize_rows(dataset, processing_class, args, name)
+            )
         self.dual = self._make_dual(args)
 
         super().__init__(
@@ -155,30 +161,28 @@ optimizers, quantization_config, peft_config:
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+    def _read_rows(self, dataset, args, name):
         first: dict[str, Any] = next(iter(dataset), {})
-        if "prompt_ids" in first:  # prepared in `__init__`, and now again by `DPOTrainer`
-            return dataset
-        vision = "image" in first or "images" in first
-        if vision and ("teacher" in first or args.imitation == "token"):
+        if _has_images(first) and ("teacher" in first or args.imitation == "token"):
             raise ValueError(
-                f"The {dataset_name} dataset has images, with which a third `teacher` text and `imitation='token'` are not "
+                f"The {name} dataset has images, with which a third `teacher` text and `imitation='token'` are not "
                 "supported: say `teacher_side`, and use `imitation='sequence'`."
             )
-        dataset, counts = prepare_rows(dataset, dataset_name, args)
+        dataset, counts = prepare_rows(dataset, name, args)
         if counts is not None:
-            self.row_counts[dataset_name] = counts
-        if vision:  # tokenized batch by batch, in the collator
-            return dataset
-        check_tokenizer(self._tokenizer, dataset, dataset_name)
-        return tokenize_rows(dataset, processing_class, args, dataset_name)
+            self.row_counts[name] = counts
+        return dataset
 
-    def _prepare_all(self, dataset, processing_class, args):
-        if isinstance(dataset, dict):
-            return type(dataset)(
-                {name: self._prepare_dataset(d, processing_class, args, name) for name, d in dataset.items()}
-            )
-        return None if dataset is None else self._prepare_dataset(dataset, processing_class, args, "eval")
+    def _tokenize_rows(self, dataset, processing_class, args, name):
+        if _has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
+            return dataset
+        check_tokenizer(self._tokenizer, dataset, name)
+        return tokenize_rows(dataset, processing_class, args, name)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if "prompt_ids" in next(iter(dataset)):  # prepared in `__init__`, and asked for again by `DPOTrainer`
+            return dataset
+        return self._tokenize_rows(self._read_rows(dataset, args, dataset_name), processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -265,7 +269,7 @@ optimizers, quantization_config, peft_config:
         return (loss, outputs) if return_outputs else loss
 
     def _reference_logps(self, inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The reference's log-probabilities as TRL's loss takes them, `[B]` each, and by token, `[2B, T]`, if computed here."""
+        """The reference's log-probabilities as TRL's loss takes them, `[B]`, and by token, `[2B, T]`, if made here."""
         names = ("ref_chosen_logps", "ref_rejected_logps")
         if self.precompute_ref_logps:
             return {name: inputs[name] for name in names}, None
@@ -421,3 +425,14 @@ optimizers, quantization_config, peft_config:
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
+
+
+def _has_images(row: dict[str, Any]) -> bool:
+    return "image" in row or "images" in row
+
+
+def _each(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
+    """`change(dataset, name)` of an evaluation dataset, of each of several, or of none."""
+    if isinstance(dataset, dict):
+        return type(dataset)({name: change(one, name) for name, one in dataset.items()})
+    return None if dataset is None else change(dataset, "eval")

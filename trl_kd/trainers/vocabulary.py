@@ -1,4 +1,4 @@
-"""White-box distillation reads the teacher's distribution token by token, so both models must number the same tokens alike."""
+"""White-box distillation compares distributions token by token: both models must number the same tokens alike."""
 
 from typing import Any
 

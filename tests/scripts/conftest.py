@@ -1,0 +1,69 @@
+"""The command line, run in this process."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from trl_kd.scripts import cli
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The line that says what is wrong; there is one, it is the last, and no traceback is in front of it."""
+        assert self.code == 2, (self.out, self.err)
+        assert "Traceback" not in self.err
+        lines = self.err.splitlines()
+        assert [line for line in lines if "error: " in line] == lines[-1:]
+        return lines[-1]
+
+
+@pytest.fixture
+def trl_kd(capfd, monkeypatch):
+    """Runs `trl-kd` with words given one by one or, where they have no spaces, together."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def run(*words: str) -> Outcome:
+        capfd.readouterr()
+        code = cli.main([str(word) for word in words])
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """Writes rows to a JSONL file and returns its path."""
+
+    def write(rows: list[dict], name: str = "pairs.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def base(tiny_dir, jsonl, pairs, tmp_path) -> list[str]:
+    """A command line that trains for two steps."""
+    return [
+        "pbkd",
+        *("--model_name_or_path", tiny_dir),
+        *("--dataset_name", jsonl(pairs)),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--bf16", "false", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"),
+        *("--max_steps", "2", "--per_device_train_batch_size", "4", "--gradient_checkpointing", "false"),
+    ]
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"

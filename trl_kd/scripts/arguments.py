@@ -1,0 +1,263 @@
+"""Arguments of the training commands: a YAML file, the command line on top of it, and no key that nobody knows.
+
+They are TRL's, read by TRL's parser. On top of it: values from the file are checked as those from the command line, a
+key that neither the command nor `accelerate launch` knows is an error, and so is an abbreviation.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from trl import ScriptArguments, TrlParser
+from trl.scripts.utils import DatasetConfig
+
+from trl_kd.scripts.errors import KINDS, InputError, bad_input, one_line, refuse
+
+
+_NOT_FOR_USERS = {"-m", "--module", "--no_python", "--no-python", "-h", "--help"}
+"""Options of `accelerate launch` that say what to launch, which is the command's business."""
+
+
+@dataclass
+class TrainingScriptArguments(ScriptArguments):
+    """
+    Arguments of the training commands, beside those of [`~trl.ScriptArguments`].
+
+    Parameters:
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything that can be known before weights load, print it as a table, and stop.
+        accelerate_config (`str`, *optional*):
+            Configuration of `accelerate launch`: a name that TRL ships ("zero2", "fsdp2", …) or a file.
+    """
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check everything that can be known before weights load, print it, and stop."},
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Configuration of accelerate launch: a name that TRL ships ('zero2', 'fsdp2', ...) or a file."
+        },
+    )
+
+
+@dataclass
+class Parsed:
+    """What the arguments say: the `values`, one instance a dataclass; `script_args`, the command line without what is
+    meant for `accelerate launch`; `launch_args`, what is; and those of them that came from the `command_line`."""
+
+    values: tuple[Any, ...]
+    script_args: list[str]
+    launch_args: list[str]
+    command_line: list[str]
+
+
+def parse(dataclass_types: Iterable[type], argv: list[str], prog: str) -> Parsed:
+    """
+    Reads the arguments of a training command.
+
+    Args:
+        dataclass_types (`Iterable[type]`):
+            Dataclasses to fill.
+        argv (`list[str]`):
+            Command line. `--config FILE` names a YAML file whose values it overrides.
+        prog (`str`):
+            Name of the command in messages.
+
+    Raises:
+        `InputError`: an unknown key, or a value that a field cannot have.
+    """
+    parser = _Parser(dataclass_types, prog)
+    path, rest = _take_config(argv, prog)
+    from_file = [] if path is None else parser.read_config(path)
+    # Keys first: a dataclass may refuse a value for the very reason that a key was misspelt
+    remaining = parser.parse_known_args(rest)[1]
+    parser.check_command_line(remaining)
+    with bad_input():
+        values = _fill(parser, rest)
+    script_args = [] if path is None else ["--config", path]
+    script_args += _without(rest, remaining)
+    return Parsed(values, script_args, from_file + remaining, remaining)
+
+
+def _fill(parser: "_Parser", words: list[str]) -> tuple[Any, ...]:
+    try:
+        return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[:-1]
+    except ValueError as error:
+        if "bf16/gpu" not in str(error):
+            raise
+        raise InputError(
+            "`bf16` is True, as it is unless said otherwise, but no GPU here can do it: set `bf16` to false, and "
+            "`use_cpu` to true to train on the CPU."
+        ) from error
+
+
+def _take_config(argv: list[str], prog: str) -> tuple[str | None, list[str]]:
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    parser.add_argument("--config")
+    known, rest = parser.parse_known_args(argv)
+    return known.config, rest
+
+
+def _without(words: list[str], taken: list[str]) -> list[str]:
+    """`words` without its ordered subsequence `taken`, which argparse left over."""
+    taken = list(taken)
+    kept = []
+    for word in words:
+        if taken and word == taken[0]:
+            taken.pop(0)
+        else:
+            kept.append(word)
+    return kept
+
+
+class _Parser(TrlParser):
+    def __init__(self, dataclass_types: Iterable[type], prog: str):
+        self.types = list(dataclass_types)
+        super().__init__(
+            self.types,
+            prog=prog,
+            allow_abbrev=False,
+            usage=f"{prog} [--config FILE.yaml] [--key value ...]",
+            epilog="Every key may stand in the YAML file of --config; the command line wins. Keys of `accelerate "
+            "launch` (--num_processes, --gpu_ids, ...) are passed on to it. --traceback shows where an error is from.",
+        )
+
+    def error(self, message: str):
+        refuse(message)
+
+    # ---- The file --------------------------------------------------------------------------------
+
+    def read_config(self, path: str) -> list[str]:
+        """Makes the values of a YAML file the defaults; returns those for `accelerate launch`, as a command line."""
+        config = _load_yaml(path)
+        _set_environment(config.pop("env", None), path)
+        actions = {action.dest: action for action in reversed(self._actions)}  # `--x` comes before its `--no_x`
+        nullable = {
+            name for t in self.types for name, hint in get_type_hints(t).items() if type(None) in get_args(hint)
+        }
+        defaults: dict[str, Any] = {}
+        launch_args = []
+        for key, value in config.items():
+            if key in actions and key != "help":
+                if value is None and key not in nullable:
+                    raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
+                defaults[key] = None if value is None else _converted(key, value, actions[key], path)
+            else:
+                launch_args += self._launch_words(key, value, path)
+        self.set_defaults(**defaults)
+        return launch_args
+
+    def _launch_words(self, key: Any, value: Any, path: str) -> list[str]:
+        action = launch_options().get(f"--{key}")
+        if action is None:
+            raise InputError(f"unknown key `{key}` in {path}: {self._advice(str(key))}")
+        if value is None or (action.nargs == 0 and value is False):
+            return []
+        return [f"--{key}"] if action.nargs == 0 else [f"--{key}", _as_choice(value, action.choices)]
+
+    # ---- The command line ------------------------------------------------------------------------
+
+    def check_command_line(self, remaining: list[str]) -> None:
+        """Raises for what neither the command nor `accelerate launch` takes."""
+        owner: argparse.Action | None = None
+        for word in remaining:
+            if word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word):
+                name = word.split("=")[0]
+                owner = launch_options().get(name)
+                if owner is None:
+                    raise InputError(f"unknown key `{name}`: {self._advice(name.lstrip('-').replace('-', '_'))}")
+                if "=" in word:
+                    owner = None
+            elif owner is None or owner.nargs == 0:
+                raise InputError(f"unexpected word {word!r}: every value follows its key, as in `--beta 0.1`.")
+
+    def _advice(self, key: str) -> str:
+        ours = [option for action in self._actions for option in action.option_strings]
+        names = {option[2:]: option for option in [*ours, *launch_options(), "--config", "--traceback"]}
+        close = get_close_matches(key, [name for name in names if "-" not in name], n=1)
+        return f"did you mean `{close[0]}`?" if close else f"`{self.prog} --help` lists the keys."
+
+
+def launch_options() -> dict[str, argparse.Action]:
+    """The options of `accelerate launch`, by their spelling."""
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = launch_command_parser()._actions
+    return {o: a for a in actions for o in a.option_strings if o not in _NOT_FOR_USERS}
+
+
+def _load_yaml(path: str) -> dict[Any, Any]:
+    if not Path(path).is_file():
+        raise InputError(f"`config` is {path!r}: no such file.")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"`config` is {path!r}, which is not readable as YAML: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"`config` is {path!r}, which must hold a mapping of keys to values, as in `beta: 0.1`.")
+    return config
+
+
+def _set_environment(variables: Any, path: str) -> None:
+    if variables is None:
+        return
+    if not isinstance(variables, dict):
+        raise InputError(f"`env` in {path} must be a mapping of names to values.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+
+
+def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:
+    # YAML reads a bare `no` as false, and `eval_strategy: no` is what one writes
+    return "no" if value is False and choices is not None and "no" in choices else str(value)
+
+
+def _converted(key: str, value: Any, action: argparse.Action, path: str) -> Any:
+    """A value of the file, as the command line would have it."""
+    where = f"`{key}` is {value!r} in {path}"
+    if key == "datasets":
+        return [_dataset_config(entry, path) for entry in (value if isinstance(value, list) else [value])]
+    if action.nargs == "+":
+        values = value if isinstance(value, list) else [value]
+        return [_scalar(item, action, where) for item in values]
+    return _scalar(value, action, where)
+
+
+def _scalar(value: Any, action: argparse.Action, where: str) -> Any:
+    kind = getattr(action.type, "__name__", "")
+    if action.choices is not None:
+        choices = list(action.choices)
+        chosen = {str(choice): choice for choice in choices}.get(_as_choice(value, choices))
+        if chosen is None:
+            raise InputError(f"{where}: choose from {', '.join(map(repr, map(str, choices)))}.")
+        return chosen
+    if kind not in KINDS or not callable(action.type):
+        return value
+    try:
+        return action.type(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise InputError(f"{where}: it must be {KINDS[kind]}.") from None
+
+
+def _dataset_config(entry: Any, path: str) -> DatasetConfig:
+    known = [f.name for f in fields(DatasetConfig)]
+    if isinstance(entry, str):
+        return DatasetConfig(path=entry)
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise InputError(
+            f"`datasets` in {path} holds {entry!r}: each entry needs a `path` (keys: {', '.join(known)})."
+        )
+    for key in entry:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            advice = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
+            raise InputError(f"unknown key `{key}` in an entry of `datasets` in {path}: {advice}")
+    return DatasetConfig(**entry)

@@ -1,0 +1,99 @@
+"""Checks of a training command that need no dataset and no weights: what is missing, and which paths are not there."""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig
+
+from trl_kd.scripts.arguments import TrainingScriptArguments
+from trl_kd.scripts.data import looks_like_path
+from trl_kd.scripts.errors import InputError, one_line
+
+
+def check_arguments(script_args: TrainingScriptArguments, training_args: Any, model_args: Any, mixture: Any) -> None:
+    """Raises for arguments that are missing or do not go together, and settles `resume_from_checkpoint`."""
+    if not model_args.model_name_or_path:
+        raise InputError("`model_name_or_path` is not set: give the student, a Hub id or a folder.")
+    if not mixture.datasets and not script_args.dataset_name:
+        raise InputError(
+            "neither `dataset_name` nor `datasets` is set: give the pairs, a Hub id, a folder or a file, or a mixture."
+        )
+    if mixture.datasets and script_args.dataset_name:
+        raise InputError(
+            f"`dataset_name` is {script_args.dataset_name!r}, and `datasets` is set too: drop one of them."
+        )
+    _check_quantization(model_args)
+    check_output_dir(training_args.output_dir)
+    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+
+
+def _check_quantization(model_args: ModelConfig) -> None:
+    field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit" if model_args.load_in_8bit else None
+    if field is None:
+        return
+    if not model_args.use_peft:
+        raise InputError(
+            f"`{field}` is True, but quantised weights cannot be trained: add `use_peft`, or drop `{field}`."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"`{field}` is True, which needs bitsandbytes: pip install 'trl-kd[bnb]'.")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises unless `output_dir` can be written to. It is not created: a check must leave no trace."""
+    path = Path(output_dir).expanduser().absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir():
+        raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"`output_dir` is {output_dir!r}, which cannot be written to ({error.strerror}): choose another folder."
+        ) from error
+
+
+def _checkpoint(value: Any, output_dir: str) -> str | None:
+    """`resume_from_checkpoint` as the trainer wants it; "true" is the last checkpoint of `output_dir`."""
+    if value is None or str(value).lower() in ("false", "none", "null", ""):
+        return None
+    if str(value).lower() == "true":
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if last is None:
+            raise InputError(
+                f"`resume_from_checkpoint` is true, but `output_dir` = {output_dir!r} has no checkpoint: drop it, or "
+                "name the folder of one."
+            )
+        return last
+    if not (Path(value) / "trainer_state.json").is_file():
+        raise InputError(
+            f"`resume_from_checkpoint` is {value!r}, which is not the folder of a checkpoint (there is no "
+            "trainer_state.json in it): name one, or 'true' for the last one."
+        )
+    return str(value)
+
+
+def check_model_source(field: str, name: str) -> None:
+    """Raises when the model that `field` names is a path to nothing, or a folder without a model."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise InputError(f"`{field}` is the folder {name!r}, which holds no model: there is no config.json in it.")
+    elif path.exists():
+        raise InputError(f"`{field}` is {name!r}, a file: give the folder of a model, or a Hub id.")
+    elif looks_like_path(name):
+        raise InputError(f"`{field}` is {name!r}: no such folder.")
+
+
+def model_error(field: str, name: str, error: Exception) -> InputError:
+    """What went wrong with the model that `field` names, said so that the field can be found."""
+    try:
+        check_model_source(field, name)
+    except InputError as clearer:
+        return clearer
+    return InputError(f"`{field}` is {name!r}, which cannot be loaded: {one_line(error)}")

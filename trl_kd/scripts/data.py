@@ -1,0 +1,114 @@
+"""Where a training command's pairs come from: the Hub, a saved folder, a folder of files, or one file."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from trl_kd.scripts.errors import InputError, one_line
+
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_pairs(
+    script_args: ScriptArguments, mixture: DatasetMixtureConfig, with_eval: bool
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """
+    Loads the rows to train on, and those to evaluate on.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]):
+            `dataset_name` is a Hub id, a folder written by `save_to_disk`, a folder of data files, or a data file.
+        mixture ([`~trl.DatasetMixtureConfig`]):
+            A mixture of datasets in place of `dataset_name`.
+        with_eval (`bool`):
+            Whether the evaluation split is needed.
+
+    Returns:
+        The training dataset, and the evaluation dataset or `None`.
+
+    Raises:
+        `InputError`: no such source, no such split, or a file that cannot be read.
+    """
+    source = "`datasets`" if mixture.datasets else f"`dataset_name` = {script_args.dataset_name!r}"
+    try:
+        splits = get_dataset(mixture) if mixture.datasets else _load(script_args)
+    except InputError:
+        raise
+    except Exception as error:  # `datasets` wraps what goes wrong in a file in exceptions of its own
+        cause = error.__cause__ if error.__cause__ is not None else error
+        raise InputError(f"{source} could not be loaded: {one_line(cause)}") from error
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    if mixture.datasets:
+        train = "train"  # TRL's mixtures know no other name
+    elif len(splits) == 1 and train == "train":
+        train = next(iter(splits))  # the only one there is
+    train_dataset = _split(splits, train, "dataset_train_split", source)
+    if not with_eval:
+        return train_dataset, None
+    if mixture.datasets:
+        if test not in splits:
+            raise InputError(
+                "`eval_strategy` asks for evaluation, but `datasets` has no test split: set `test_split_size`."
+            )
+    elif train == test:
+        raise InputError(
+            f"`dataset_test_split` is {test!r}, the very split that is trained on: {source} has no other."
+        )
+    return train_dataset, _split(splits, test, "dataset_test_split", source)
+
+
+def _split(splits: Any, name: str, field: str, source: str) -> Any:
+    if name not in splits:
+        hint = " or set `eval_strategy` to 'no'" if field == "dataset_test_split" else ""
+        raise InputError(
+            f"`{field}` is {name!r}, but {source} has the splits {', '.join(map(repr, splits))}: name one of "
+            f"them{hint}."
+        )
+    return splits[name]
+
+
+def _load(script_args: ScriptArguments) -> Any:
+    name = script_args.dataset_name
+    assert name is not None
+    options: dict[str, Any] = {"streaming": script_args.dataset_streaming}
+    path = Path(name).expanduser()
+    if path.is_file():
+        builder = BUILDERS.get(path.suffix)
+        if builder is None:
+            raise InputError(f"`dataset_name` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
+        return load_dataset(builder, data_files=str(path), **options)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _load_saved(path, script_args.dataset_streaming)
+        if not any(file.suffix in BUILDERS for file in path.rglob("*")):
+            raise InputError(
+                f"`dataset_name` is the folder {name!r}, which holds neither a saved dataset nor "
+                f"{', '.join(BUILDERS)} files."
+            )
+        return load_dataset(str(path), name=script_args.dataset_config, **options)
+    if looks_like_path(name) or path.suffix in BUILDERS:
+        raise InputError(f"`dataset_name` is {name!r}: no such file or folder.")
+    try:
+        return load_dataset(name, name=script_args.dataset_config, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"`dataset_name` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "
+            f"be loaded: {one_line(error)}"
+        ) from error
+
+
+def _load_saved(path: Path, streaming: bool) -> Any:
+    try:
+        saved = load_from_disk(str(path))
+    except IndexError as error:  # how `datasets` says that a split was saved without rows
+        raise InputError(f"`dataset_name` is {str(path)!r}, which is empty: it needs at least one row.") from error
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+    return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether `name` cannot be the id of a Hub repository, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

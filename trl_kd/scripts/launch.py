@@ -1,0 +1,126 @@
+"""Running a training command through `accelerate launch`, where that makes a difference."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trl_kd.scripts.errors import InputError, bad_input, one_line, refuse, show_traceback
+
+
+def resolve_config(name: str | None) -> list[str]:
+    """`--accelerate_config` as arguments of `accelerate launch`: a file, or the name of one that TRL ships."""
+    if name is None:
+        return []
+    path = Path(name)
+    if not path.is_file():
+        shipped = resources.files("trl.accelerate_configs")
+        names = sorted(entry.name[: -len(".yaml")] for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        if name not in names:
+            raise InputError(f"`accelerate_config` is {name!r}: no such file, and TRL ships {', '.join(names)}.")
+        path = Path(str(shipped.joinpath(f"{name}.yaml")))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"`accelerate_config` is {name!r}, which is not readable as YAML: {one_line(error)}"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"`accelerate_config` is {name!r}, which must hold a mapping; `accelerate config` writes one."
+        )
+    return ["--config_file", str(path)]
+
+
+def needs_launcher(launch_args: list[str], use_cpu: bool) -> bool:
+    """
+    Whether to go through `accelerate launch`. One process without launch options needs none: run in place it starts
+    sooner, keeps its threads, and its errors are its own.
+    """
+    if "LOCAL_RANK" in os.environ:  # torchrun, or a launcher of the user's
+        return False
+    if launch_args:
+        return True
+    from accelerate.commands.config.config_args import default_config_file
+
+    return not use_cpu and (Path(default_config_file).is_file() or torch.accelerator.device_count() > 1)
+
+
+def parse_launch_args(launch_args: list[str], module: str = "", script_args: list[str] | None = None) -> Any:
+    """The arguments of `accelerate launch`, checked by its own parser."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args([*launch_args, "--module", module, *(script_args or [])])
+
+
+def planned_processes(launch_args: list[str], use_cpu: bool) -> int:
+    """How many processes the run will have, as far as can be told without starting them."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if not needs_launcher(launch_args, use_cpu):
+        return 1
+    from accelerate.commands.config.config_args import default_config_file
+
+    args = parse_launch_args(launch_args, "none")
+    path = Path(args.config_file or default_config_file)
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if args.config_file or path.is_file() else {}
+    if config.get("distributed_type") == "NO" and not (args.multi_gpu or args.use_deepspeed or args.use_fsdp):
+        return 1
+    return args.num_processes or config.get("num_processes") or max(torch.accelerator.device_count(), 1)
+
+
+def launch(module: str, script_args: list[str], launch_args: list[str]) -> int:
+    """
+    Runs `python -m module script_args` under `accelerate launch launch_args`.
+
+    Returns:
+        The exit code of the first process that failed, or 0. What went wrong there has been said there.
+    """
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if show_traceback.get():
+        script_args = [*script_args, "--traceback"]
+    # The agent's summary of a failed process repeats what the process itself has said
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with bad_input():
+        args = parse_launch_args(launch_args, module, script_args)
+        _check_processes(args)
+        try:
+            launch_command(args)
+        except subprocess.CalledProcessError as error:
+            return _exit_code(error.returncode, "The training process")
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            return _exit_code(failure.exitcode, f"The training process of rank {rank}")
+    return 0
+
+
+def _check_processes(args: Any) -> None:
+    """`accelerate launch` starts one process where it sees fewer than two devices, whatever it was asked for."""
+    distributed = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm or args.tpu
+    asked = args.num_processes or 1
+    if asked > 1 and not distributed and not args.config_file and torch.accelerator.device_count() < 2:
+        raise InputError(
+            f"`num_processes` is {asked}, but with {torch.accelerator.device_count()} devices here accelerate would "
+            "start one process: leave it out, or add `--multi_gpu` (with `--use_cpu` where there is no GPU)."
+        )
+
+
+def _exit_code(code: int, who: str) -> int:
+    if code < 0:
+        number = -code
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        hint = " (the machine may have run out of memory)" if number == signal.SIGKILL else ""
+        print(f"{who} was ended by {name}{hint}.", file=sys.stderr)
+        return 128 + number
+    return code
