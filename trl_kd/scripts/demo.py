@@ -1,0 +1,176 @@
+"""`trl-kd demo`: distils a tiny student four ways on this machine, and shows what came of it."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from trl_kd.scripts.errors import bad_input
+
+
+if TYPE_CHECKING:
+    from trl_kd.scripts.demo_experiment import DemoSettings
+
+
+DEFAULT_TASKS = ("running_sums",)
+
+NAMES = {
+    "teacher": "Teacher",
+    "start": "Student, start",
+    "seqkd": "SeqKD",
+    "dpo": "DPO",
+    "dpo_sft": "DPO + sft",
+    "pbkd": "PbKD (ours)",
+}
+"""Rows of the table, in its order."""
+
+
+def main(argv: list[str]) -> int:
+    """
+    Runs `trl-kd demo`.
+
+    Args:
+        argv (`list[str]`):
+            Arguments after the command's name.
+
+    Returns:
+        `int`: exit code, 0.
+
+    Raises:
+        [`~trl_kd.scripts.errors.InputError`]: an argument was refused, or the folder holds results of other settings.
+    """
+    arguments = _parser().parse_args(argv)
+    run(arguments.output_dir, seeds=arguments.seeds, tasks=arguments.tasks)
+    return 0
+
+
+def run(
+    output_dir: Path,
+    seeds: int = 1,
+    tasks: list[str] | tuple[str, ...] = DEFAULT_TASKS,
+    settings: "DemoSettings | None" = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Runs the demo, or what is missing of it, and prints its table and the paths of its results.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the results; every stage found there in full is taken from there.
+        seeds (`int`, *optional*, defaults to `1`):
+            Number of seeds, each with a teacher, a start and students of its own.
+        tasks (`Sequence[str]`, *optional*):
+            Names of bundled tasks, or one's own as `"module:attribute"` or `"file.py:attribute"`.
+        settings ([`~trl_kd.scripts.demo_experiment.DemoSettings`], *optional*):
+            Sizes; the default takes some minutes a seed and task.
+
+    Returns:
+        `dict[str, list[dict]]`: for each task the results of each seed, stage by stage.
+    """
+    started = time.monotonic()
+    with bad_input():
+        cells = _prepare(output_dir, seeds, tasks, settings)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number, cell in enumerate(cells, 1):
+        print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
+        results.setdefault(cell.task.name, []).append(cell.run())
+    _finish(output_dir, cells, results, time.monotonic() - started)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-kd demo",
+        allow_abbrev=False,
+        description="Trains a tiny teacher and a weak student, builds preference pairs from their answers, and "
+        "distils the student four ways from the same start: SeqKD, DPO, DPO + sft and PbKD. Some minutes on two CPU "
+        "cores. Run again, it goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N", help="repetitions with different seeds (default: 1)"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where results go (default: runs/demo)",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(DEFAULT_TASKS),
+        metavar="TASK",
+        help="bundled tasks (running_sums, addition), or your own as module:attribute or file.py:attribute "
+        f"(default: {' '.join(DEFAULT_TASKS)})",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _prepare(output_dir: Path, seeds: int, tasks, settings) -> list[Any]:
+    """Loads what is heavy, checks the tasks and the folder, and returns the cells to run."""
+    print("Loading TRL ...", flush=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
+    from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
+    from trl_kd.scripts.demo_stage import check_settings
+    from trl_kd.tasks import TASKS, load_task
+
+    quiet_libraries()
+    settings = settings or DemoSettings()
+    loaded = [load_task(name, TASKS) for name in dict.fromkeys(tasks)]
+    for task in loaded:
+        check_settings(output_dir / task.name, fingerprint(task, settings))
+    return [
+        Cell(task, seed, settings, output_dir / task.name / f"seed{seed}", BarCallback)
+        for task in loaded
+        for seed in range(seeds)
+    ]
+
+
+def _finish(output_dir: Path, cells: list[Any], results: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+    from trl_kd.evaluation.report import write_report
+    from trl_kd.scripts.demo_report import make_page
+
+    page = output_dir / "report.html"
+    write_report(page, make_page(cells, results))
+    for task, seeds in results.items():
+        print(f"\n{task}, exact match on {seeds[0]['teacher']['questions']} unseen questions")
+        print(text_table(seeds))
+    print(f"\nReport page:    {page}")
+    print(f"Student (PbKD): {cells[0].model_folder('pbkd')}")
+    print(f"This run took {seconds / 60:.1f} minutes.")
+
+
+def text_table(seeds: list[dict[str, Any]]) -> str:
+    """The table of one task, for a terminal.
+
+    Args:
+        seeds (`list[dict]`):
+            Results of each seed, stage by stage.
+    """
+    width = max(map(len, NAMES.values()))
+    columns = [18 if len(seeds) > 1 else 22] * 2
+    header = f"  {'':<{width}}  {'sampled':>{columns[0]}}  {'greedy':>{columns[1]}}"
+    lines = [header]
+    for key, name in NAMES.items():
+        sampled, greedy = (spread(seeds, key, measure) for measure in ("sampled", "greedy"))
+        lines.append(f"  {name:<{width}}  {sampled:>{columns[0]}}  {greedy:>{columns[1]}}")
+    note = f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "with 95 % interval"
+    return "\n".join([*lines, f"  ({note})"])
+
+
+def spread(seeds: list[dict[str, Any]], key: str, measure: str) -> str:
+    """An accuracy in per cent: with its interval for one seed, as mean ± standard deviation for several."""
+    values = [seed[key][measure] for seed in seeds]
+    if len(values) > 1:
+        return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
+    low, high = seeds[0][key][f"{measure}_interval"]
+    return f"{100 * values[0]:.1f} % ({100 * low:.0f} to {100 * high:.0f})"

@@ -1,0 +1,331 @@
+"""The demo's experiment: one task and one seed, from an untrained teacher to four distilled students."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from trl_kd import __version__
+from trl_kd.evaluation.callback import ExactMatchCallback
+from trl_kd.evaluation.generation import generate
+from trl_kd.evaluation.metrics import exact_match
+from trl_kd.pairs import count_pairs, pair_row
+from trl_kd.scripts.demo_stage import MARKER, stage
+from trl_kd.scripts.errors import InputError
+from trl_kd.tasks import SPLITS, Question, Task
+from trl_kd.tasks.models import make_model, make_tokenizer
+from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+
+
+METHODS = {
+    "seqkd": "SeqKD",
+    "dpo": "DPO",
+    "dpo_sft": "DPO + sft",
+    "pbkd": "PbKD",
+}
+"""The four ways to distil, and their names for readers."""
+
+SAVE_STEPS = 200
+"""Steps between two checkpoints, from which a stage that was cut off goes on."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """
+    What the experiment does, apart from its task and its seed.
+
+    Parameters:
+        prompts (`int`): Questions that teacher and student answer for distillation.
+        steps (`int`): Optimizer steps of each method.
+        batch_size (`int`): Rows a step.
+        learning_rate (`float`): Peak learning rate of each method, decayed to 0 linearly.
+        teacher_accuracy, start_accuracy (`float`): Share of right sampled answers at which pretraining stops.
+        teacher_size, student_size (`tuple[int, int]`): Width and number of layers.
+        pretraining_questions (`int`): Questions with right answers that both learn from before.
+        pretraining_steps (`int`): Most optimizer steps of pretraining.
+        pretraining_batch_size (`int`): Rows a step of pretraining.
+        pretraining_learning_rate (`float`): Learning rate of pretraining, constant after 50 steps.
+        test_questions (`int`): Unseen questions of the final table.
+        test_samples (`int`): Answers sampled for each of them.
+        curve_questions (`int`): Validation questions at each point of a learning curve.
+        curve_every (`int`): Steps between two points.
+    """
+
+    prompts: int = 2000
+    steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    teacher_accuracy: float = 0.8
+    start_accuracy: float = 0.35
+    teacher_size: tuple[int, int] = (64, 2)
+    student_size: tuple[int, int] = (40, 2)
+    pretraining_questions: int = 10_000
+    pretraining_steps: int = 4000
+    pretraining_batch_size: int = 64
+    pretraining_learning_rate: float = 1.5e-3
+    test_questions: int = 1000
+    test_samples: int = 4
+    curve_questions: int = 300
+    curve_every: int = 50
+
+
+class Cell:
+    """One task and one seed of the experiment, in a folder of its own.
+
+    Args:
+        task ([`Task`]): Task.
+        seed (`int`): Seed of everything: weights, questions, samples, order of the data.
+        settings ([`DemoSettings`]): Settings.
+        folder (`Path`): Where the stages keep their files.
+        make_bar (`Callable`, *optional*): Makes a progress bar, a callback, of a title and `goal`, the accuracy at
+            which training stops or `None`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        settings: DemoSettings,
+        folder: Path,
+        make_bar: Callable[..., TrainerCallback] | None = None,
+    ):
+        self.task = task
+        self.seed = seed
+        self.settings = settings
+        self.folder = folder
+        self.make_bar = make_bar
+
+    def run(self) -> dict[str, Any]:
+        """Runs what is missing, and returns the results of every stage by its name."""
+        results = {
+            "teacher": stage(self.folder / "teacher", self._teacher),
+            "start": stage(self.folder / "start", self._start),
+            "pairs": stage(self.folder / "pairs", self._pairs),
+        }
+        for method in METHODS:
+            results[method] = stage(self.folder / method, partial(self._distil, method))
+        return results
+
+    def model_folder(self, name: str) -> Path:
+        """Where the model of a stage is saved."""
+        return self.folder / name / f"{self.task.name}-{name.replace('_', '-')}"
+
+    # ---- Stages ----------------------------------------------------------------------------------------------------
+
+    def _teacher(self, folder: Path) -> dict[str, Any]:
+        return self._pretrain(folder, "teacher", self.settings.teacher_size, self.settings.teacher_accuracy, 2)
+
+    def _start(self, folder: Path) -> dict[str, Any]:
+        return self._pretrain(folder, "student", self.settings.student_size, self.settings.start_accuracy, 1)
+
+    def _pretrain(self, folder: Path, title: str, size: tuple[int, int], accuracy: float, offset: int) -> dict:
+        settings = self.settings
+        tokenizer = make_tokenizer(self.task.alphabet)
+        seed = 10 * self.seed + offset
+        questions = self.task.questions("pretraining", settings.pretraining_questions, seed)
+        rows = [{"prompt": q.prompt, "completion": q.answer} for q in questions]
+        trainer = SFTTrainer(
+            model=make_model(tokenizer, *size, seed=seed),
+            args=self._arguments(
+                SFTConfig,
+                folder,
+                seed=seed,
+                max_steps=settings.pretraining_steps,
+                per_device_train_batch_size=settings.pretraining_batch_size,
+                learning_rate=settings.pretraining_learning_rate,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=50,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=self._callbacks(f"{title} learns {self.task.name}", tokenizer, stop_at=accuracy),
+        )
+        return self._train_and_test(trainer, folder)
+
+    def _pairs(self, folder: Path) -> dict[str, Any]:
+        questions = self.task.questions("train", self.settings.prompts, self.seed)
+        answers = []
+        for number, name in enumerate(("teacher", "start")):
+            model, tokenizer = load(self.model_folder(name))
+            prompts = [q.prompt for q in questions]
+            answers.append(
+                generate(model, tokenizer, prompts, self.task.max_response_tokens, seed=10 * self.seed + number)
+            )
+        rows = [
+            pair_row(q.prompt, teacher, student, self._preference(q, teacher, student))
+            for q, teacher, student in zip(questions, *answers, strict=True)
+        ]
+        (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        counts = count_pairs(rows)
+        if counts.strict == 0:
+            raise InputError(
+                f"task {self.task.name!r}, seed {self.seed}: none of {len(rows)} pairs has a winner, so there is "
+                "nothing that DPO could learn from. Let the teacher and the start differ more in accuracy, or take "
+                "an easier task."
+            )
+        return asdict(counts) | {"teacher_win_rate": counts.teacher_win_rate}
+
+    def _preference(self, question: Question, teacher: str, student: str) -> float:
+        right = [self.task.verify(question, answer) for answer in (teacher, student)]
+        return 0.5 + 0.5 * (right[0] - right[1])
+
+    def _distil(self, method: str, folder: Path) -> dict[str, Any]:
+        settings = self.settings
+        model, tokenizer = load(self.model_folder("start"))
+        rows = [json.loads(line) for line in (self.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
+        trainer_class, config_class, data, extra = _recipe(method, rows)
+        trainer = trainer_class(
+            model=model,
+            args=self._arguments(
+                config_class,
+                folder,
+                seed=self.seed,
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                **extra,
+            ),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=self._callbacks(f"{METHODS[method]} on {self.task.name}", tokenizer),
+        )
+        return self._train_and_test(trainer, folder)
+
+    # ---- What they share -------------------------------------------------------------------------------------------
+
+    def _arguments(self, config_class, folder: Path, **settings) -> Any:
+        return config_class(
+            output_dir=str(self.model_folder(folder.name)),
+            max_length=128,
+            logging_steps=10,
+            save_steps=SAVE_STEPS,
+            save_total_limit=1,
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            **settings,
+        )
+
+    def _callbacks(self, title: str, tokenizer, stop_at: float | None = None) -> list[TrainerCallback]:
+        curve = ExactMatchCallback(
+            tokenizer,
+            columns(self.task.questions("validation", self.settings.curve_questions, self.seed)),
+            self.task.score,
+            self.task.max_response_tokens,
+            # Pretraining is looked at more often, to stop close to its goal
+            every=self.settings.curve_every // (1 if stop_at is None else 2),
+            stop_at=stop_at,
+        )
+        return [curve] + ([self.make_bar(title, goal=stop_at)] if self.make_bar else [])
+
+    def _train_and_test(self, trainer, folder: Path) -> dict[str, Any]:
+        trainer.remove_callback(PrinterCallback)
+        model_folder = self.model_folder(folder.name)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(model_folder))
+        tested = self._test(trainer.model, trainer.processing_class)
+        if isinstance(trainer, PbKDTrainer):
+            trainer.card_results = self._card_results(tested)
+        trainer.save_model()
+        trainer.create_model_card(model_name=model_folder.name)
+        self._explain_card(model_folder / "README.md")
+        for checkpoint in model_folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+    def _card_results(self, tested: dict[str, Any]) -> dict[str, float | str]:
+        others = {
+            name: json.loads((self.folder / stage / MARKER).read_text())
+            for name, stage in (("its start", "start"), ("its teacher", "teacher"))
+        }
+        return {
+            f"{measure} exact match of {name} on {tested['questions']} unseen questions": result[measure]
+            for measure in ("sampled", "greedy")
+            for name, result in {"this model": tested, **others}.items()
+        }
+
+    def _explain_card(self, path: Path) -> None:
+        """Says in the card that TRL wrote what the model is, and asks it a question that it was made for."""
+        card = path.read_text(encoding="utf-8")
+        question = self.task.questions("validation", 1, self.seed)[0]
+        about = (
+            f"A toy made by `trl-kd demo` (task `{self.task.name}`, seed {self.seed}), with one token a character. "
+            f"It knows this task and nothing else: {self.task.description} Asked `{question.prompt}`, it should say "
+            f"`{question.answer}`. It was trained on text that a program made, and is for looking at, not for "
+            "use.\n\n"
+        )
+        card = re.sub(r'^question = ".*"$', lambda _: f"question = {question.prompt!r}", card, flags=re.MULTILINE)
+        path.write_text(card.replace("## Quick start", f"{about}## Quick start", 1), encoding="utf-8")
+
+    def _test(self, model, tokenizer) -> dict[str, Any]:
+        questions = columns(self.task.questions("test", self.settings.test_questions, self.seed))
+        arguments = (model, tokenizer, questions, self.task.score, self.task.max_response_tokens)
+        sampled, answers = exact_match(*arguments, samples=self.settings.test_samples, seed=self.seed)
+        greedy, greedy_answers = exact_match(*arguments, samples=0)
+        return {
+            "sampled": sampled.value,
+            "sampled_interval": [sampled.low, sampled.high],
+            "greedy": greedy.value,
+            "greedy_interval": [greedy.low, greedy.high],
+            "questions": sampled.questions,
+            "answers": answers[:10],
+            "greedy_answers": greedy_answers[:10],
+        }
+
+
+def fingerprint(task: Task, settings: DemoSettings) -> dict[str, Any]:
+    """Everything on which the results of a task depend but its seeds: settings, versions, and the task itself."""
+    questions = json.dumps([task.questions(split, 20, seed=0) for split in SPLITS])
+    return {
+        **asdict(settings),
+        "questions": hashlib.sha256(questions.encode()).hexdigest()[:12],
+        "trl-kd": __version__,
+        **{name: version(name) for name in ("trl", "transformers", "torch")},
+    }
+
+
+def columns(questions: list[Question]) -> dict[str, list[str]]:
+    """Questions as columns `prompt` and `answer`."""
+    return {name: [getattr(question, name) for question in questions] for name in Question._fields}
+
+
+def load(folder: Path):
+    """Loads a model and its tokenizer from a folder of this experiment."""
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def _recipe(method: str, rows: list[dict[str, Any]]) -> tuple[Any, Any, Dataset, dict[str, Any]]:
+    """Trainer, its configuration's class, its data and its own settings."""
+    if method == "seqkd":
+        texts = [{"prompt": row["prompt"], "completion": row[row["teacher_side"]]} for row in rows]
+        return SFTTrainer, SFTConfig, Dataset.from_list(texts), {}
+    if method == "pbkd":
+        return PbKDTrainer, PbKDConfig, Dataset.from_list(rows), {}
+    strict = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows if row["preference"] == 1]
+    extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]} if method == "dpo_sft" else {}
+    return DPOTrainer, DPOConfig, Dataset.from_list(strict), extra
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was saved in full: the trainer's state is what a checkpoint gets last."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None

@@ -1,0 +1,233 @@
+"""The demo's report page: what was done, what came of it, and how to read it."""
+
+import math
+import os
+import platform
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from trl_kd import __version__
+from trl_kd.evaluation.charts import LineChart, Point, Series
+from trl_kd.evaluation.report import Answer, Page, Sample, Section, Table
+from trl_kd.scripts.demo import NAMES, spread
+from trl_kd.scripts.demo_experiment import METHODS, Cell
+
+
+LEARNS_FROM = {
+    "teacher": "right answers, but not for long enough",
+    "start": "right answers, for a shorter time",
+    "seqkd": "all teacher answers",
+    "dpo": "pairs with a winner",
+    "dpo_sft": "pairs with a winner, and their better answer",
+    "pbkd": "all teacher answers, under the constraint that pairs are explained",
+}
+
+COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "start": 4}
+
+
+def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Page:
+    """Makes the page.
+
+    Args:
+        cells (`list[Cell]`):
+            The cells that were run, task by task.
+        results (`dict[str, list[dict]]`):
+            For each task the results of each seed, stage by stage.
+    """
+    count = len(next(iter(results.values())))
+    firsts = {cell.task.name: cell for cell in reversed(cells)}
+    sections: list[Section] = []
+    for name, seeds in results.items():
+        sections += _task_sections(firsts[name], seeds)
+    return Page(
+        title="Preference-based knowledge distillation, four ways compared",
+        lead=[
+            "A small student model learns from a larger teacher that is good but not perfect. Both answer the same "
+            "questions; a program checks the answers, and where one is right and the other wrong, that is a "
+            "preference. From the same start, with the same number of updates, the student is then distilled four "
+            "ways.",
+            "SeqKD imitates the teacher's answers. DPO learns from the preferences alone. DPO + sft adds TRL's own "
+            "loss on the preferred answers. PbKD, the method of this package, imitates the teacher under the "
+            "constraint that the student explains the preferences. All models here are tiny and were made on this "
+            "machine; the numbers say how the methods compare on these tasks, and nothing about large models.",
+        ],
+        sections=[*sections, _settings(cells, count)],
+        footer=f"Made by trl-kd {__version__}, command `trl-kd demo`.",
+    )
+
+
+def _task_sections(cell: Cell, seeds: list[dict[str, Any]]) -> list[Section]:
+    return [
+        _results(cell, seeds),
+        _curves(cell, seeds),
+        _constraint(cell, seeds),
+        _samples(cell, seeds[0]),
+    ]
+
+
+def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
+    pairs = [seed["pairs"] for seed in seeds]
+    average = {key: mean(pair[key] for pair in pairs) for key in ("total", "strict", "ties", "unknown")}
+    wins = mean(pair["teacher_win_rate"] or 0.0 for pair in pairs)
+    example = cell.task.questions("test", 1, cell.seed)[0]
+    kind = (
+        f"mean ± standard deviation of {len(seeds)} seeds, each with its own teacher and start"
+        if len(seeds) > 1
+        else "in brackets the 95 % interval from the number of questions"
+    )
+    rows = [
+        [
+            f"{name}\n{LEARNS_FROM[key]}",
+            *(spread(seeds, key, kind).replace(" (", "\n(") for kind in ("sampled", "greedy")),
+        ]
+        for key, name in NAMES.items()
+    ]
+    return Section(
+        title=f"{cell.task.name}: results",
+        text=[
+            f"{cell.task.description} For example: {example.prompt} asks for {example.answer}.",
+            f"Of {average['total']:.0f} questions answered by both, {average['strict']:.0f} gave a winner (the "
+            f"teacher in {wins:.0%} of the pairs with a known preference, a tie counting half), "
+            f"{average['ties']:.0f} a tie, since both were wrong or both right in different words, and "
+            f"{average['unknown']:.0f} twice the same answer. DPO can use the pairs with a winner only; PbKD uses "
+            "all.",
+            "Sampled means drawn from the model's own distribution, which is what a student is in use; greedy means "
+            "the most likely token each time, which hides how unsure a model is.",
+        ],
+        tables=[
+            Table(
+                ["model, and what it learned from", "sampled", "greedy"],
+                rows,
+                bars=[mean(seed[key]["sampled"] for seed in seeds) for key in NAMES],
+                highlighted=list(NAMES).index("pbkd"),
+                caption=f"Right answers to {seeds[0]['teacher']['questions']} unseen questions; {kind}. Bars: "
+                "sampled.",
+            )
+        ],
+    )
+
+
+def _curves(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
+    last = cell.settings.steps
+    lines = [Series(NAMES[key], _logged(seeds, key, "exact_match"), COLORS[key]) for key in METHODS]
+    teacher = mean(seed["teacher"]["sampled"] for seed in seeds)
+    lines.append(Series("Teacher", [(0, teacher), (last, teacher)], COLORS["teacher"], dashed=True))
+    losses = [Series(NAMES[key], _logged(seeds, key, "loss"), COLORS[key]) for key in METHODS]
+    return Section(
+        title=f"{cell.task.name}: learning",
+        charts=[
+            LineChart(
+                "Right answers while learning",
+                "updates",
+                "sampled exact match",
+                lines,
+                percent=True,
+                note=f"Measured on {cell.settings.curve_questions} held-out questions, others than those of the "
+                "table.",
+            ),
+            LineChart(
+                "Training loss",
+                "updates",
+                "loss",
+                losses,
+                note="The four losses are different functions: compare their shapes, not their heights.",
+            ),
+        ],
+    )
+
+
+def _constraint(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
+    return Section(
+        title=f"{cell.task.name}: the constraint",
+        text=[
+            "PbKD weighs the preferences by λ, the multiplier of its constraint. By default λ is fixed. The "
+            "violation says how far the student still is from explaining the preferences: their mean negative "
+            "log-likelihood in nats per pair, above its target (0 unless one was set). A student that tells nothing "
+            "apart has ln 2 ≈ 0.69 on a pair with a winner and 0 on a tie; from there it should fall.",
+        ],
+        charts=[
+            LineChart(
+                "λ and the violation of the constraint",
+                "updates",
+                "λ; nats per pair",
+                [
+                    Series("violation", _logged(seeds, "pbkd", "pbkd/violation"), 2),
+                    Series("λ", _logged(seeds, "pbkd", "pbkd/dual"), 0),
+                ],
+            )
+        ],
+    )
+
+
+def _samples(cell: Cell, results: dict[str, Any]) -> Section:
+    questions = cell.task.questions("test", 10, cell.seed)
+    samples = [
+        Sample(
+            question.prompt,
+            question.answer,
+            [
+                Answer(name, text := results[key]["answers"][number], cell.task.verify(question, text))
+                for key, name in NAMES.items()
+            ],
+        )
+        for number, question in enumerate(questions[: len(results["teacher"]["answers"])])
+    ]
+    return Section(
+        title=f"{cell.task.name}: {len(samples)} questions, and what each model said",
+        text=[
+            f"The first {len(samples)} of the unseen questions, not picked; one sampled answer each (seed "
+            f"{cell.seed})."
+        ],
+        samples=samples,
+    )
+
+
+def _logged(seeds: list[dict[str, Any]], key: str, metric: str) -> list[Point]:
+    """A metric over the steps, averaged over the seeds."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for seed in seeds:
+        for entry in seed[key]["log"]:
+            if metric in entry:
+                values[entry["step"]].append(float(entry[metric]))
+    return [(float(step), mean(found)) for step, found in sorted(values.items()) if all(map(math.isfinite, found))]
+
+
+def _settings(cells: list[Cell], seeds: int) -> Section:
+    settings = cells[0].settings
+    rows = [[name.replace("_", " "), str(value)] for name, value in vars(settings).items()]
+    rows += [["seeds", ", ".join(str(number) for number in range(seeds))]]
+    return Section(
+        title="Settings, versions and hardware",
+        text=[
+            "Everything that is not listed is the default of its trainer; PbKD ran with the defaults of PbKDConfig."
+        ],
+        tables=[
+            Table(["setting", "value"], rows, caption="Settings", words=True),
+            Table(["what", "value"], list(environment().items()), caption="Versions and hardware", words=True),
+        ],
+        folded=True,
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware of this machine."""
+    packages = ("trl", "transformers", "torch", "datasets", "accelerate")
+    return {
+        "trl-kd": __version__,
+        **{name: version(name) for name in packages},
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
