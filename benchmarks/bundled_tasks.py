@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from trl_kd.scripts.demo import NAMES
-from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo import NAMES as DEMO_NAMES
+from trl_kd.scripts.demo_experiment import METHODS, Cell, DemoSettings, fingerprint
 from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, write_json
@@ -26,6 +26,8 @@ from trl_kd.tasks import TASKS
 
 
 Rows = list[dict[str, Any]]
+# Beside the demo's methods: PbKD that imitates the teacher where the verifier calls both answers wrong, too
+NAMES = {**DEMO_NAMES, "pbkd_all": "PbKD, wrong ties too"}
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
             check_settings(folder, fingerprint(task, settings))
             started = time.monotonic()
             print(f"\n{task.name}, seed {seed}")
-            results = Cell(task, seed, settings, folder / f"seed{seed}", BarCallback).run()
+            results = Cell(task, seed, settings, folder / f"seed{seed}", BarCallback).run([*METHODS, "pbkd_all"])
             print(f"  {time.monotonic() - started:.0f} s")
             rows += [row(task.name, seed, method, results) for method in NAMES]
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
             "lead": {
                 "over the better of SeqKD and DPO": lead(sampled, task, ("seqkd", "dpo")),
                 "over DPO + sft": lead(sampled, task, ("dpo_sft",)),
+                "over PbKD that imitates wrong ties too": lead(sampled, task, ("pbkd_all",)),
             },
         }
         for task in [*tasks, "mean of tasks"]

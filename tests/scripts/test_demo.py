@@ -101,8 +101,14 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished):
     assert 0 < counts["strict"] < TINY.prompts
 
     seqkd = demo_experiment._recipe("seqkd", rows)[2]
-    teacher = [row[row["teacher_side"]] for row in rows]
+    teacher = [row[row["teacher_side"] or "chosen"] for row in rows]
     assert list(seqkd["completion"]) == teacher
+    wrong = [row for row in rows if row["teacher_side"] is None]
+    assert wrong  # both answers were
+    assert all(row["preference"] != 1 for row in wrong)
+    assert list(demo_experiment._recipe("pbkd_all", rows)[2]["teacher_side"]) == [
+        row["teacher_side"] or "chosen" for row in rows
+    ]
     pbkd = demo_experiment._recipe("pbkd", rows)
     assert list(pbkd[2]) == rows
     assert pbkd[3] == {}

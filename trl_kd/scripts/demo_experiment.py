@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -106,14 +106,14 @@ class Cell:
         self.folder = folder
         self.make_bar = make_bar
 
-    def run(self) -> dict[str, Any]:
+    def run(self, methods: Iterable[str] = METHODS) -> dict[str, Any]:
         """Runs what is missing, and returns the results of every stage by its name."""
         results = {
             "teacher": stage(self.folder / "teacher", self._teacher),
             "start": stage(self.folder / "start", self._start),
             "pairs": stage(self.folder / "pairs", self._pairs),
         }
-        for method in METHODS:
+        for method in methods:
             results[method] = stage(self.folder / method, partial(self._distil, method))
         return results
 
@@ -166,8 +166,11 @@ class Cell:
             pair_row(q.prompt, teacher, student, self._preference(q, teacher, student))
             for q, teacher, student in zip(questions, *answers, strict=True)
         ]
-        (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         counts = count_pairs(rows)
+        for row, question, teacher, student in zip(rows, questions, *answers, strict=True):
+            if not self.task.verify(question, teacher) and not self.task.verify(question, student):
+                row["teacher_side"] = None  # the verifier says so: nobody to imitate here
+        (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         if counts.strict == 0:
             raise InputError(
                 f"task {self.task.name!r}, seed {self.seed}: none of {len(rows)} pairs has a winner, so there is "
@@ -198,7 +201,7 @@ class Cell:
             ),
             train_dataset=data,
             processing_class=tokenizer,
-            callbacks=self._callbacks(f"{METHODS[method]} on {self.task.name}", tokenizer),
+            callbacks=self._callbacks(f"{METHODS.get(method, method)} on {self.task.name}", tokenizer),
         )
         return self._train_and_test(trainer, folder)
 
@@ -309,11 +312,12 @@ def load(folder: Path):
 
 def _recipe(method: str, rows: list[dict[str, Any]]) -> tuple[Any, Any, Dataset, dict[str, Any]]:
     """Trainer, its configuration's class, its data and its own settings."""
+    everyone = [{**row, "teacher_side": row["teacher_side"] or "chosen"} for row in rows]  # `pair_row` makes it so
     if method == "seqkd":
-        texts = [{"prompt": row["prompt"], "completion": row[row["teacher_side"]]} for row in rows]
+        texts = [{"prompt": row["prompt"], "completion": row[row["teacher_side"]]} for row in everyone]
         return SFTTrainer, SFTConfig, Dataset.from_list(texts), {}
-    if method == "pbkd":
-        return PbKDTrainer, PbKDConfig, Dataset.from_list(rows), {}
+    if method in ("pbkd", "pbkd_all"):
+        return PbKDTrainer, PbKDConfig, Dataset.from_list(rows if method == "pbkd" else everyone), {}
     strict = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows if row["preference"] == 1]
     extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]} if method == "dpo_sft" else {}
     return DPOTrainer, DPOConfig, Dataset.from_list(strict), extra
