@@ -93,7 +93,7 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
             f"teacher in {wins:.0%} of the pairs with a known preference, a tie counting half), "
             f"{average['ties']:.0f} a tie, since both were wrong or both right in different words, and "
             f"{average['unknown']:.0f} twice the same answer. DPO can use the pairs with a winner only; PbKD uses "
-            "all.",
+            "all, and imitates nobody where the verifier calls both answers wrong.",
             "Sampled means drawn from the model's own distribution, which is what a student is in use; greedy means "
             "the most likely token each time, which hides how unsure a model is.",
         ],
