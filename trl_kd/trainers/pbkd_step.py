@@ -1,7 +1,8 @@
 """What one optimizer step of `PbKDTrainer` needs beside TRL's loss: counts over its global batch, and one forward kept."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -103,3 +104,41 @@ class CapturingForward:
             output = type(output)(**{**output, "log_probs": log_probs})
         self.output = output
         return output
+
+
+@torch.no_grad()
+def null_rows_total(
+    mean_loss: Callable[[Callable[..., Any], dict[str, torch.Tensor]], torch.Tensor],
+    output: Any,
+    inputs: dict[str, torch.Tensor],
+    known_B: torch.Tensor,
+) -> torch.Tensor:
+    """
+    What the rows without a known preference add to a loss that is a mean over rows, without its formula.
+
+    The mean is taken again, from the same forward, with every known row replaced by one and the same row r:
+    B·mean = Σ_null f + n_known·f(r), and once more with all rows replaced by r, which gives f(r).
+
+    Args:
+        mean_loss (`Callable`):
+            TRL's loss of a forward and a batch.
+        output, inputs:
+            What the student returned for the batch, and the batch, with the reference's log-probabilities.
+        known_B (`torch.Tensor` of shape `[B]`):
+            Whether the preference is known.
+
+    Returns:
+        `torch.Tensor`, a scalar: Σ f over the rows with an unknown preference.
+    """
+    rows_B = torch.arange(len(known_B), device=known_B.device)
+    r = (~known_B).int().argmax()
+
+    def replay(rows_B: torch.Tensor) -> torch.Tensor:
+        rows_2B = torch.cat([rows_B, rows_B + len(rows_B)])
+        by_row = {name: value[rows_2B] for name, value in output.items() if value.dim() > 0}
+        replayed = SimpleNamespace(**by_row, aux_loss=torch.zeros((), device=rows_B.device))
+        batch = {name: inputs[name][rows_2B] for name in ("input_ids", "attention_mask", "completion_mask")}
+        batch |= {name: inputs[name][rows_B] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        return mean_loss(lambda **_: replayed, batch)
+
+    return len(rows_B) * replay(torch.where(known_B, r, rows_B)) - known_B.sum() * replay(r.expand_as(rows_B))

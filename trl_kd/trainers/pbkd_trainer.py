@@ -9,7 +9,6 @@ import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from trl_kd.trainers.pbkd_data import (
     prepare_rows,
     tokenize_rows,
 )
-from trl_kd.trainers.pbkd_step import CapturingForward, Window
+from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -321,30 +320,10 @@ optimizers, quantization_config, peft_config:
         return window.mean(loss * len(known_B) - null_total, window.known)
 
     def _null_total(self, forward, inputs, known_B) -> torch.Tensor:
-        """
-        What the rows without a known preference add to any of TRL's losses that is a mean over rows, without its formula.
-
-        TRL's mean is taken again, from the same forward, with every known row replaced by one and the same row r:
-        B·mean = Σ_null f + n_known·f(r), and once more with all rows replaced by r, which gives f(r).
-        """
-        rows = torch.arange(len(known_B), device=known_B.device)
-        r = (~known_B).int().argmax()
-
-        def mean(rows_B: torch.Tensor) -> torch.Tensor:
-            rows_2B = torch.cat([rows_B, rows_B + len(rows_B)])
-            by_row = {k: v[rows_2B] for k, v in forward.output.items() if v.dim() > 0}
-            output = SimpleNamespace(**by_row, aux_loss=torch.zeros((), device=rows.device))
-            replayed = {
-                k: v[rows_2B] for k, v in inputs.items() if k in ("input_ids", "attention_mask", "completion_mask")
-            }
-            replayed |= {k: inputs[k][rows_B] for k in ("ref_chosen_logps", "ref_rejected_logps")}
-            return self._trl_loss(lambda **_: output, replayed)[0]
-
         metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in metrics}
+        self._metrics = {mode: defaultdict(list) for mode in metrics}  # a replay is no step
         try:
-            with torch.no_grad():
-                return len(rows) * mean(torch.where(known_B, r, rows)) - known_B.sum() * mean(r.expand_as(rows))
+            return null_rows_total(lambda *replayed: self._trl_loss(*replayed)[0], forward.output, inputs, known_B)
         finally:
             self._metrics, self._total_train_tokens = metrics, tokens
 
