@@ -108,6 +108,4 @@ def test_what_images_cannot_have_is_refused(columns, options, llava_dir, teacher
     if options:
         options = {**options, "teacher_model_name_or_path": teacher_dir}
     with pytest.raises(ValueError, match="The train dataset has images"):
-        PbKDTrainer(
-            model=llava_dir, args=PbKDConfig(**settings, **options), train_dataset=dataset(pairs, **columns)
-        )
+        PbKDTrainer(model=llava_dir, args=PbKDConfig(**settings, **options), train_dataset=dataset(pairs, **columns))
