@@ -1,4 +1,4 @@
-"""reasoning-gym is an extra: with it its generators and scorers make a task, without it one sentence says what to install."""
+"""With the extra, reasoning-gym's generators and scorers make a task; without it one sentence says what to install."""
 
 import sys
 
