@@ -1,5 +1,6 @@
 """Tiny models and pairs, made on the spot: no test reaches the network."""
 
+import logging
 import os
 
 
@@ -105,3 +106,10 @@ def settings(tmp_path) -> dict:
         "save_strategy": "no",
         "dataloader_pin_memory": False,
     }
+
+
+@pytest.fixture(autouse=True)
+def audible_libraries():
+    """The demo silences its libraries for the whole process; a test that reads their messages must not depend on it."""
+    for name in ("trl", "trl_kd", "accelerate"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
