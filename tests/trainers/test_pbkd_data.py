@@ -32,6 +32,23 @@ BAD_ROWS = {
         "lacks the column 'rejected'",
     ),
     "null response": (lambda rows: [*rows[:2], {**rows[2], "chosen": None}], "Row 2 .*`chosen` is null"),
+    "null prompt": (lambda rows: [*rows[:2], {**rows[2], "prompt": None}], "Row 2 .*`prompt` is null"),
+    "numbers for text": (
+        lambda rows: [{**r, "chosen": 1, "rejected": 2} for r in rows],
+        "`chosen` is '1'; it must be text",
+    ),
+    "no messages": (
+        lambda rows: [{**r, "chosen": [], "rejected": []} for r in rows],
+        r"`chosen` is '\[\]'; it must be",
+    ),
+    "text and messages": (
+        lambda rows: [{**r, "prompt": [{"role": "user", "content": "x"}]} for r in rows],
+        "prompt and chosen and rejected must be all text or all messages",
+    ),
+    "nothing to learn": (
+        lambda rows: [{**r, "preference": None, "teacher_side": None} for r in rows],
+        "train dataset teaches nothing",
+    ),
     "preference above 1": (lambda rows: [{**r, "preference": 1.2} for r in rows], r"`preference` is 1.2.*\[0, 1\]"),
     "preference below 0": (lambda rows: [{**r, "preference": -0.1} for r in rows], "`preference` is -0.1"),
     "preference text": (lambda rows: [{**r, "preference": "high"} for r in rows], "`preference` is 'high'"),
@@ -242,6 +259,8 @@ def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, 
     ("options", "message"),
     [
         ({"imitation": "token"}, "give `teacher_model_name_or_path`"),
+        ({"loss_type": "sigmiod"}, "`loss_type` is 'sigmiod': use one of aot"),
+        ({"learning_rate": -1.0}, "`learning_rate` is -1.0"),
         ({"imitation": "tokens"}, "use 'sequence' or 'token'"),
         ({"imitation_weight": -1.0}, "`imitation_weight` is -1.0"),
         ({"imitation_weight": math.nan}, "`imitation_weight` is nan"),
@@ -263,7 +282,7 @@ def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, 
 )
 def test_bad_settings(options, message, tiny_dir, pairs, settings, no_weights):
     with pytest.raises(ValueError, match=message):
-        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **options), train_dataset=Dataset.from_list(pairs))
+        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**{**settings, **options}), train_dataset=Dataset.from_list(pairs))
 
 
 @pytest.mark.parametrize(("text", "value"), [("theory", "theory"), ("0.02", 0.02), ("1e-3", 1e-3), (None, 0.0)])

@@ -213,6 +213,28 @@ def test_model_card(tiny_dir, teacher_dir, rows, settings):
     assert "None" not in card.text.split("## Distillation")[0]
 
 
+def test_model_card_shows_the_last_evaluation_of_every_set(tiny_dir, pairs, settings):
+    sets = {name: Dataset.from_list(pairs[:2]) for name in ("easy", "hard")}
+    trainer = PbKDTrainer(
+        model=tiny_dir,
+        args=PbKDConfig(**settings, eval_strategy="steps", eval_steps=1),
+        train_dataset=Dataset.from_list(pairs),
+        eval_dataset=sets,
+    )
+    trainer.train()
+    trainer.create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text()
+    for name in sets:
+        last = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry][-1]
+        assert f"| eval_{name}_loss | {last[f'eval_{name}_loss']:.6g} |" in card
+
+
+def test_an_empty_evaluation_set_is_refused_by_a_sentence(tiny_dir, pairs, settings):
+    trainer = make(tiny_dir, pairs, settings)
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        trainer.evaluate(Dataset.from_list(pairs).select([]))
+
+
 def test_the_saved_student_loads(tiny_dir, rows, settings):
     trainer = make(tiny_dir, rows, settings)
     trainer.train()

@@ -25,6 +25,12 @@ def check_arguments(script_args: TrainingScriptArguments, training_args: Any, mo
         raise InputError(
             f"`dataset_name` is {script_args.dataset_name!r}, and `datasets` is set too: drop one of them."
         )
+    if training_args.per_device_train_batch_size < 1:
+        raise InputError(
+            f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."
+        )
+    if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
+        raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
     _check_quantization(model_args)
     check_output_dir(training_args.output_dir)
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)

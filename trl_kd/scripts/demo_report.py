@@ -22,7 +22,7 @@ LEARNS_FROM = {
     "seqkd": "all teacher answers",
     "dpo": "pairs with a winner",
     "dpo_sft": "pairs with a winner, and their better answer",
-    "pbkd": "all teacher answers, under the constraint that pairs are explained",
+    "pbkd": "all rows: teacher answers that were not both wrong, under the constraint that pairs are explained",
 }
 
 COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "start": 4}

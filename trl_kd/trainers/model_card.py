@@ -80,10 +80,9 @@ def _sections(trainer: "PbKDTrainer") -> list[str]:
 
 
 def _last_evaluation(trainer: "PbKDTrainer") -> dict[str, Any]:
-    for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry:
-            return {name: value for name, value in entry.items() if name.startswith("eval_")}
-    return {}
+    entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
+    last = [entry for entry in entries if entry["step"] == entries[-1]["step"]]  # one entry for each evaluation set
+    return {name: value for entry in last for name, value in entry.items() if name.startswith("eval_")}
 
 
 def _cell(value: Any) -> str:

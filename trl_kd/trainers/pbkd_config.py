@@ -9,6 +9,13 @@ from trl import DPOConfig
 from trl_kd._trl import get_config_model_id
 
 
+# TRL refuses another one in the middle of the first step
+_LOSS_TYPES = {
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+}
+
+
 @dataclass
 class PbKDConfig(DPOConfig):
     r"""
@@ -127,7 +134,7 @@ class PbKDConfig(DPOConfig):
     def _check_ranges(self) -> None:
         if self.imitation not in ("sequence", "token"):
             raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
-        for name in ("imitation_weight", "dual_init", "dual_learning_rate"):
+        for name in ("imitation_weight", "dual_init", "dual_learning_rate", "learning_rate"):
             _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
         for name in ("dual_max", "confidence_constant"):
             _check(name, getattr(self, name), lambda value: value > 0, "above 0")
@@ -144,6 +151,9 @@ class PbKDConfig(DPOConfig):
             )
 
     def _check_combinations(self) -> None:
+        unknown = sorted(set(self.loss_type) - _LOSS_TYPES)
+        if unknown:
+            raise ValueError(f"`loss_type` is {unknown[0]!r}: use one of {', '.join(sorted(_LOSS_TYPES))}.")
         if self.dual_learning_rate > 0:
             if self.loss_type != ["sigmoid"] or self.f_divergence_type != "reverse_kl":
                 raise ValueError(

@@ -10,6 +10,7 @@ Beside TRL's `prompt` (optional), `chosen` and `rejected`, a row may have
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,11 @@ def prepare_rows(
     if isinstance(dataset, Dataset):
         counts = reader.count(dataset)
         check_labels(args, soft=counts.soft > 0, null=counts.null > 0, name=name)
+        if not counts.known and not counts.teacher:
+            raise ValueError(
+                f"The {name} dataset teaches nothing: no row has a known `preference` or a text of the teacher's. Say who "
+                "wrote what in `teacher_side`, or what is preferred in `preference`."
+            )
         if counts.empty:
             logger.warning(
                 f"{counts.empty} rows of the {name} dataset have an empty response, which trains the end token alone."
@@ -90,7 +96,7 @@ def prepare_rows(
         reader.read(first, 0)
     if reader.third:
         dataset = reader.expand_all(dataset)
-    elif counts is None and reader.labelled:
+    elif counts is None:
         dataset = dataset.map(reader.label, with_indices=True)  # nothing but the check of each row
     return dataset, counts
 
@@ -122,15 +128,18 @@ class _RowReader:
         self.name = name
         self.third = "teacher" in columns
         self.has_side = "teacher_side" in columns
-        self.labelled = bool(columns & {*LABEL_COLUMNS, "teacher"})
         self.implicit_prompt = implicit_prompt
 
     def read(self, row: dict[str, Any], index: int) -> tuple[float | None, str | None, Any]:
         """Returns the preference, the teacher's side, and the teacher's text where it is neither chosen nor rejected."""
         where = f"Row {index} of the {self.name} dataset"
-        for column in ("chosen", "rejected"):
+        texts = ("chosen", "rejected") if self.implicit_prompt else ("prompt", "chosen", "rejected")
+        for column in texts:
             if row[column] is None:
-                raise ValueError(f"{where}: `{column}` is null. Give a response, or drop the row.")
+                raise ValueError(f"{where}: `{column}` is null. Give a text, or drop the row.")
+            _check_text(row[column], f"{where}: `{column}`")
+        if len({isinstance(row[column], str) for column in texts}) > 1:
+            raise ValueError(f"{where}: {' and '.join(texts)} must be all text or all messages.")
         if (
             self.implicit_prompt
             and isinstance(row["chosen"], str)
@@ -164,19 +173,21 @@ class _RowReader:
     def _preference(self, value: Any, where: str) -> float | None:
         if value is None:
             return None
-        if isinstance(value, (int, float)):
-            if math.isnan(value):
+        if isinstance(value, Real):
+            number = float(value)
+            if math.isnan(number):
                 return None
-            if 0 <= value <= 1:
-                return float(value)
+            if 0 <= number <= 1:
+                return number
         raise ValueError(
             f"{where}: `preference` is {value!r}; it is P(chosen ≻ rejected), a number in [0, 1], or null where unknown."
         )
 
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
-        columns = [c for c in dataset.column_names if c in {"chosen", "rejected", "teacher", *LABEL_COLUMNS}]
-        for index, row in enumerate(dataset.select_columns(columns)):
+        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS}
+        dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
+        for index, row in enumerate(dataset.with_format(None)):
             preference, side, text = self.read(row, index)
             counts.rows += 1 + (text is not None)
             counts.known += preference is not None
@@ -213,6 +224,13 @@ class _RowReader:
                 third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
                 expanded.append({**row, **third})
         return {column: [row[column] for row in expanded] for column in expanded[0]}
+
+
+def _check_text(value: Any, where: str) -> None:
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise ValueError(f"{where} is {str(value)[:60]!r}; it must be text or a list of messages with a role each.")
 
 
 def _is_empty(response: Any) -> bool:

@@ -125,6 +125,8 @@ optimizers, quantization_config, peft_config:
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self._window: Window | None = None
+        if teacher_model is not None and teacher_model is model:
+            raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
@@ -179,7 +181,7 @@ optimizers, quantization_config, peft_config:
         return tokenize_rows(dataset, processing_class, args, name)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if "prompt_ids" in next(iter(dataset)):  # prepared in `__init__`, and asked for again by `DPOTrainer`
+        if "prompt_ids" in next(iter(dataset), {}):  # prepared in `__init__`, and asked for again by `DPOTrainer`
             return dataset
         return self._tokenize_rows(self._read_rows(dataset, args, dataset_name), processing_class, args, dataset_name)
 
