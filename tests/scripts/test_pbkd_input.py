@@ -240,6 +240,7 @@ def test_a_model_that_is_not_there(trl_kd, base, tmp_path, more):
 def test_a_teacher_that_is_not_there_or_speaks_another_language(trl_kd, base, tmp_path, more):
     words = [*base, *more, "--imitation", "token", "--teacher_model_name_or_path"]
     assert "`teacher_model_name_or_path` is './nowhere': no such folder" in trl_kd(*words, "./nowhere").error
+    assert "`model_name_or_path`" not in trl_kd(*words, "owner/nowhere").error  # the student is fine
     swapped = make_tokenizer(CHARACTERS[1] + CHARACTERS[0] + CHARACTERS[2:])
     teacher = save_tiny(tmp_path / "other", swapped)
     error = trl_kd(*words, teacher).error

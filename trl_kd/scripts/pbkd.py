@@ -141,8 +141,11 @@ def _explained(error: Exception, training_args: PbKDConfig, model_args: ModelCon
             check_model_source(field, name)
     if not isinstance(error, OSError):
         return error
-    named = [field for field, name in models.items() if name is not None and name in str(error)]
-    field = named[0] if named else "model_name_or_path"
+    given = [field for field, name in models.items() if name is not None]
+    named = [field for field in given if str(models[field]) in str(error)]
+    if not named and (len(given) > 1 or training_args.push_to_hub):  # better no field than a wrong one
+        return error
+    field = (named or given)[0]
     return model_error(field, str(models[field]), error)
 
 
