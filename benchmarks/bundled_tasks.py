@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from trl_kd.scripts.demo import NAMES as DEMO_NAMES
-from trl_kd.scripts.demo_experiment import METHODS, Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo_experiment import METHODS, VERIFIED, Cell, DemoSettings, fingerprint
 from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, write_json
@@ -26,8 +26,7 @@ from trl_kd.tasks import TASKS
 
 
 Rows = list[dict[str, Any]]
-# Beside the demo's methods: PbKD that imitates the teacher where the verifier calls both answers wrong, too
-NAMES = {**DEMO_NAMES, "pbkd_all": "PbKD, wrong ties too"}
+NAMES = {**DEMO_NAMES, **VERIFIED}
 
 
 def main() -> None:
@@ -41,7 +40,7 @@ def main() -> None:
             check_settings(folder, fingerprint(task, settings))
             started = time.monotonic()
             print(f"\n{task.name}, seed {seed}")
-            results = Cell(task, seed, settings, folder / f"seed{seed}", BarCallback).run([*METHODS, "pbkd_all"])
+            results = Cell(task, seed, settings, folder / f"seed{seed}", BarCallback).run([*METHODS, *VERIFIED])
             print(f"  {time.monotonic() - started:.0f} s")
             rows += [row(task.name, seed, method, results) for method in NAMES]
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +92,10 @@ def summarise(rows: Rows) -> dict[str, Any]:
             "sampled": {method: spread(sampled[task, method]) for method in NAMES},
             "greedy": {method: spread(greedy[task, method]) for method in NAMES},
             "lead": {
-                "over the better of SeqKD and DPO": lead(sampled, task, ("seqkd", "dpo")),
-                "over DPO + sft": lead(sampled, task, ("dpo_sft",)),
-                "over PbKD that imitates wrong ties too": lead(sampled, task, ("pbkd_all",)),
+                "PbKD over the better of SeqKD and DPO": lead(sampled, task, "pbkd", ("seqkd", "dpo")),
+                "PbKD over DPO + sft": lead(sampled, task, "pbkd", ("dpo_sft",)),
+                "PbKD over SeqKD, both on verified answers": lead(sampled, task, "pbkd_verified", ("seqkd_verified",)),
+                "PbKD on verified answers over DPO + sft": lead(sampled, task, "pbkd_verified", ("dpo_sft",)),
             },
         }
         for task in [*tasks, "mean of tasks"]
@@ -108,10 +108,10 @@ def spread(values: dict[int, float]) -> list[float]:
     return [round(mean(found), 4), round(stdev(found), 4) if len(found) > 1 else 0.0]
 
 
-def lead(sampled, task: str, rivals: tuple[str, ...]) -> list[float]:
-    """Mean and standard deviation over seeds of PbKD's lead over the rival that is better on average."""
+def lead(sampled, task: str, method: str, rivals: tuple[str, ...]) -> list[float]:
+    """Mean and standard deviation over seeds of a method's lead over the rival that is better on average."""
     rival = max(rivals, key=lambda name: mean(sampled[task, name].values()))
-    return spread({seed: value - sampled[task, rival][seed] for seed, value in sampled[task, "pbkd"].items()})
+    return spread({seed: value - sampled[task, rival][seed] for seed, value in sampled[task, method].items()})
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -119,9 +119,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"\n{task}: sampled and greedy exact match, mean ± standard deviation over seeds")
         for method, name in NAMES.items():
             columns = [found[measure][method] for measure in ("sampled", "greedy")]
-            print(f"  {name:<16}" + "".join(f"{100 * m:8.1f} ± {100 * s:.1f}" for m, s in columns))
+            print(f"  {name:<24}" + "".join(f"{100 * m:8.1f} ± {100 * s:.1f}" for m, s in columns))
         for rival, (m, s) in found["lead"].items():
-            print(f"  PbKD {rival}: {100 * m:+.1f} ± {100 * s:.1f} points")
+            print(f"  {rival}: {100 * m:+.1f} ± {100 * s:.1f} points")
 
 
 def _arguments() -> argparse.Namespace:

@@ -101,17 +101,18 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished):
     assert 0 < counts["strict"] < TINY.prompts
 
     seqkd = demo_experiment._recipe("seqkd", rows)[2]
-    teacher = [row[row["teacher_side"] or "chosen"] for row in rows]
-    assert list(seqkd["completion"]) == teacher
-    wrong = [row for row in rows if row["teacher_side"] is None]
-    assert wrong  # both answers were
-    assert all(row["preference"] != 1 for row in wrong)
-    assert list(demo_experiment._recipe("pbkd_all", rows)[2]["teacher_side"]) == [
-        row["teacher_side"] or "chosen" for row in rows
-    ]
+    assert list(seqkd["completion"]) == [row[row["teacher_side"]] for row in rows]
     pbkd = demo_experiment._recipe("pbkd", rows)
-    assert list(pbkd[2]) == rows
+    assert pbkd[2].to_list() == [
+        {name: row[name] for name in ("prompt", "chosen", "rejected", "preference", "teacher_side")} for row in rows
+    ]
     assert pbkd[3] == {}
+    right = [row[f"score_{row['teacher_side']}"] == 1 for row in rows]
+    assert 0 < sum(right) < len(rows)
+    assert len(demo_experiment._recipe("seqkd_verified", rows)[2]) == sum(right)
+    verified = demo_experiment._recipe("pbkd_verified", rows)[2].to_list()
+    assert [row["teacher_side"] is not None for row in verified] == right
+    assert [row["preference"] for row in verified] == [row["preference"] for row in rows]
     for method, extra in (("dpo", {}), ("dpo_sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]})):
         recipe = demo_experiment._recipe(method, rows)
         assert len(recipe[2]) == counts["strict"]

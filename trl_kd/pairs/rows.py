@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-
-Text = str | list[dict[str, Any]]
-"""Plain text, or a list of messages."""
+from trl_kd.sampling import Text
 
 
 def pair_row(prompt: Text, teacher: Text, student: Text, preference: float | None) -> dict[str, Any]:

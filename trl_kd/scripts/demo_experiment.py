@@ -36,6 +36,12 @@ METHODS = {
 }
 """The four ways to distil, and their names for readers."""
 
+VERIFIED = {
+    "seqkd_verified": "SeqKD, verified answers",
+    "pbkd_verified": "PbKD, verified answers",
+}
+"""Two of them again, imitating only those of the teacher's answers that the verifier calls right."""
+
 SAVE_STEPS = 200
 """Steps between two checkpoints, from which a stage that was cut off goes on."""
 
@@ -166,10 +172,9 @@ class Cell:
             pair_row(q.prompt, teacher, student, self._preference(q, teacher, student))
             for q, teacher, student in zip(questions, *answers, strict=True)
         ]
+        for row, question in zip(rows, questions, strict=True):
+            row |= {f"score_{side}": float(self.task.verify(question, row[side])) for side in ("chosen", "rejected")}
         counts = count_pairs(rows)
-        for row, question, teacher, student in zip(rows, questions, *answers, strict=True):
-            if not self.task.verify(question, teacher) and not self.task.verify(question, student):
-                row["teacher_side"] = None  # the verifier says so: nobody to imitate here
         (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         if counts.strict == 0:
             raise InputError(
@@ -201,7 +206,7 @@ class Cell:
             ),
             train_dataset=data,
             processing_class=tokenizer,
-            callbacks=self._callbacks(f"{METHODS.get(method, method)} on {self.task.name}", tokenizer),
+            callbacks=self._callbacks(f"{(METHODS | VERIFIED)[method]} on {self.task.name}", tokenizer),
         )
         return self._train_and_test(trainer, folder)
 
@@ -312,12 +317,19 @@ def load(folder: Path):
 
 def _recipe(method: str, rows: list[dict[str, Any]]) -> tuple[Any, Any, Dataset, dict[str, Any]]:
     """Trainer, its configuration's class, its data and its own settings."""
-    everyone = [{**row, "teacher_side": row["teacher_side"] or "chosen"} for row in rows]  # `pair_row` makes it so
-    if method == "seqkd":
-        texts = [{"prompt": row["prompt"], "completion": row[row["teacher_side"]]} for row in everyone]
+    verified = method in VERIFIED
+    sides = [row["teacher_side"] if not verified or row[f"score_{row['teacher_side']}"] == 1 else None for row in rows]
+    if method in ("seqkd", "seqkd_verified"):
+        texts = [
+            {"prompt": row["prompt"], "completion": row[side]} for row, side in zip(rows, sides, strict=True) if side
+        ]
         return SFTTrainer, SFTConfig, Dataset.from_list(texts), {}
-    if method in ("pbkd", "pbkd_all"):
-        return PbKDTrainer, PbKDConfig, Dataset.from_list(rows if method == "pbkd" else everyone), {}
+    if method in ("pbkd", "pbkd_verified"):
+        names = ("prompt", "chosen", "rejected", "preference")
+        pairs = [
+            {name: row[name] for name in names} | {"teacher_side": side} for row, side in zip(rows, sides, strict=True)
+        ]
+        return PbKDTrainer, PbKDConfig, Dataset.from_list(pairs), {}
     strict = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows if row["preference"] == 1]
     extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]} if method == "dpo_sft" else {}
     return DPOTrainer, DPOConfig, Dataset.from_list(strict), extra

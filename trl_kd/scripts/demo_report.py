@@ -22,7 +22,7 @@ LEARNS_FROM = {
     "seqkd": "all teacher answers",
     "dpo": "pairs with a winner",
     "dpo_sft": "pairs with a winner, and their better answer",
-    "pbkd": "all rows: teacher answers that were not both wrong, under the constraint that pairs are explained",
+    "pbkd": "all teacher answers, under the constraint that the preferences are explained",
 }
 
 COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "start": 4}
@@ -92,8 +92,7 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
             f"Of {average['total']:.0f} questions answered by both, {average['strict']:.0f} gave a winner (the "
             f"teacher in {wins:.0%} of the pairs with a known preference, a tie counting half), "
             f"{average['ties']:.0f} a tie, since both were wrong or both right in different words, and "
-            f"{average['unknown']:.0f} twice the same answer. DPO can use the pairs with a winner only; PbKD uses "
-            "all, and imitates nobody where the verifier calls both answers wrong.",
+            f"{average['unknown']:.0f} twice the same answer. DPO can use the pairs with a winner only, PbKD all.",
             "Sampled means drawn from the model's own distribution, which is what a student is in use; greedy means "
             "the most likely token each time, which hides how unsure a model is.",
         ],

@@ -1,0 +1,77 @@
+"""What a preference function is: P(first ≻ second), batched, or null where nothing is known."""
+
+import math
+from typing import Any, Protocol
+
+from trl_kd.sampling import Text
+
+
+class Preference(Protocol):
+    """
+    P(first ≻ second) for each of a batch of comparisons. Any callable of this signature is one.
+
+    Args:
+        prompts (`list[str]` or `list[list[dict]]`):
+            Prompts, plain text or messages.
+        first, second (`list[str]` or `list[list[dict]]`):
+            The two responses to each, in the format of the prompts.
+        **columns (`list`):
+            The rows' own columns, as TRL gives them to reward functions; and `first_source` and `second_source`, each
+            `"teacher"` or `"student"`.
+
+    Returns:
+        `list[float | None]`: P(first ≻ second) in [0, 1]: ½ for a tie, `None` where nothing is known.
+
+    A preference function may have a method `describe() -> dict`, everything that its labels depend on, as JSON and without
+    secrets; otherwise its qualified name says who it is.
+    """
+
+    def __call__(
+        self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
+    ) -> list[float | None]: ...
+
+
+class ScoredPreference:
+    """
+    A preference that comes from a score of each response by itself, so that no response is scored twice.
+
+    Subclasses have `score(prompts, completions, **columns) -> list[float | None]`.
+
+    Args:
+        scale (`float`, *optional*):
+            Above 0. P = σ((first − second) / scale), Bradley–Terry. By default the higher score wins outright, and equal
+            scores are a tie.
+    """
+
+    def __init__(self, scale: float | None = None):
+        if scale is not None and not scale > 0:
+            raise ValueError(f"`scale` is {scale!r}: it must be above 0, or None for hard labels.")
+        self.scale = scale
+
+    def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+        """The score of each completion, higher is better; `None` where there is none."""
+        raise NotImplementedError
+
+    def prefer(self, first: float | None, second: float | None) -> float | None:
+        """P(first ≻ second) from two scores; `None` if one is missing."""
+        if first is None or second is None or math.isnan(first) or math.isnan(second):
+            return None
+        if first == second:
+            return 0.5
+        if self.scale is None:
+            return float(first > second)
+        difference = (first - second) / self.scale
+        # Either form is exact where the other overflows, and P(a, b) + P(b, a) = 1 to the last bit but one
+        return 1 / (1 + math.exp(-difference)) if difference > -700 else 0.0
+
+    def __call__(
+        self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
+    ) -> list[float | None]:
+        scores = [self.score(prompts, completions, **columns) for completions in (first, second)]
+        return [self.prefer(a, b) for a, b in zip(*scores, strict=True)]
+
+
+def function_name(function: Any) -> str:
+    """Who a function or an object is, for a record: `module.qualname`."""
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
