@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import trl_kd
-from trl_kd import _trl
+from trl_kd import PbKDTrainer, _trl
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints
 
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,15 @@ def test_a_private_name_that_is_gone_is_one_clear_sentence():
         _trl.require("trl.models", "no_such_name")
     with pytest.raises(ImportError, match="is gone"):
         _trl.require("trl.no_such_module", "name")
+    with pytest.raises(ImportError, match="DPOTrainer.no_such_method` is gone"):
+        _trl.require_methods(_trl.DPOTrainer, ("no_such_method",))
+
+
+def test_every_method_of_trl_that_is_overridden_is_listed():
+    inherited = {name for owner in _trl.DPOTrainer.__mro__ for name in vars(owner)}
+    ours = {name for owner in (PbKDTrainer, DualCheckpoints) for name in vars(owner) if callable(vars(owner)[name])}
+    overridden = {name for name in ours & inherited if not name.startswith("__")}
+    assert overridden == {*_trl.DPO_SEAMS, "create_model_card"}  # the latter is public
 
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])

@@ -7,6 +7,7 @@ name into one sentence, and `warn_if_untested` says once when the installed TRL 
 import warnings
 from importlib import import_module
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -26,6 +27,17 @@ def require(module: str, name: str) -> Any:
             f"`{module}.{name}` is gone in trl {version('trl')} with transformers {version('transformers')}. trl-kd was "
             f"tested with trl{','.join(TESTED_TRL)}: install such a release, or a newer trl-kd."
         ) from error
+
+
+def require_methods(owner: type, names: tuple[str, ...]) -> None:
+    """Raises an `ImportError` unless `owner` still has every private method in `names`, which a trainer of ours calls or
+    overrides: an override of a method that nobody calls any more would be silently ignored."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise ImportError(
+                f"`{owner.__name__}.{name}` is gone in trl {version('trl')} with transformers {version('transformers')}. "
+                f"trl-kd was tested with trl{','.join(TESTED_TRL)}: install such a release, or a newer trl-kd."
+            )
 
 
 def warn_if_untested(installed: str | None = None) -> None:
@@ -48,6 +60,22 @@ prepare_deepspeed = require("trl.models", "prepare_deepspeed")
 prepare_fsdp = require("trl.models", "prepare_fsdp")
 FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
 ForwardRedirection = require("trl.models.utils", "_ForwardRedirection")
+
+DPOTrainer = require("trl", "DPOTrainer")
+DPO_SEAMS = (
+    *("_prepare_dataset", "_set_signature_columns_if_needed", "_compute_loss", "compute_ref_log_probs"),
+    *("get_batch_samples", "training_step", "evaluation_loop", "_save"),
+    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
+)
+"""Methods that `PbKDTrainer` overrides. Of the attributes it uses `_metrics`, `_total_train_tokens`, `_signature_columns`
+and `_tokenizer`."""
+require_methods(DPOTrainer, DPO_SEAMS)
+
+
+def prepare_preference_dataset(dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+    """`DPOTrainer._prepare_dataset`, which needs no trainer, and so no weights: its tokenizer only."""
+    trainer: Any = SimpleNamespace(_tokenizer=getattr(processing_class, "tokenizer", processing_class))
+    return DPOTrainer._prepare_dataset(trainer, dataset, processing_class, args, name)
 
 
 def logit_scale(config: Any) -> float:

@@ -92,6 +92,7 @@ def test_bad_yaml(trl_kd, base, tmp_path, text, said):
     ("words", "said"),
     [
         (["--beta", "high"], ["`beta` is 'high'", "a number"]),
+        (["--report_to", "clearml"], ["`report_to` is 'clearml'", "not installed"]),
         (["--beta", "-1"], ["`beta` is -1.0"]),
         (["--beta", "nan"], ["`beta` is nan"]),
         (["--use_peft", "perhaps"], ["`use_peft`", "perhaps"]),

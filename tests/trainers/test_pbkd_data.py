@@ -2,10 +2,12 @@
 
 import logging
 import math
+from dataclasses import dataclass
 
 import pytest
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
+from trl import DPOConfig
 
 from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from trl_kd import PbKDConfig, PbKDTrainer
@@ -60,6 +62,20 @@ BAD_ROWS = {
     "teacher of another kind": (
         lambda rows: [{**r, "teacher": [{"role": "assistant", "content": "x"}]} for r in rows],
         "`teacher` is a list but `chosen` a str",
+    ),
+    "teacher's answer alone, without a prompt": (
+        lambda rows: [
+            {
+                "chosen": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}],
+                "rejected": [
+                    {"role": "user", "content": r["prompt"]},
+                    {"role": "assistant", "content": r["rejected"]},
+                ],
+                "teacher": [{"role": "assistant", "content": "third"}],
+            }
+            for r in rows
+        ],
+        "`teacher` must be a whole conversation",
     ),
     "equal texts without a prompt": (lambda rows: [{"chosen": "1+1=2", "rejected": "1+1=2"}], "'prompt' column"),
     "teacher without a prompt": (
@@ -242,6 +258,13 @@ def test_theory_radius_counts_known_preferences(tiny_dir, pairs, settings):
     args = PbKDConfig(**settings, confidence_radius="theory", confidence_constant=2.0, confidence_delta=0.1)
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
     assert trainer.dual.radius == theory_radius(5, 2.0, 0.1)
+    cut = PbKDConfig(
+        **settings, confidence_radius="theory", max_length=5
+    )  # leaves 5 rows, 3 of them with a preference
+    trainer = PbKDTrainer(model=tiny_dir, args=cut, train_dataset=Dataset.from_list(rows))
+    counts = trainer.row_counts["train"]
+    assert (counts.rows, counts.known, counts.null, counts.teacher) == (5, 3, 2, 5)
+    assert trainer.dual.radius == theory_radius(3)
     stream = IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match="`confidence_radius` is 'theory'"):
         PbKDTrainer(model=tiny_dir, args=args, train_dataset=stream)
@@ -253,6 +276,24 @@ def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, 
     args = PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher)
     with pytest.raises(ValueError, match="vocabulary.*token 23 is 'b' for the teacher .* and 'a' for the student"):
         PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(pairs))
+
+
+def test_an_embedding_too_small_is_told_before_weights(tmp_path, tiny_dir, pairs, settings, no_weights):
+    teacher = save_tiny(tmp_path / "small", vocab_size=len(make_tokenizer()) - 1)
+    args = PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher)
+    with pytest.raises(
+        ValueError, match=r"The teacher's vocabulary has \d+ rows and the student's \d+, for \d+ tokens"
+    ):
+        PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(pairs))
+
+
+def test_fields_of_a_users_own_config_are_not_lost_without_a_word(tiny_dir, pairs, settings, no_weights):
+    @dataclass
+    class MyConfig(DPOConfig):
+        mine: int = 1
+
+    with pytest.raises(ValueError, match="is a MyConfig, whose mine `PbKDConfig` does not have"):
+        PbKDTrainer(model=tiny_dir, args=MyConfig(**settings), train_dataset=Dataset.from_list(pairs))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def make(folder, rows, settings, peft_config=None, quantization_config=None, mod
         model=folder if model is None else model,
         args=PbKDConfig(**{**settings, **more}),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         peft_config=peft_config,
         quantization_config=quantization_config,
     )
@@ -61,6 +62,36 @@ def test_evaluation_does_not_move_the_dual(tiny_dir, rows, settings):
     assert trainer.dual.state_dict() == before
     assert {"eval_pbkd/imitation", "eval_pbkd/preference_nll", "eval_pbkd/dual"} <= set(trainer.state.log_history[-1])
     assert "eval_loss" in metrics
+
+
+@pytest.mark.parametrize("other", [1, 3])
+def test_an_evaluation_does_not_depend_on_its_batches(other, tiny_dir, rows, settings):
+    """Nor does it with null rows, or rows without a teacher, unevenly spread over them."""
+    rows = sorted(rows, key=lambda row: (row["preference"] is None, row["teacher_side"] is None))
+    found = []
+    for size in (len(rows), other):
+        trainer = make(tiny_dir, rows, {**settings, "per_device_eval_batch_size": size})
+        trainer.train()
+        found.append(trainer.evaluate())
+        logged = trainer.state.log_history[-1]
+        found[-1] |= {name: value for name, value in logged.items() if "pbkd/" in name}
+    names = [
+        "eval_loss",
+        *(f"eval_pbkd/{name}" for name in ("imitation", "preference_nll", "lagrangian", "violation")),
+    ]
+    assert [found[0][name] for name in names] == pytest.approx([found[1][name] for name in names], rel=1e-5)
+    assert found[0]["eval_loss"] == pytest.approx(found[0]["eval_pbkd/lagrangian"], rel=1e-6)
+
+
+def test_a_changed_dual_is_told_on_resume_and_stays_under_the_cap(tiny_dir, rows, settings, caplog):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(tiny_dir, rows, settings, **options, dual_init=8.0).train()
+    resumed = make(tiny_dir, rows, settings, **options, dual_init=2.0, dual_max=4.0)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(Path(settings["output_dir"], "checkpoint-1")))
+    assert "λ's initial was 8.0 in the checkpoint and is now 2.0" in caplog.text
+    assert "λ's maximum was 10.0 in the checkpoint and is now 4.0" in caplog.text
+    assert resumed.dual.value == 4.0
 
 
 def test_a_dual_at_its_cap_is_reported_once(tiny_dir, pairs, settings, caplog):

@@ -42,6 +42,7 @@ class DualVariable:
     """Steps in a row at the cap before `step` says so."""
 
     _STATE: ClassVar[tuple[str, ...]] = ("value", "steps_at_cap", "warned", "history")
+    _SETTINGS: ClassVar[tuple[str, ...]] = ("initial", "learning_rate", "maximum", "target", "radius")
 
     value: float
     learning_rate: float = 0.0
@@ -51,6 +52,10 @@ class DualVariable:
     steps_at_cap: int = 0
     warned: bool = False
     history: list[float] = field(default_factory=list)
+    initial: float = field(init=False)
+
+    def __post_init__(self):
+        self.initial = self.value
 
     def violation(self, nll: float) -> float:
         """NLL − L* − ζ in nats: above 0 the constraint is not met. `nll` is in excess of the labels' entropy."""
@@ -67,11 +72,16 @@ class DualVariable:
         self.warned |= warn
         return warn
 
+    def settings(self) -> dict[str, float]:
+        """What was given, and does not move."""
+        return {name: getattr(self, name) for name in self._SETTINGS}
+
     def state_dict(self) -> dict[str, Any]:
-        """The training state, with L* and ζ for the record. JSON keeps the floats exactly."""
-        return {name: getattr(self, name) for name in (*self._STATE, "target", "radius")}
+        """The training state, with the settings for the record. JSON keeps the floats exactly."""
+        return {name: getattr(self, name) for name in self._STATE} | self.settings()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores λ, its history and the count at the cap. L* and ζ are settings and stay as they were given."""
+        """Restores λ (within the cap), its history and the count at the cap. Settings stay as they were given."""
         for name in self._STATE:
             setattr(self, name, list(state[name]) if name == "history" else state[name])
+        self.value = min(self.value, self.maximum)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
@@ -32,6 +33,7 @@ def check_arguments(script_args: TrainingScriptArguments, training_args: Any, mo
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
         raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
     _check_quantization(model_args)
+    _check_reporting(training_args.report_to)
     check_output_dir(training_args.output_dir)
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
 
@@ -46,6 +48,13 @@ def _check_quantization(model_args: ModelConfig) -> None:
         )
     if find_spec("bitsandbytes") is None:
         raise InputError(f"`{field}` is True, which needs bitsandbytes: pip install 'trl-kd[bnb]'.")
+
+
+def _check_reporting(names: list[str]) -> None:
+    known = set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"}  # which the function below does not look for
+    missing = [name for name in names if name in known and name not in get_available_reporting_integrations()]
+    if missing:
+        raise InputError(f"`report_to` is {missing[0]!r}, which is not installed: install it, or use 'none'.")
 
 
 def check_output_dir(output_dir: str) -> None:

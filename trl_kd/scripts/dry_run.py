@@ -19,7 +19,7 @@ from trl_kd.scripts.memory import (
     trainable_parameters,
 )
 from trl_kd.trainers.pbkd_data import RowCounts, check_tokenizer, prepare_rows, tokenize_rows
-from trl_kd.trainers.vocabulary import check_same_vocabulary
+from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
 
 SAMPLE = 100
@@ -109,6 +109,9 @@ def _describe_tokens(rows: dict[str, Any], training_args: Any, model_args: Any) 
         revision = training_args.teacher_model_revision
         other = _load_processor("teacher_model_name_or_path", teacher, revision, training_args, AutoTokenizer)
         check_same_vocabulary(tokenizer, other)
+        ours = vocabulary_size(student, training_args, model_args.model_revision)
+        theirs = vocabulary_size(teacher, training_args, revision)
+        shared_rows(ours, theirs, tokens=max(tokenizer.get_vocab().values()) + 1)
         table.append(("teacher", f"{teacher}, same vocabulary"))
     return table
 

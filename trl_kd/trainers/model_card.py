@@ -1,6 +1,7 @@
 """The model card's account of a distillation: what taught the student, on what, how, and what came of it."""
 
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
@@ -11,6 +12,20 @@ from trl_kd._trl import get_config_model_id
 
 if TYPE_CHECKING:
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+
+PAPER = {
+    "title": "Online Knowledge Distillation with Reward Guidance",
+    "id": "2505.18952",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{jia2025online,
+            title   = {{Online Knowledge Distillation with Reward Guidance}},
+            author  = {Chen Jia},
+            year    = 2025,
+            journal = {arXiv preprint arXiv:2505.18952}
+        }"""),
+}
+"""The method's paper, as TRL's model cards cite it."""
 
 _SETTINGS = (
     "imitation_weight",

@@ -208,6 +208,12 @@ def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
         return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
     if isinstance(args, PbKDConfig):
         return args
+    lost = {f.name for f in fields(args)} - {f.name for f in fields(PbKDConfig)}
+    if lost:
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, whose {', '.join(sorted(lost))} `PbKDConfig` does not have: pass a "
+            "`PbKDConfig`, or derive your class from it."
+        )
     settings = args.to_dict()
     settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
     return PbKDConfig(**{f.name: settings[f.name] for f in fields(PbKDConfig) if f.init and f.name in settings})

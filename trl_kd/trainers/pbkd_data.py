@@ -11,16 +11,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, Value
 from transformers import AutoProcessor
-from trl import DPOTrainer, is_conversational
+from trl import is_conversational
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl import get_config_model_id, prepare_preference_dataset
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.trainers.pbkd_config import PbKDConfig
 
@@ -42,6 +41,22 @@ class RowCounts:
     null: int = 0
     teacher: int = 0
     empty: int = 0
+
+    @classmethod
+    def of_labels(cls, dataset: Dataset, empty: int) -> "RowCounts":
+        """Counts of a dataset whose rows have been read, from its label columns."""
+        columns = dataset.column_names
+        preferences = dataset["preference"] if "preference" in columns else [1.0] * len(dataset)
+        sides = dataset["teacher_side"] if "teacher_side" in columns else ["chosen"] * len(dataset)
+        known = [p for p in preferences if p is not None and not math.isnan(p)]
+        return cls(
+            rows=len(dataset),
+            known=len(known),
+            soft=sum(p != 1 for p in known),
+            null=len(dataset) - len(known),
+            teacher=sum(side is not None for side in sides),
+            empty=empty,
+        )
 
 
 def prepare_rows(
@@ -161,6 +176,11 @@ class _RowReader:
                 f"{where}: `teacher` is a {type(text).__name__} but `chosen` a {type(row['chosen']).__name__}: give both "
                 "as text or both as messages."
             )
+        if self.implicit_prompt and text[:1] != row["chosen"][:1]:
+            raise ValueError(
+                f"{where}: without a 'prompt' column `teacher` must be a whole conversation, as `chosen` is, and it begins "
+                "with another message. Put the prompt's messages before it, or give them in a 'prompt' column."
+            )
         sides = [column for column in ("chosen", "rejected") if text == row[column]]
         if side is not None and side not in sides:
             raise ValueError(
@@ -239,6 +259,17 @@ def _is_empty(response: Any) -> bool:
     return response == ""
 
 
+def has_images(row: dict[str, Any]) -> bool:
+    return "image" in row or "images" in row
+
+
+def each_dataset(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
+    """`change(dataset, name)` of an evaluation dataset, of each of several, or of none."""
+    if isinstance(dataset, dict):
+        return type(dataset)({name: change(one, name) for name, one in dataset.items()})
+    return None if dataset is None else change(dataset, "eval")
+
+
 def load_processing_class(model: Any, args: PbKDConfig) -> Any:
     """The tokenizer or processor that `DPOTrainer` would load, before the weights."""
     named = isinstance(model, str)
@@ -279,10 +310,8 @@ def tokenize_rows(
     Raises:
         `ValueError`: no row has a response token left.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     before = len(dataset) if isinstance(dataset, Dataset) else None
-    stand_in: Any = SimpleNamespace(_tokenizer=tokenizer)
-    dataset = DPOTrainer._prepare_dataset(stand_in, dataset, processing_class, args, name)
+    dataset = prepare_preference_dataset(dataset, processing_class, args, name)
     if before is None:
         return dataset
     if before > len(dataset):

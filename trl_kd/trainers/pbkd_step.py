@@ -38,6 +38,17 @@ class Window:
         rows, teacher, known, micro_batches = accelerator.reduce(counts, reduction="sum").tolist()
         return cls(rows, teacher, known, micro_batches)
 
+    @classmethod
+    def joined(cls, windows: "list[Window]") -> "Window":
+        """The batches of one evaluation as one window."""
+        counts = (
+            sum(getattr(window, name) for window in windows) for name in ("rows", "teacher", "known", "micro_batches")
+        )
+        whole = cls(*counts)
+        for window in windows:
+            whole.add(**window.sums)
+        return whole
+
     @property
     def null(self) -> int:
         """Rows without a known preference, on any rank."""

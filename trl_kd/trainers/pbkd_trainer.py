@@ -4,11 +4,8 @@ It reads as follows. Everything before the weights load is in `pbkd_data`; the m
 micro-batch goes forward once, through `DPOTrainer`'s own loss, and what that forward computed is reused for our terms.
 """
 
-import json
 import os
-import textwrap
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +17,8 @@ from trl import DPOConfig, DPOTrainer
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
-from trl_kd.trainers.model_card import add_pbkd_sections
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints
+from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
 from trl_kd.trainers.pbkd_data import (
     LABEL_COLUMNS,
@@ -28,6 +26,8 @@ from trl_kd.trainers.pbkd_data import (
     RowCounts,
     check_labels,
     check_tokenizer,
+    each_dataset,
+    has_images,
     load_processing_class,
     prepare_rows,
     tokenize_rows,
@@ -38,10 +38,8 @@ from trl_kd.trainers.teacher import Teacher
 
 logger = get_logger(__name__)
 
-DUAL_FILE = "pbkd_dual.json"
 
-
-class PbKDTrainer(DPOTrainer):
+class PbKDTrainer(DualCheckpoints, DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
@@ -86,18 +84,7 @@ optimizers, quantization_config, peft_config:
 
     _tag_names = ["trl", "dpo", "trl-kd", "pbkd", "knowledge-distillation"]
     _name = "PbKD"
-    _paper = {
-        "title": "Online Knowledge Distillation with Reward Guidance",
-        "id": "2505.18952",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{jia2025online,
-                title   = {{Online Knowledge Distillation with Reward Guidance}},
-                author  = {Chen Jia},
-                year    = 2025,
-                journal = {arXiv preprint arXiv:2505.18952}
-            }"""),
-    }
+    _paper = PAPER
 
     data_collator: Any
     precompute_ref_logps: bool
@@ -124,21 +111,23 @@ optimizers, quantization_config, peft_config:
         args = as_pbkd_config(args, model)
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
-        self._window: Window | None = None
+        self._window: Window | None = None  # of the optimizer step under way
+        self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
+        self._streams = False  # whether any dataset has labels that nobody has seen
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
             train_dataset = self._read_rows(train_dataset, args, "train")
-            eval_dataset = _each(eval_dataset, lambda dataset, name: self._read_rows(dataset, args, name))
+            eval_dataset = each_dataset(eval_dataset, lambda dataset, name: self._read_rows(dataset, args, name))
             if processing_class is None:
                 processing_class = load_processing_class(model, args)
             self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if teacher is not None:
-                teacher.check_vocabulary(self._tokenizer)
+                teacher.check_vocabulary(self._tokenizer, model)
             train_dataset = self._tokenize_rows(train_dataset, processing_class, args, "train")
-            eval_dataset = _each(
+            eval_dataset = each_dataset(
                 eval_dataset, lambda dataset, name: self._tokenize_rows(dataset, processing_class, args, name)
             )
         self.dual = self._make_dual(args)
@@ -158,27 +147,33 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         self.data_collator = PbKDCollator(self.data_collator)
-        self.teacher = teacher.load(self.accelerator, self.model) if teacher is not None else None
+        self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
 
     def _read_rows(self, dataset, args, name):
         first: dict[str, Any] = next(iter(dataset), {})
-        if _has_images(first) and ("teacher" in first or args.imitation == "token"):
+        if has_images(first) and ("teacher" in first or args.imitation == "token"):
             raise ValueError(
                 f"The {name} dataset has images, with which a third `teacher` text and `imitation='token'` are not "
                 "supported: say `teacher_side`, and use `imitation='sequence'`."
             )
         dataset, counts = prepare_rows(dataset, name, args)
-        if counts is not None:
+        if counts is None:
+            self._streams = True
+        else:
             self.row_counts[name] = counts
         return dataset
 
     def _tokenize_rows(self, dataset, processing_class, args, name):
-        if _has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
+        if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
             return dataset
         check_tokenizer(self._tokenizer, dataset, name)
-        return tokenize_rows(dataset, processing_class, args, name)
+        dataset = tokenize_rows(dataset, processing_class, args, name)
+        counts = self.row_counts.get(name)
+        if counts is not None and counts.rows > len(dataset):  # `max_length` has taken some
+            self.row_counts[name] = RowCounts.of_labels(dataset, counts.empty)
+        return dataset
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "prompt_ids" in next(iter(dataset), {}):  # prepared in `__init__`, and asked for again by `DPOTrainer`
@@ -238,7 +233,8 @@ optimizers, quantization_config, peft_config:
         else:
             window = Window.over([(preference_B, side_B)], self.accelerator)
         known_B, preference_B = ~preference_B.isnan(), preference_B.nan_to_num(1.0)
-        check_labels(self.args, soft=bool((preference_B != 1).any()), null=window.null > 0, name="streamed")
+        if self._streams:
+            check_labels(self.args, soft=bool((preference_B != 1).any()), null=window.null > 0, name="streamed")
 
         reference, reference_2BT = self._reference_logps(inputs)
         inputs |= reference
@@ -260,12 +256,15 @@ optimizers, quantization_config, peft_config:
                 margin_B = self._margin(logps_2B.chunk(2), plain)
         excess_B = bradley_terry_nll(margin_B.detach(), preference_B) - label_entropy(preference_B)
         window.add(
-            loss=loss / window.micro_batches,
+            preference=preference_loss * (window.known / window.micro_batches),
+            auxiliary=torch.as_tensor(auxiliary, device=loss.device),
             imitation=imitation,
             teacher_logps=-sequence_imitation(logps_2B.detach(), side_B).sum(),
             preference_nll=(excess_B * known_B).sum(),
         )
-        if not training:
+        if not training and self._evaluation is not None:
+            self._evaluation.append(window)
+        elif not training:
             self._log_window(window)
         return (loss, outputs) if return_outputs else loss
 
@@ -297,11 +296,14 @@ optimizers, quantization_config, peft_config:
             self.precompute_ref_logps = precomputed
         return result if return_outputs else (result, None)
 
+    def _rewards(self, logps, reference_logps) -> tuple[torch.Tensor, torch.Tensor]:
+        """The implicit rewards β·log π/π_ref of chosen and rejected, each `[B]`."""
+        chosen_B, rejected_B = (self.beta * (ours - ref) for ours, ref in zip(logps, reference_logps, strict=True))
+        return chosen_B, rejected_B
+
     def _margin(self, logps, reference_logps) -> torch.Tensor:
-        """β·(log π/π_ref(y⁺) − log π/π_ref(y⁻)), `[B]`: the implicit reward's difference."""
-        chosen_B, rejected_B = logps
-        reference_chosen_B, reference_rejected_B = reference_logps
-        return self.beta * ((chosen_B - reference_chosen_B) - (rejected_B - reference_rejected_B))
+        chosen_B, rejected_B = self._rewards(logps, reference_logps)
+        return chosen_B - rejected_B
 
     def _auxiliary_loss(self, output) -> torch.Tensor | float:
         return self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
@@ -332,8 +334,7 @@ optimizers, quantization_config, peft_config:
     def _correct_rewards(self, inputs, forward, known_B) -> None:
         """Leaves the rows without a known preference out of TRL's `rewards/*`."""
         logps = sequence_logps(forward.logps_2BT.detach(), inputs["completion_mask"][:, 1:], self.ld_alpha)
-        references = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
-        chosen_B, rejected_B = (self.beta * (ours - ref) for ours, ref in zip(logps, references, strict=True))
+        chosen_B, rejected_B = self._rewards(logps, (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]))
         values = {
             "chosen": chosen_B,
             "rejected": rejected_B,
@@ -351,6 +352,32 @@ optimizers, quantization_config, peft_config:
             if not history:
                 del metrics[f"rewards/{name}"]
 
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        windows: list[Window] = []
+        self._evaluation = windows
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._evaluation = None
+        if windows:
+            whole = Window.joined(windows)
+            self._log_window(whole)
+            # A mean over all rows, which `Trainer` takes, weighs batches by their rows, not by what is known of them
+            if whole.null or whole.teacher < whole.rows:
+                output.metrics[f"{metric_key_prefix}_loss"] = self._mean_loss(whole, whole.reduce(self.accelerator))
+        return output
+
+    def _mean_loss(self, window: Window, sums: dict[str, float]) -> float:
+        """The loss of a whole window."""
+        preference = sums["preference"] / max(window.known, 1)
+        imitation = sums["imitation"] / max(window.teacher, 1)
+        auxiliary = sums["auxiliary"] / window.micro_batches
+        return self.dual.value * preference + auxiliary + self.args.imitation_weight * self.beta * imitation
+
     def _log_window(self, window: Window) -> float | None:
         """Records our metrics of a global batch; returns the constraint's violation, if a preference is known."""
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -358,7 +385,7 @@ optimizers, quantization_config, peft_config:
         metrics["pbkd/dual"].append(self.dual.value)
         metrics["pbkd/known_preferences"].append(float(window.known))
         slack = self.dual.target + self.dual.radius
-        metrics["pbkd/lagrangian"].append(sums["loss"] - self.dual.value * slack)
+        metrics["pbkd/lagrangian"].append(self._mean_loss(window, sums) - self.dual.value * slack)
         if window.teacher:
             metrics["pbkd/imitation"].append(sums["imitation"] / window.teacher)
             metrics["pbkd/teacher_logps"].append(sums["teacher_logps"] / window.teacher)
@@ -370,50 +397,10 @@ optimizers, quantization_config, peft_config:
         metrics["pbkd/violation"].append(violation)
         return violation
 
-    # ---- Checkpoints and the model card ----------------------------------------------------------------------------
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            with open(os.path.join(output_dir, DUAL_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.dual.state_dict(), file)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, DUAL_FILE)
-        if not os.path.isfile(path):
-            logger.warning(f"No {DUAL_FILE} in the checkpoint: λ starts again at dual_init={self.dual.value}.")
-            return
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        for name in ("target", "radius"):
-            if state[name] != getattr(self.dual, name):
-                logger.warning(f"The constraint's {name} was {state[name]} and is now {getattr(self.dual, name)}.")
-        self.dual.load_state_dict(state)
-
-    def _save(self, output_dir=None, state_dict=None):
-        # `training_args.bin` is saved, and pushed, beside the weights: without the token
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
+    # ---- The model card ---------------------------------------------------------------------------------------------
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
             add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
-
-
-def _has_images(row: dict[str, Any]) -> bool:
-    return "image" in row or "images" in row
-
-
-def _each(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
-    """`change(dataset, name)` of an evaluation dataset, of each of several, or of none."""
-    if isinstance(dataset, dict):
-        return type(dataset)({name: change(one, name) for name, one in dataset.items()})
-    return None if dataset is None else change(dataset, "eval")

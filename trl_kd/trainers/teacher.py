@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl_kd import _trl
 from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
 from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.vocabulary import check_same_vocabulary
+from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
 
 logger = get_logger(__name__)
@@ -31,7 +31,7 @@ class Teacher:
         self._args = args
         self.model = model
         self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
-        self._tokenizer_size: int | None = None
+        self._vocab_size: int | None = None
         self._redirect = _trl.ForwardRedirection()
 
     @classmethod
@@ -60,10 +60,23 @@ class Teacher:
             )
         return cls(args, model)
 
-    def check_vocabulary(self, student_tokenizer: Any) -> None:
-        """Raises a `ValueError` unless the teacher's tokenizer is the student's. A teacher passed as a model may have no
-        tokenizer on disk; then only the sizes are compared, in `load`."""
-        self._tokenizer_size = max(student_tokenizer.get_vocab().values()) + 1
+    def check_vocabulary(self, student_tokenizer: Any, student: Any) -> None:
+        """Raises a `ValueError` unless the teacher's tokenizer is the student's and both have an embedding for every token
+        of it. A teacher passed as a model may have no tokenizer on disk; then only the sizes are compared.
+
+        Args:
+            student_tokenizer (`PreTrainedTokenizerBase`):
+                The student's tokenizer.
+            student (`str` or `PreTrainedModel`):
+                The student, or where it is.
+        """
+        self._check_tokenizer(student_tokenizer)
+        given: Any = self._args.model_init_kwargs or {}
+        ours = vocabulary_size(student, self._args, given.get("revision"))
+        theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
+        self._vocab_size = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
+
+    def _check_tokenizer(self, student_tokenizer: Any) -> None:
         options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
@@ -74,11 +87,10 @@ class Teacher:
             return
         check_same_vocabulary(student_tokenizer, tokenizer)
 
-    def load(self, accelerator: Accelerator, student: PreTrainedModel) -> "Teacher":
+    def load(self, accelerator: Accelerator) -> "Teacher":
         """Loads the weights where they are not given, freezes them and places them as the reference model is placed."""
         self._accelerator = accelerator
         model = self.model if self.model is not None else self._from_pretrained()
-        self._vocab_size = self._shared_rows(student, model)
         model.requires_grad_(False).eval()
         state = accelerator.state
         if getattr(state, "deepspeed_plugin", None) is not None:
@@ -103,20 +115,6 @@ class Teacher:
         if self._args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # one whole teacher a rank
         return _trl.create_model_from_path(self.name, **kwargs)
-
-    def _shared_rows(self, student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
-        """Families pad their output embeddings to different sizes: rows past the tokenizer's tokens are then left out of
-        both softmaxes. `None`: the sizes are equal, and whole rows are compared."""
-        ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-        if ours == theirs:
-            return None
-        if self._tokenizer_size is None or min(ours, theirs) < self._tokenizer_size:
-            raise ValueError(
-                f"The teacher's vocabulary has {theirs} rows and the student's {ours}, for {self._tokenizer_size} tokens: "
-                "they do not number the same tokens. Distil through texts instead (`imitation='sequence'`)."
-            )
-        logger.info(f"Only the {self._tokenizer_size} tokens that student and teacher share enter the imitation term.")
-        return self._tokenizer_size
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states `[B, T, H]` of the teacher on sequences `[B, T]`."""

@@ -1,7 +1,14 @@
 """White-box distillation compares distributions token by token: both models must number the same tokens alike."""
 
+from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from peft import PeftConfig
+from transformers import AutoConfig
+
+
+logger = get_logger(__name__)
 
 _PROBE = "Zoë said: “x² + 3 = 7, so x = ±2.”\n\tdef f(n):\n        return n << 2  # 你好, мир 🙂"
 
@@ -35,3 +42,42 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
             f"{first} of a probe text is {theirs.get(theirs_ids[first])!r} for the teacher and "
             f"{ours.get(ours_ids[first])!r} for the student. {advice}"
         )
+
+
+def vocabulary_size(model: Any, args: Any, revision: str | None) -> int:
+    """Rows of the output embedding of a model, or of one that is named and not loaded yet, from its config."""
+    if isinstance(model, str):
+        if (Path(model) / "adapter_config.json").is_file():
+            adapter = PeftConfig.from_pretrained(model)
+            model, revision = adapter.base_model_name_or_path, adapter.revision
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
+    return config.get_text_config().vocab_size
+
+
+def shared_rows(student: int, teacher: int, tokens: int) -> int | None:
+    """
+    How many rows of two output embeddings stand for the same tokens: families pad theirs to different sizes.
+
+    Args:
+        student, teacher (`int`):
+            Rows of the output embeddings.
+        tokens (`int`):
+            Tokens of the tokenizer that both have.
+
+    Returns:
+        `int` or `None`: the rows that enter both softmaxes; `None` if the sizes are equal, and whole rows are compared.
+
+    Raises:
+        `ValueError`: an embedding is too small for the tokenizer.
+    """
+    if student == teacher:
+        return None
+    if min(student, teacher) < tokens:
+        raise ValueError(
+            f"The teacher's vocabulary has {teacher} rows and the student's {student}, for {tokens} tokens: they do not "
+            "number the same tokens. Distil through texts instead (`imitation='sequence'`)."
+        )
+    logger.info(f"Only the {tokens} tokens that student and teacher share enter the imitation term.")
+    return tokens
