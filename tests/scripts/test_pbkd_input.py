@@ -1,6 +1,7 @@
 """Bad input to `trl-kd pbkd`: one line that names the field, its value and the way out, before any weight loads."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_bad_yaml(trl_kd, base, tmp_path, text, said):
     ("words", "said"),
     [
         (["--beta", "high"], ["`beta` is 'high'", "a number"]),
+        (["--gradient_accumulation_steps", "0"], ["`gradient_accumulation_steps` is 0"]),
         (["--report_to", "clearml"], ["`report_to` is 'clearml'", "not installed"]),
         (["--beta", "-1"], ["`beta` is -1.0"]),
         (["--beta", "nan"], ["`beta` is nan"]),
@@ -270,3 +272,24 @@ def test_credentials_are_not_printed(trl_kd, base):
     words = replaced(base, "--dataset_name", "https://me:secret@example.com/x")
     assert "secret" not in trl_kd(*words).err
     assert json.dumps("secret") not in trl_kd(*words).out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("e.jsonl", ""), ("e.jsonl", "\n\n"), ("e.csv", "prompt,chosen,rejected\n")]
+)
+def test_an_empty_file(name, text, trl_kd, base, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert "is empty: it needs at least one row" in trl_kd(*base, "--dataset_name", str(tmp_path / name)).error
+
+
+def test_what_is_missing_is_said_first(trl_kd):
+    assert "`model_name_or_path` is not set" in trl_kd("pbkd").error
+
+
+def test_weights_that_are_not_there(trl_kd, base, tiny_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in trl_kd(*base, "--model_name_or_path", str(folder), "--dry_run").error
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    assert "merge it into its base model" in trl_kd(*base, "--model_name_or_path", str(folder), "--dry_run").error

@@ -1,6 +1,7 @@
 """`trl-kd pbkd` from arguments to a saved student, on a tiny model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -204,3 +205,12 @@ def test_help_lists_every_field(trl_kd):
     for name in ("imitation_weight", "model_name_or_path", "dataset_name", "dry_run", "accelerate_config", "use_peft"):
         assert f"--{name}" in done.out
     assert pbkd.PROG in done.out
+
+
+def test_a_damaged_file_of_weights(trl_kd, base, tiny_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    assert "A file of weights cannot be read" in trl_kd(*base, "--model_name_or_path", str(folder)).error
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in trl_kd(*base, "--model_name_or_path", str(folder)).error

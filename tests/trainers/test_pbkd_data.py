@@ -37,11 +37,11 @@ BAD_ROWS = {
     "null prompt": (lambda rows: [*rows[:2], {**rows[2], "prompt": None}], "Row 2 .*`prompt` is null"),
     "numbers for text": (
         lambda rows: [{**r, "chosen": 1, "rejected": 2} for r in rows],
-        "`chosen` is '1'; it must be text",
+        r"`chosen` is 1 \(int\); it must be text .*numbers must be cast",
     ),
     "no messages": (
         lambda rows: [{**r, "chosen": [], "rejected": []} for r in rows],
-        r"`chosen` is '\[\]'; it must be",
+        r"`chosen` is \[\] \(list\); it must be",
     ),
     "text and messages": (
         lambda rows: [{**r, "prompt": [{"role": "user", "content": "x"}]} for r in rows],
@@ -270,6 +270,33 @@ def test_theory_radius_counts_known_preferences(tiny_dir, pairs, settings):
         PbKDTrainer(model=tiny_dir, args=args, train_dataset=stream)
 
 
+def test_evaluation_sets_do_not_count_as_training_rows(tiny_dir, pairs, settings):
+    args = PbKDConfig(**settings, confidence_radius="theory")
+    rows = Dataset.from_list(pairs)
+    sets = {"train": rows.select(range(2)), "test": rows.select(range(3))}
+    trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=rows, eval_dataset=sets)
+    assert trainer.dual.radius == theory_radius(8)
+    trainer.evaluate(rows.select(range(2)))
+    trainer.evaluate({"train": rows.select(range(3))})
+    assert {name: counts.rows for name, counts in trainer.row_counts.items()} == {
+        "train": 8,
+        "eval/train": 2,
+        "eval/test": 3,
+    }
+
+
+def test_max_length_may_not_take_all_that_teaches(tiny_dir, pairs, settings, no_weights):
+    rows = [
+        {**row, "preference": None, "teacher_side": None}
+        if len(row["prompt"]) < 5
+        else {**row, "teacher_side": "chosen"}
+        for row in pairs
+    ]
+    assert any(row["teacher_side"] for row in rows)
+    with pytest.raises(ValueError, match="teaches nothing: no row"):
+        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, max_length=5), train_dataset=Dataset.from_list(rows))
+
+
 def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, settings, no_weights):
     other = make_tokenizer(CHARACTERS.replace("ab", "ba"))
     teacher = save_tiny(tmp_path / "other", tokenizer=other)
@@ -303,6 +330,18 @@ def test_fields_of_a_users_own_config_are_not_lost_without_a_word(tiny_dir, pair
         ({"loss_type": "sigmiod"}, "`loss_type` is 'sigmiod': use one of aot"),
         ({"learning_rate": -1.0}, "`learning_rate` is -1.0"),
         ({"imitation": "tokens"}, "use 'sequence' or 'token'"),
+        ({"imitation": "token", "imitation_weight": 0, "teacher_model_name_or_path": "x"}, "a term without weight"),
+        ({"teacher_model_init_kwargs": "{bad"}, "`teacher_model_init_kwargs` is '{bad', which is not JSON"),
+        ({"model_init_kwargs": "[1]"}, r"`model_init_kwargs` is '\[1\]': it must be a JSON object"),
+        ({"f_divergence_type": "kl"}, "`f_divergence_type` is 'kl': use one of reverse_kl"),
+        ({"loss_weights": [-1.0]}, "`loss_weights` is -1.0"),
+        ({"loss_weights": [math.nan]}, "`loss_weights` is nan"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
+        ({"num_train_epochs": -1}, "`num_train_epochs` is -1"),
+        ({"max_grad_norm": math.nan}, "`max_grad_norm` is nan"),
+        ({"ld_alpha": 3.0}, "`ld_alpha` is 3.0"),
+        ({"label_smoothing": 2.0}, "`label_smoothing` is 2.0"),
+        ({"max_length": -5}, "`max_length` is -5"),
         ({"imitation_weight": -1.0}, "`imitation_weight` is -1.0"),
         ({"imitation_weight": math.nan}, "`imitation_weight` is nan"),
         ({"dual_init": -0.5}, "`dual_init` is -0.5"),

@@ -244,6 +244,16 @@ def test_model_card(tiny_dir, teacher_dir, rows, settings):
     assert "None" not in card.text.split("## Distillation")[0]
 
 
+def test_model_card_names_a_teacher_and_says_that_data_was_streamed(tiny_dir, pairs, settings):
+    stream = IterableDataset.from_generator(lambda: iter(pairs))
+    trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings), train_dataset=stream)
+    trainer.card_teacher = "gpt-x"
+    trainer.create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text()
+    for text in ("Teacher: gpt-x, known by", "The data was streamed", "- peft: "):
+        assert text in card
+
+
 def test_model_card_shows_the_last_evaluation_of_every_set(tiny_dir, pairs, settings):
     sets = {name: Dataset.from_list(pairs[:2]) for name in ("easy", "hard")}
     trainer = PbKDTrainer(

@@ -7,7 +7,7 @@ key that neither the command nor `accelerate launch` knows is an error, and so i
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,7 +59,9 @@ class Parsed:
     command_line: list[str]
 
 
-def parse(dataclass_types: Iterable[type], argv: list[str], prog: str) -> Parsed:
+def parse(
+    dataclass_types: Iterable[type], argv: list[str], prog: str, required: Mapping[str, str] | None = None
+) -> Parsed:
     """
     Reads the arguments of a training command.
 
@@ -70,6 +72,8 @@ def parse(dataclass_types: Iterable[type], argv: list[str], prog: str) -> Parsed
             Command line. `--config FILE` names a YAML file whose values it overrides.
         prog (`str`):
             Name of the command in messages.
+        required (`Mapping[str, str]`, *optional*):
+            Keys that must have a value, with what to say to whom leaves them out.
 
     Raises:
         `InputError`: an unknown key, or a value that a field cannot have.
@@ -78,8 +82,11 @@ def parse(dataclass_types: Iterable[type], argv: list[str], prog: str) -> Parsed
     path, rest = _take_config(argv, prog)
     from_file = [] if path is None else parser.read_config(path)
     # Keys first: a dataclass may refuse a value for the very reason that a key was misspelt
-    remaining = parser.parse_known_args(rest)[1]
+    found, remaining = parser.parse_known_args(rest)
     parser.check_command_line(remaining)
+    for name, told in (required or {}).items():
+        if not getattr(found, name):
+            raise InputError(f"`{name}` is not set: {told}")
     with bad_input():
         values = _fill(parser, rest)
     script_args = [] if path is None else ["--config", path]
@@ -183,7 +190,8 @@ class _Parser(TrlParser):
     def _advice(self, key: str) -> str:
         ours = [option for action in self._actions for option in action.option_strings]
         names = {option[2:]: option for option in [*ours, *launch_options(), "--config", "--traceback"]}
-        close = get_close_matches(key, [name for name in names if "-" not in name], n=1)
+        known = [name for name in names if "-" not in name]
+        close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, n=1)
         return f"did you mean `{close[0]}`?" if close else f"`{self.prog} --help` lists the keys."
 
 

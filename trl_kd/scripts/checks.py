@@ -16,8 +16,6 @@ from trl_kd.scripts.errors import InputError, one_line
 
 def check_arguments(script_args: TrainingScriptArguments, training_args: Any, model_args: Any, mixture: Any) -> None:
     """Raises for arguments that are missing or do not go together, and settles `resume_from_checkpoint`."""
-    if not model_args.model_name_or_path:
-        raise InputError("`model_name_or_path` is not set: give the student, a Hub id or a folder.")
     if not mixture.datasets and not script_args.dataset_name:
         raise InputError(
             "neither `dataset_name` nor `datasets` is set: give the pairs, a Hub id, a folder or a file, or a mixture."
@@ -33,6 +31,11 @@ def check_arguments(script_args: TrainingScriptArguments, training_args: Any, mo
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
         raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
     _check_quantization(model_args)
+    teacher: Any = training_args.teacher_model_init_kwargs or {}
+    if any(name.startswith("load_in_") for name in teacher) and find_spec("bitsandbytes") is None:
+        raise InputError(
+            "`teacher_model_init_kwargs` asks for a quantised teacher, which needs bitsandbytes: pip install 'trl-kd[bnb]'."
+        )
     _check_reporting(training_args.report_to)
     check_output_dir(training_args.output_dir)
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
@@ -93,12 +96,23 @@ def _checkpoint(value: Any, output_dir: str) -> str | None:
     return str(value)
 
 
-def check_model_source(field: str, name: str) -> None:
-    """Raises when the model that `field` names is a path to nothing, or a folder without a model."""
+def check_model_source(field: str, name: str, adapters: bool = False) -> None:
+    """Raises when the model that `field` names is a path to nothing, or a folder without a model. Where `adapters` are not
+    taken, an adapter alone is none."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise InputError(f"`{field}` is the folder {name!r}, which holds no model: there is no config.json in it.")
+        if not (path / "config.json").is_file():
+            if not (path / "adapter_config.json").is_file():
+                raise InputError(
+                    f"`{field}` is the folder {name!r}, which holds no model: there is no config.json in it."
+                )
+            if not adapters:
+                raise InputError(
+                    f"`{field}` is the folder {name!r}, which holds an adapter: merge it into its base model first "
+                    "(`merge_and_unload` of PEFT), and save that."
+                )
+        elif not any(file.suffix in (".safetensors", ".bin", ".gguf") for file in path.iterdir()):
+            raise InputError(f"`{field}` is the folder {name!r}, which holds no weights (*.safetensors).")
     elif path.exists():
         raise InputError(f"`{field}` is {name!r}, a file: give the folder of a model, or a Hub id.")
     elif looks_like_path(name):

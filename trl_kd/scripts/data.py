@@ -34,12 +34,11 @@ def load_pairs(
     """
     source = "`datasets`" if mixture.datasets else f"`dataset_name` = {script_args.dataset_name!r}"
     try:
-        splits = get_dataset(mixture) if mixture.datasets else _load(script_args)
+        splits = get_dataset(mixture) if mixture.datasets else _load_named(script_args)
     except InputError:
         raise
     except Exception as error:  # `datasets` wraps what goes wrong in a file in exceptions of its own
-        cause = error.__cause__ if error.__cause__ is not None else error
-        raise InputError(f"{source} could not be loaded: {one_line(cause)}") from error
+        raise _unreadable(source, error) from error
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     if mixture.datasets:
         train = "train"  # TRL's mixtures know no other name
@@ -70,10 +69,38 @@ def _split(splits: Any, name: str, field: str, source: str) -> Any:
     return splits[name]
 
 
-def _load(script_args: ScriptArguments) -> Any:
-    name = script_args.dataset_name
-    assert name is not None
-    options: dict[str, Any] = {"streaming": script_args.dataset_streaming}
+def load_split(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Loads one split of a Hub id, a folder written by `save_to_disk`, a folder of data files, or a data file.
+
+    Raises:
+        `InputError`: no such source, no such split, or a file that cannot be read.
+    """
+    source = f"`dataset_name` = {name!r}"
+    try:
+        splits = _load(name, config, streaming)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    if len(splits) == 1 and split == "train":
+        split = next(iter(splits))  # the only one there is
+    return _split(splits, split, "dataset_split", source)
+
+
+def _unreadable(source: str, error: Exception) -> InputError:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return InputError(f"{source} is empty: it needs at least one row.")
+    return InputError(f"{source} could not be loaded: {one_line(cause)}")
+
+
+def _load_named(script_args: ScriptArguments) -> Any:
+    assert script_args.dataset_name is not None
+    return _load(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+
+
+def _load(name: str, config: str | None, streaming: bool) -> Any:
+    options: dict[str, Any] = {"streaming": streaming}
     path = Path(name).expanduser()
     if path.is_file():
         builder = BUILDERS.get(path.suffix)
@@ -82,17 +109,17 @@ def _load(script_args: ScriptArguments) -> Any:
         return load_dataset(builder, data_files=str(path), **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _load_saved(path, script_args.dataset_streaming)
+            return _load_saved(path, streaming)
         if not any(file.suffix in BUILDERS for file in path.rglob("*")):
             raise InputError(
                 f"`dataset_name` is the folder {name!r}, which holds neither a saved dataset nor "
                 f"{', '.join(BUILDERS)} files."
             )
-        return load_dataset(str(path), name=script_args.dataset_config, **options)
+        return load_dataset(str(path), name=config, **options)
     if looks_like_path(name) or path.suffix in BUILDERS:
         raise InputError(f"`dataset_name` is {name!r}: no such file or folder.")
     try:
-        return load_dataset(name, name=script_args.dataset_config, **options)
+        return load_dataset(name, name=config, **options)
     except (OSError, ValueError) as error:
         raise InputError(
             f"`dataset_name` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "

@@ -42,6 +42,8 @@ def bad_input() -> Iterator[None]:
         # A chat template that refuses a conversation; jinja2 is imported by whoever rendered it
         if type(error).__module__.startswith("jinja2."):
             raise InputError(f"The chat template refused a row: {one_line(error)}") from error
+        if type(error).__module__.startswith("safetensors"):
+            raise InputError(f"A file of weights cannot be read: {one_line(error)}") from error
         raise
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.scripts.arguments import Parsed, TrainingScriptArguments, parse
-from trl_kd.scripts.checks import check_arguments, check_model_source, model_error
+from trl_kd.scripts.checks import check_arguments, model_error
 from trl_kd.scripts.data import load_pairs
 from trl_kd.scripts.errors import InputError, bad_input, report
 from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
@@ -29,6 +29,9 @@ from trl_kd.trainers.teacher import Teacher
 
 PROG = "trl-kd pbkd"
 DATACLASSES = (TrainingScriptArguments, PbKDConfig, ModelConfig, DatasetMixtureConfig)
+REQUIRED = {
+    "model_name_or_path": "give the student, a Hub id or a folder.",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> Parsed:
     # transformers renames an argument that TRL sets; whoever trains can do nothing about it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    parsed = parse(DATACLASSES, argv, PROG)
+    parsed = parse(DATACLASSES, argv, PROG, REQUIRED)
     with bad_input():
         check_arguments(*parsed.values)
         Teacher.from_args(parsed.values[1], None)  # a teacher that is needed and missing, or the other way round
@@ -114,6 +117,7 @@ def _make_trainer(
 
     train_dataset, eval_dataset = load_pairs(script_args, mixture, with_eval=training_args.eval_strategy != "no")
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    models = _models(training_args, model_args)
     try:
         return PbKDTrainer(
             model=model_args.model_name_or_path,
@@ -127,26 +131,25 @@ def _make_trainer(
         unreadable = isinstance(error, (OSError, HFValidationError)) or "Unrecognized" in str(error)
         if not unreadable:  # the trainer's own sentence
             raise
-        raise _explained(error, training_args, model_args) from error
+        raise _explained(error, models, training_args.push_to_hub) from error
 
 
-def _explained(error: Exception, training_args: PbKDConfig, model_args: ModelConfig) -> Exception:
-    """What the trainer refused, with the field to look at where a model cannot be read."""
-    models = {
+def _models(training_args: PbKDConfig, model_args: ModelConfig) -> dict[str, str]:
+    """The models that are named, by their fields."""
+    named = {
         "teacher_model_name_or_path": training_args.teacher_model_name_or_path,
         "model_name_or_path": model_args.model_name_or_path,
     }
-    for field, name in models.items():
-        if name is not None:
-            check_model_source(field, name)
-    if not isinstance(error, OSError):
+    return {field: name for field, name in named.items() if name is not None}
+
+
+def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Exception:
+    """What the trainer refused, with the field to look at where a model cannot be read."""
+    named = [field for field, name in models.items() if name in str(error)]
+    if not named and (len(models) > 1 or pushes):  # better no field than a wrong one
         return error
-    given = [field for field, name in models.items() if name is not None]
-    named = [field for field in given if str(models[field]) in str(error)]
-    if not named and (len(given) > 1 or training_args.push_to_hub):  # better no field than a wrong one
-        return error
-    field = (named or given)[0]
-    return model_error(field, str(models[field]), error)
+    field = (named or list(models))[0]
+    return model_error(field, models[field], error)
 
 
 def model_init_kwargs(training_args: PbKDConfig, model_args: ModelConfig) -> dict[str, Any]:

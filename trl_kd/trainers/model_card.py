@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
@@ -26,6 +27,8 @@ PAPER = {
         }"""),
 }
 """The method's paper, as TRL's model cards cite it."""
+
+_NO_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_model_preparation_time")
 
 _SETTINGS = (
     "imitation_weight",
@@ -58,7 +61,7 @@ def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     card.text = card.text.replace(
         "## Training procedure", "\n".join(_sections(trainer)) + "\n## Training procedure", 1
     )
-    card.text = card.text.replace("### Framework versions\n", f"### Framework versions\n\n- trl-kd: {__version__}", 1)
+    card.text = card.text.replace("### Framework versions\n", f"### Framework versions\n\n{_versions()}", 1)
     card.save(path)
 
 
@@ -68,7 +71,10 @@ def _sections(trainer: "PbKDTrainer") -> list[str]:
     if teacher is not None:
         lines += [f"Teacher: {public_name(teacher.name)}, by its distribution at each token.", ""]
     else:
-        lines += ["Teacher: known by its responses in the preference data.", ""]
+        name = f"{trainer.card_teacher}, " if trainer.card_teacher else ""
+        lines += [f"Teacher: {name}known by its responses in the preference data.", ""]
+    if not trainer.row_counts:
+        lines += ["The data was streamed, and not counted.", ""]
     for name, counts in trainer.row_counts.items():
         lines += [
             f"{name.capitalize()} data: {counts.rows} rows, of which {counts.teacher} with a response of the teacher's; "
@@ -94,10 +100,20 @@ def _sections(trainer: "PbKDTrainer") -> list[str]:
     return lines
 
 
+def _versions() -> str:
+    """Of what TRL's card does not name."""
+    return "\n".join([f"- trl-kd: {__version__}", *(f"- {name}: {version(name)}" for name in ("accelerate", "peft"))])
+
+
 def _last_evaluation(trainer: "PbKDTrainer") -> dict[str, Any]:
     entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     last = [entry for entry in entries if entry["step"] == entries[-1]["step"]]  # one entry for each evaluation set
-    return {name: value for entry in last for name, value in entry.items() if name.startswith("eval_")}
+    return {
+        name: value
+        for entry in last
+        for name, value in entry.items()
+        if name.startswith("eval_") and not name.endswith(_NO_RESULTS)
+    }
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Settings of `PbKDTrainer`."""
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +11,7 @@ from trl_kd._trl import get_config_model_id
 
 
 # TRL refuses another one in the middle of the first step
+_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _LOSS_TYPES = {
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -127,6 +129,8 @@ class PbKDConfig(DPOConfig):
     def __post_init__(self):
         # The command line and YAML hand over a union with `str` as a string
         self.confidence_radius = _radius(self.confidence_radius)
+        for name in self._VALID_DICT_FIELDS:
+            _check_json(name, getattr(self, name))
         self._check_ranges()
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
@@ -136,6 +140,20 @@ class PbKDConfig(DPOConfig):
             raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
         for name in ("imitation_weight", "dual_init", "dual_learning_rate", "learning_rate"):
             _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+        if self.f_divergence_type not in _DIVERGENCES:
+            raise ValueError(
+                f"`f_divergence_type` is {self.f_divergence_type!r}: use one of {', '.join(_DIVERGENCES)}."
+            )
+        for name in ("gradient_accumulation_steps", "max_length"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+        for name in ("num_train_epochs", "max_grad_norm"):
+            _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+        for weight in self.loss_weights or []:
+            _check("loss_weights", weight, lambda value: value >= 0, "at least 0")
+        if self.ld_alpha is not None:
+            _check("ld_alpha", self.ld_alpha, lambda value: 0 <= value <= 1, "between 0 and 1")
+        _check("label_smoothing", self.label_smoothing, lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
         for name in ("dual_max", "confidence_constant"):
             _check(name, getattr(self, name), lambda value: value > 0, "above 0")
         _check("beta", self.beta, lambda value: value > 0, "above 0")
@@ -173,6 +191,11 @@ class PbKDConfig(DPOConfig):
                     "precomputed reference log-probabilities are length-weighted and the preference NLL cannot be "
                     "measured: set `precompute_ref_log_probs=False`, `ld_alpha=None` or `dual_learning_rate=0`."
                 )
+        if self.imitation == "token" and self.imitation_weight == 0:
+            raise ValueError(
+                "`imitation_weight` is 0 and `imitation` 'token': the teacher would run for a term without weight. Use "
+                "`imitation='sequence'`, or a weight above 0."
+            )
         if self.imitation == "sequence":
             for name in ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs"):
                 if getattr(self, name) is not None:
@@ -199,6 +222,17 @@ def _check(name: str, value: Any, holds, allowed: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not holds(value):
         raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
+
+
+def _check_json(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
 
 
 def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:

@@ -58,6 +58,14 @@ class RowCounts:
             empty=empty,
         )
 
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` if there is nothing to learn."""
+        if not self.known and not self.teacher:
+            raise ValueError(
+                f"The {name} dataset teaches nothing: no row (that `max_length` leaves) has a known `preference` or a text "
+                "of the teacher's. Say who wrote what in `teacher_side`, or what is preferred in `preference`."
+            )
+
 
 def prepare_rows(
     dataset: Dataset | IterableDataset, name: str, args: PbKDConfig
@@ -98,11 +106,7 @@ def prepare_rows(
     if isinstance(dataset, Dataset):
         counts = reader.count(dataset)
         check_labels(args, soft=counts.soft > 0, null=counts.null > 0, name=name)
-        if not counts.known and not counts.teacher:
-            raise ValueError(
-                f"The {name} dataset teaches nothing: no row has a known `preference` or a text of the teacher's. Say who "
-                "wrote what in `teacher_side`, or what is preferred in `preference`."
-            )
+        counts.check(name)
         if counts.empty:
             logger.warning(
                 f"{counts.empty} rows of the {name} dataset have an empty response, which trains the end token alone."
@@ -207,7 +211,11 @@ class _RowReader:
         counts = RowCounts()
         read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
-        for index, row in enumerate(dataset.with_format(None)):
+        batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
+        rows = (
+            dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
+        )
+        for index, row in enumerate(rows):
             preference, side, text = self.read(row, index)
             counts.rows += 1 + (text is not None)
             counts.known += preference is not None
@@ -250,7 +258,11 @@ def _check_text(value: Any, where: str) -> None:
     if isinstance(value, str):
         return
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise ValueError(f"{where} is {str(value)[:60]!r}; it must be text or a list of messages with a role each.")
+        hint = ". A column of numbers must be cast to text" if isinstance(value, Real) else ""
+        raise ValueError(
+            f"{where} is {repr(value)[:60]} ({type(value).__name__}); it must be text or a list of messages with a role "
+            f"each{hint}."
+        )
 
 
 def _is_empty(response: Any) -> bool:
@@ -266,7 +278,7 @@ def has_images(row: dict[str, Any]) -> bool:
 def each_dataset(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
     """`change(dataset, name)` of an evaluation dataset, of each of several, or of none."""
     if isinstance(dataset, dict):
-        return type(dataset)({name: change(one, name) for name, one in dataset.items()})
+        return type(dataset)({name: change(one, f"eval/{name}") for name, one in dataset.items()})
     return None if dataset is None else change(dataset, "eval")
 
 

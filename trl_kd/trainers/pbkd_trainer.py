@@ -77,6 +77,8 @@ optimizers, quantization_config, peft_config:
             Statistics of each dataset that is not a stream.
         card_results (`dict[str, float | str]`):
             Results to show in the model card; fill it before `create_model_card`.
+        card_teacher (`str`, *optional*):
+            The teacher's name for the model card, where only its responses are known here.
 
     Raises:
         `ValueError`: data, labels, tokenizers or settings that do not fit together, before any weight is loaded.
@@ -111,6 +113,7 @@ optimizers, quantization_config, peft_config:
         args = as_pbkd_config(args, model)
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
+        self.card_teacher: str | None = None
         self._window: Window | None = None  # of the optimizer step under way
         self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
@@ -151,7 +154,7 @@ optimizers, quantization_config, peft_config:
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
 
-    def _read_rows(self, dataset, args, name):
+    def _read_rows(self, dataset, args, name, count=True):
         first: dict[str, Any] = next(iter(dataset), {})
         if has_images(first) and ("teacher" in first or args.imitation == "token"):
             raise ValueError(
@@ -161,24 +164,26 @@ optimizers, quantization_config, peft_config:
         dataset, counts = prepare_rows(dataset, name, args)
         if counts is None:
             self._streams = True
-        else:
+        elif count:
             self.row_counts[name] = counts
         return dataset
 
-    def _tokenize_rows(self, dataset, processing_class, args, name):
+    def _tokenize_rows(self, dataset, processing_class, args, name, count=True):
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
             return dataset
         check_tokenizer(self._tokenizer, dataset, name)
         dataset = tokenize_rows(dataset, processing_class, args, name)
-        counts = self.row_counts.get(name)
+        counts = self.row_counts.get(name) if count else None
         if counts is not None and counts.rows > len(dataset):  # `max_length` has taken some
-            self.row_counts[name] = RowCounts.of_labels(dataset, counts.empty)
+            self.row_counts[name] = counts = RowCounts.of_labels(dataset, counts.empty)
+            counts.check(name)
         return dataset
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "prompt_ids" in next(iter(dataset), {}):  # prepared in `__init__`, and asked for again by `DPOTrainer`
             return dataset
-        return self._tokenize_rows(self._read_rows(dataset, args, dataset_name), processing_class, args, dataset_name)
+        dataset = self._read_rows(dataset, args, dataset_name, count=False)  # given to `evaluate`
+        return self._tokenize_rows(dataset, processing_class, args, dataset_name, count=False)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

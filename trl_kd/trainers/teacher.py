@@ -114,7 +114,12 @@ class Teacher:
         kwargs.setdefault("trust_remote_code", self._args.trust_remote_code)
         if self._args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # one whole teacher a rank
-        return _trl.create_model_from_path(self.name, **kwargs)
+        try:
+            return _trl.create_model_from_path(self.name, **kwargs)
+        except (TypeError, ImportError) as error:
+            raise ValueError(
+                f"The teacher {self.name!r} cannot be loaded with `teacher_model_init_kwargs` = {given}: {error}"
+            ) from error
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states `[B, T, H]` of the teacher on sequences `[B, T]`."""

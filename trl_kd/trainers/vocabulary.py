@@ -1,10 +1,8 @@
 """White-box distillation compares distributions token by token: both models must number the same tokens alike."""
 
-from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from peft import PeftConfig
 from transformers import AutoConfig
 
 
@@ -47,9 +45,6 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
 def vocabulary_size(model: Any, args: Any, revision: str | None) -> int:
     """Rows of the output embedding of a model, or of one that is named and not loaded yet, from its config."""
     if isinstance(model, str):
-        if (Path(model) / "adapter_config.json").is_file():
-            adapter = PeftConfig.from_pretrained(model)
-            model, revision = adapter.base_model_name_or_path, adapter.revision
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
         config = model.config
