@@ -16,8 +16,9 @@ class Preference(Protocol):
         first, second (`list[str]` or `list[list[dict]]`):
             The two responses to each, in the format of the prompts.
         **columns (`list`):
-            The rows' own columns, as TRL gives them to reward functions; and `first_source` and `second_source`, each
-            `"teacher"` or `"student"`.
+            The rows' own columns, as TRL gives them to reward functions; `first_source` and `second_source`, each
+            `"teacher"` or `"student"`; and `first_finish_reason` and `second_finish_reason`, `"length"` for an answer that
+            was cut off.
 
     Returns:
         `list[float | None]`: P(first ≻ second) in [0, 1]: ½ for a tie, `None` where nothing is known.
@@ -35,7 +36,8 @@ class ScoredPreference:
     """
     A preference that comes from a score of each response by itself, so that no response is scored twice.
 
-    Subclasses have `score(prompts, completions, **columns) -> list[float | None]`.
+    Subclasses have `score(prompts, completions, **columns) -> list[float | None]`, whose columns are the rows' own and
+    `finish_reason`.
 
     Args:
         scale (`float`, *optional*):

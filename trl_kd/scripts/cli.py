@@ -13,6 +13,7 @@ from trl_kd.scripts.errors import InputError, report
 
 # name: (module with `main(argv) -> int`, what it does)
 COMMANDS = {
+    "pairs": ("trl_kd.scripts.pairs", "make preference pairs from teacher's and student's answers"),
     "pbkd": ("trl_kd.scripts.pbkd", "distil a student from preference pairs and teacher responses"),
     "demo": ("trl_kd.scripts.demo", "see the method at work on a small task, on this machine"),
 }

@@ -1,0 +1,103 @@
+"""What is written trains as it is: with `PbKDTrainer`, and strictly with TRL's own `DPOTrainer`."""
+
+import inspect
+import re
+
+import pytest
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
+
+from tests.pairs.fakes import Column, Pairwise
+from trl_kd import PbKDConfig, PbKDTrainer
+from trl_kd.pairs import build_pairs, load_pairs
+from trl_kd.pairs.dataset import RESERVED
+
+
+STRENGTHS = {"t": 3.0, "a": 1.0, "b": 3.0, "c": 0.0}
+
+
+def build(folder, conversational, policy):
+    def prompt(text):
+        return (
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] if conversational else text
+        )
+
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": prompt(f"{i}+1="),
+                "t": "t",
+                "s": ["a", "b", "c", "t", "d"],
+                "messages": "not to be read",
+                "image": 0,
+            }
+            for i in range(4)
+        ]
+    )
+    return build_pairs(
+        data,
+        teacher=Column("t"),
+        student=Column("s"),
+        preference=Pairwise(STRENGTHS),
+        output_dir=folder,
+        num_student_samples=5,
+        policy=policy,
+        show_progress=False,
+    )
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("policy", ["teacher_vs_student", "best_vs_worst", "all"])
+def test_pbkd_trains_on_it(tmp_path, tiny_dir, settings, conversational, policy):
+    pairs = build(tmp_path / "pairs", conversational, policy)
+    trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**{**settings, "max_steps": 1}), train_dataset=pairs)
+    assert trainer.train().global_step == 1
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("policy", ["teacher_vs_student", "all"])
+def test_dpo_trains_on_the_strict_rows(tmp_path, tiny_dir, settings, conversational, policy):
+    build(tmp_path / "pairs", conversational, policy)
+    strict = load_pairs(tmp_path / "pairs", strict_only=True)
+    assert set(strict["preference"]) == {1.0}
+    trainer = DPOTrainer(model=tiny_dir, args=DPOConfig(**{**settings, "max_steps": 1}), train_dataset=strict)
+    assert trainer.train().global_step == 1
+
+
+def test_strict_only_drops_ties_soft_labels_and_nulls(tmp_path):
+    pairs = build(tmp_path, False, "teacher_vs_student")
+    assert sorted({str(preference) for preference in pairs["preference"]}) == ["0.5", "0.75", "1.0", "None"]
+    strict = load_pairs(tmp_path, strict_only=True)
+    assert strict.to_list() == [row for row in pairs if row["preference"] == 1]
+    assert {row["rejected"] for row in strict} == {"c"}
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no finished pairs"):
+        load_pairs(tmp_path)
+    data = Dataset.from_dict({"prompt": ["q"], "t": ["t"], "s": ["t"]})
+    options = {
+        "teacher": Column("t"),
+        "student": Column("s"),
+        "preference": Pairwise(STRENGTHS),
+        "show_progress": False,
+    }
+    assert len(build_pairs(data, output_dir=tmp_path, **options)) == 1
+    with pytest.raises(ValueError, match="No row of .* has a strict preference"):
+        load_pairs(tmp_path, strict_only=True)
+
+
+def test_a_dataset_written_anew_is_read_anew(tmp_path):
+    first = build(tmp_path, False, "teacher_vs_student")
+    second = build(tmp_path, False, "best_vs_worst")
+    assert len(first) != len(second)
+    assert load_pairs(tmp_path).to_list() == second.to_list()
+
+
+def test_every_column_that_dpo_reads_is_reserved():
+    """From the installed source: names that its dataset preparation or its collators read from a row."""
+    read = set(re.findall(r'example(?:s\[0\])?(?:\.pop|\.get)?[\[(]"(\w+)"', inspect.getsource(dpo_trainer)))
+    assert {"prompt_ids", "image", "images", "ref_chosen_logps"} <= read
+    assert read - RESERVED <= {"prompt", "tools", "chat_template_kwargs"}

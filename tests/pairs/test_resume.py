@@ -1,0 +1,157 @@
+"""Nothing lost and nothing asked twice: exceptions, `kill -9`, changed settings."""
+
+import random
+import time
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from tests.pairs.fakes import Longer, Source, processes
+from trl_kd.pairs import StoreError, build_pairs, load_pairs
+
+
+WINDOW, LABELS = 3, 4
+PROMPTS = Dataset.from_dict({"prompt": [f"question {i % 20}" for i in range(24)]})
+
+
+def build(folder, log, delay=0.0, **options):
+    parts = {
+        "teacher": Source("teacher", log, WINDOW, delay),
+        "student": Source("student", log, WINDOW, delay),
+        "preference": Longer(log, delay=delay),
+        "num_student_samples": 2,
+        "policy": "all",
+        "label_batch_size": LABELS,
+        "show_progress": False,
+    }
+    return build_pairs(PROMPTS, output_dir=folder, **{**parts, **options})
+
+
+def killed_build(folder, log):
+    build(folder, log, delay=0.002)
+
+
+def asks(log):
+    return Counter(log.read_text().splitlines())
+
+
+def test_kill_9_at_20_points(tmp_path):
+    whole = build(tmp_path / "whole", tmp_path / "whole.log").to_list()
+    minimum = asks(tmp_path / "whole.log")
+    context = processes()
+    rng = random.Random(0)
+    for folder in (tmp_path / str(i) for i in range(5)):
+        log = folder.with_suffix(".log")
+        log.touch()
+        for number in range(4):
+            process = context.Process(target=killed_build, args=(folder, log))
+            process.start()
+            point = minimum.total() * (number + rng.random()) / 4
+            while process.exitcode is None and asks(log).total() < point:
+                time.sleep(0.001)
+            time.sleep(0.004 * rng.random())
+            process.kill()
+            process.join()
+            assert process.exitcode == -9
+        assert build(folder, log).to_list() == whole
+        assert set(asks(log)) == set(minimum)
+        # What was under way when it died, and no more: a window of answers or a batch of scores each time
+        assert (asks(log) - minimum).total() <= 4 * max(WINDOW, LABELS)
+
+
+@pytest.mark.parametrize("source", ["teacher", "student"])
+def test_an_exception_keeps_what_came(tmp_path, source):
+    whole = build(tmp_path / "whole", tmp_path / "whole.log").to_list()
+    log = tmp_path / "log"
+    failing = Source(source, log, window=5, fail_after=13)
+    with pytest.raises(ConnectionError, match="the server is down"):
+        build(tmp_path / "a", log, **{source: failing})
+    with pytest.raises(FileNotFoundError, match="run the same command again"):
+        load_pairs(tmp_path / "a")
+    assert build(tmp_path / "a", log).to_list() == whole
+    again = asks(log) - asks(tmp_path / "whole.log")
+    assert 0 < again.total() <= 5
+
+
+def test_a_source_that_ends_early_is_an_error(tmp_path):
+    class Lazy(Source):
+        def sample(self, requests):
+            for number, answer in enumerate(super().sample(requests)):
+                if number < 4:
+                    yield answer
+
+    with pytest.raises(RuntimeError, match="The teacher ended without 16 of the answers"):
+        build(tmp_path, None, teacher=Lazy("teacher"))
+    made = build(tmp_path, tmp_path / "log")
+    assert sum(line.startswith("teacher") for line in asks(tmp_path / "log")) == 16
+    assert made.to_list() == build(tmp_path, None).to_list()
+
+
+def test_an_exception_of_the_preference_keeps_labels(tmp_path):
+    class Fails(Longer):
+        def score(self, prompts, completions, **columns):
+            if len(self.asked) >= 20:
+                raise TimeoutError("the judge is away")
+            return super().score(prompts, completions, **columns)
+
+    log = tmp_path / "log"
+    with pytest.raises(TimeoutError):
+        build(tmp_path / "a", log, preference=Fails(log))
+    build(tmp_path / "a", log)
+    assert max(asks(log).values()) == 1
+
+
+def test_a_changed_source_is_refused_and_the_dataset_stays(tmp_path):
+    made = build(tmp_path, None).to_list()
+    with pytest.raises(
+        ValueError, match=r"another student: `student.temperature` was None and is 2.*another `output_dir`"
+    ):
+        build(tmp_path, None, student=Source("student", temperature=2))
+    assert load_pairs(tmp_path).to_list() == made
+
+
+def test_a_changed_preference_needs_relabel(tmp_path):
+    log = tmp_path / "log"
+    build(tmp_path / "a", log)
+    soft = Longer(scale=1.0)
+    with pytest.raises(
+        ValueError, match=r"another preference: `preference.scale` was None and is 1.0.*`relabel=True`"
+    ):
+        build(tmp_path / "a", log, preference=soft)
+    before = log.read_text()
+    made = build(tmp_path / "a", log, preference=soft, relabel=True)
+    assert log.read_text() == before
+    assert any(row["preference"] not in (None, 0.5, 1.0) for row in made)
+    assert build(tmp_path / "a", log, preference=soft).to_list() == made.to_list()
+
+
+def test_the_dataset_before_stays_until_the_next_is_whole(tmp_path):
+    made = build(tmp_path, None).to_list()
+
+    class Breaks(Longer):
+        def prefer(self, first, second):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, None, preference=Breaks())
+    assert load_pairs(tmp_path).to_list() == made
+    assert not (tmp_path / "data.building").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    def other():
+        with pytest.raises(StoreError, match="is being written by process"):
+            build(tmp_path, None)
+        return "said"
+
+    said = []
+
+    class Meanwhile(Source):
+        def text(self, request, sample):
+            if not said:
+                said.append(other())
+            return super().text(request, sample)
+
+    build(tmp_path, None, teacher=Meanwhile("teacher"))
+    assert said

@@ -1,0 +1,124 @@
+"""What a local model is loaded from, and what is recorded of it."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+
+from tests.conftest import make_model, make_tokenizer, save_tiny
+from tests.sampling.test_local import SETTINGS, TOKENIZER, answers, make_requests
+from trl_kd.sampling import SamplingSettings
+from trl_kd.sampling.local import LocalSampler
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_dir, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("adapter"))
+    sampler = LocalSampler(tiny_dir, SETTINGS)
+    torch.manual_seed(0)
+    model = get_peft_model(sampler.model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_by_name_is_loaded_on_demand_and_freed(tiny_dir):
+    sampler = LocalSampler(tiny_dir, SETTINGS)
+    sampler.describe()
+    assert sampler._model is None
+    drawn = {(r.key, s): a for r, s, a in sampler.sample(make_requests())}
+    assert drawn == answers(make_model())
+    sampler.close()
+    assert sampler._model is None
+    assert {(r.key, s): a for r, s, a in sampler.sample(make_requests())} == drawn
+
+
+def test_an_adapter_changes_answers(tiny_dir, adapter_dir):
+    plain = answers(tiny_dir)
+    adapted = answers(tiny_dir, adapter=adapter_dir)
+    assert adapted != plain
+    assert answers(adapter_dir) == adapted  # the folder names its base model
+    given = PeftModel.from_pretrained(LocalSampler(tiny_dir, SETTINGS).model, adapter_dir)
+    assert answers(given) == adapted
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_answers(tiny_dir, bits):
+    pytest.importorskip("bitsandbytes")
+    sampler = LocalSampler(tiny_dir, SETTINGS, model_init_kwargs={f"load_in_{bits}bit": True})
+    drawn = list(sampler.sample(make_requests(2, (0, 1))))
+    assert sampler.model.config.quantization_config.quant_method == "bitsandbytes"
+    assert len(drawn) == 4
+    assert sampler.describe()["model_options"] == {"dtype": "float32", f"load_in_{bits}bit": True}
+
+
+def test_wrong_options_are_one_sentence(tiny_dir, adapter_dir):
+    with pytest.raises(ValueError, match="`max_batch_tokens` is 0: it must be at least 1"):
+        LocalSampler(tiny_dir, SETTINGS, max_batch_tokens=0)
+    with pytest.raises(ValueError, match="`adapter` is for a model given by name, and `model` is a LlamaForCausalLM"):
+        LocalSampler(make_model(), SETTINGS, adapter=adapter_dir)
+    with pytest.raises(ValueError, match="is an adapter already"):
+        LocalSampler(adapter_dir, SETTINGS, adapter=adapter_dir)
+    soft = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="only adapters of weights"):
+        answers(soft)
+
+
+# Descriptions
+
+
+def describe(model, settings=SETTINGS, **options) -> dict:
+    return LocalSampler(model, settings, **options).describe()
+
+
+def test_descriptions_tell_apart_what_answers_differently(tiny_dir, adapter_dir, tmp_path):
+    other = make_tokenizer()
+    other.chat_template = "{{ messages }}"
+    trained = make_model()
+    trained.model.layers[1].mlp.up_proj.weight.data += 0.01
+    lora = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    changed = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    changed.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data += 0.01
+    described = [
+        describe(tiny_dir),
+        describe(tiny_dir, SamplingSettings(max_new_tokens=12, seed=4)),
+        describe(tiny_dir, adapter=adapter_dir),
+        describe(tiny_dir, tokenizer=other),
+        describe(tiny_dir, model_init_kwargs={"dtype": "bfloat16"}),
+        describe(tiny_dir, model_init_kwargs={"load_in_4bit": True}),
+        describe(tiny_dir, model_init_kwargs={"revision": "v2"}, tokenizer=TOKENIZER),
+        describe(tiny_dir, chat_template_kwargs={"enable_thinking": False}),
+        *(describe(model, tokenizer=TOKENIZER) for model in (make_model(), trained, lora, changed)),
+    ]
+    for i, one in enumerate(described):
+        assert all(one != another for another in described[i + 1 :])
+
+
+def test_descriptions_leave_out_where_and_how_fast_it_runs(tiny_dir):
+    options = {"device_map": "cpu", "attn_implementation": "sdpa", "token": "hf_secret"}
+    assert describe(tiny_dir, max_batch_tokens=5, read_ahead=2, model_init_kwargs=options) == describe(tiny_dir)
+    assert describe(make_model(), tokenizer=TOKENIZER) == describe(make_model(), tokenizer=TOKENIZER)
+
+
+def test_a_folder_with_other_weights_is_another_model(tmp_path):
+    folder = save_tiny(tmp_path / "student")
+    before = describe(folder)
+    save_tiny(tmp_path / "student", seed=1)
+    assert describe(folder) != before
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("max_new_tokens", 0)],
+)
+def test_settings_outside_their_range_are_one_sentence(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` is {value}: it must be"):
+        SamplingSettings(**{field: value})
+
+
+def test_seeds_of_answers():
+    seeds = {SETTINGS.answer_seed(f"k{i}", sample) for i in range(50) for sample in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert SamplingSettings(stop="x").stop == ("x",)

@@ -1,0 +1,358 @@
+"""From prompts to pairs: answers, labels, rows. Each step reads all prompts, and does what is not done yet."""
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
+from trl_kd.pairs.labels import Labeller, describe_preference
+from trl_kd.pairs.pairing import PairingSettings, Policy, PromptPairs, choose_pairs, make_candidates, make_rows
+from trl_kd.pairs.prompts import PromptRow, read_prompts
+from trl_kd.pairs.report import PairReport
+from trl_kd.pairs.seen import SeenPairs
+from trl_kd.pairs.store import AnswerStore
+from trl_kd.preferences import Preference
+from trl_kd.sampling import Answer, Request, Sampler
+
+
+def build_pairs(
+    prompts: Dataset | IterableDataset,
+    *,
+    teacher: Sampler,
+    student: Sampler,
+    preference: Preference,
+    output_dir: str | Path,
+    num_teacher_samples: int = 1,
+    num_student_samples: int = 1,
+    policy: Policy = "teacher_vs_student",
+    max_pairs_per_prompt: int | None = None,
+    truncated: Literal["keep", "drop"] = "keep",
+    seed: int = 0,
+    shard: tuple[int, int] | None = None,
+    relabel: bool = False,
+    label_batch_size: int = 64,
+    show_progress: bool = True,
+) -> Dataset:
+    """
+    Builds preference pairs of a teacher's and a student's answers in a folder, with a card and a page to look at.
+
+    Answers and labels are kept in `answers.db` of the folder as they arrive. After an interruption, even `kill -9`, the same
+    call goes on where it stopped; what was answered is not asked again. What costs nothing to read again (`is_lookup`) is
+    not kept. Memory does not grow with the number of prompts.
+
+    Args:
+        prompts (`Dataset` or `IterableDataset`):
+            Rows with a `prompt`, text or messages, and any other columns. A stream is read several times, and must give the
+            same rows each time. Equal prompts (with equal `tools`) share their answers.
+        teacher, student (`Sampler`):
+            Who answers. If a sampler has a `column`, it is the one that it reads, which is then left out of the dataset.
+        preference (`Preference`):
+            Who says which of two answers is better.
+        output_dir (`str` or `Path`):
+            The folder. One process at a time writes it.
+        num_teacher_samples, num_student_samples (`int`, *optional*, defaults to `1`):
+            Answers of each to a prompt. A later call may ask for more.
+        policy, max_pairs_per_prompt, truncated, seed:
+            See [`PairingSettings`]. They may differ from those of a former call.
+        shard (`tuple[int, int]`, *optional*):
+            `(i, n)` for piece i = 0 … n − 1 of n, each in a folder of its own, for [`merge_shards`].
+        relabel (`bool`, *optional*, defaults to `False`):
+            Whether to accept another preference than before for the stored answers. Once it has labelled all of them, asking
+            for it again labels them anew.
+        label_batch_size (`int`, *optional*, defaults to `64`):
+            Comparisons given to the preference at once. Their labels are stored together.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar for each step.
+
+    Returns:
+        `Dataset`: The pairs, in the order of the prompts, with
+            - `prompt`, `chosen`, `rejected`: in the format of the prompts;
+            - `preference`: P(chosen ≻ rejected) in [½, 1], null for equal texts or where nothing is known;
+            - `teacher_side`: `"chosen"`, `"rejected"`, or null if the teacher wrote neither;
+            - `teacher`, unless `policy` is `"teacher_vs_student"`: a text of the teacher's where no row of the prompt has
+              one, otherwise null;
+            - `score_chosen`, `score_rejected`: null where the preference gives no scores;
+            - `chosen_source`, `rejected_source`, `chosen_finish_reason`, `rejected_finish_reason`;
+            - `source_row`: index of the prompt's row;
+            - the other columns of the prompts, but for those that are read as answers. Names that trainers read get the
+              prefix `source_`.
+
+    Raises:
+        `ValueError`: an option outside its range, prompts that cannot be read, or answers or labels in the folder that were
+        made with other settings.
+        `StoreError`: the folder is in use, damaged, or its disk full.
+    """
+    for name, value in (("num_teacher_samples", num_teacher_samples), ("num_student_samples", num_student_samples)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value!r}: it must be at least 1.")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
+    pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
+    first = next(read_prompts(prompts, batch_size=1), None)
+    if not first:
+        raise ValueError("There are no prompts: the dataset is empty.")
+    settings: dict[str, Any] = {
+        "teacher": teacher.describe(),
+        "student": student.describe(),
+        "preference": describe_preference(preference),
+    }
+    store = AnswerStore(output_dir)
+    try:
+        store.check_settings(settings, relabel)
+        settings["pairing"] = {
+            "num_teacher_samples": num_teacher_samples,
+            "num_student_samples": num_student_samples,
+            **pairing.describe(),
+        }
+        settings["shard"] = None if shard is None else list(shard)
+        sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
+        build = _Build(prompts, sources, preference, pairing, store, shard, show_progress)
+        for source in sources:
+            build.ask(source)
+        if not getattr(preference, "is_lookup", False):
+            build.label(label_batch_size)
+        build.write(Path(output_dir), settings, list(first[0].columns))
+    finally:
+        store.close()
+    return load_pairs(output_dir)
+
+
+class _Build:
+    def __init__(
+        self,
+        prompts: Dataset | IterableDataset,
+        sources: dict[str, tuple[Sampler, int]],
+        preference: Preference,
+        pairing: PairingSettings,
+        store: AnswerStore,
+        shard: tuple[int, int] | None,
+        show_progress: bool,
+    ):
+        self.prompts = prompts
+        self.sources = sources
+        self.preference = preference
+        self.pairing = pairing
+        self.store = store
+        self.shard = shard
+        self.show_progress = show_progress
+
+    def ask(self, source: str) -> None:
+        """Asks a source for every answer that is not stored."""
+        sampler, samples = self.sources[source]
+        if sampler.is_lookup:
+            return
+        with self._bar(f"{source} answers", samples) as bar:
+            requests = _Requests(self, source, samples, bar)
+            reading = iter(requests)
+            first = next(reading, None)
+            if first is not None:  # or a model would be loaded for nothing
+                for request, sample, answer in sampler.sample(itertools.chain([first], reading)):
+                    self.store.add_answer(source, request.key, sample, answer)
+                    requests.answered(request.key, sample)
+                    bar.update()
+                    _show_cost(bar, sampler)
+                requests.check()
+                self.store.commit()
+                _free(sampler)
+
+    def label(self, batch_size: int) -> None:
+        """Asks the preference for every label or score that is not stored."""
+        labeller = Labeller(self.preference, self.store, batch_size)
+        asked_in_all = 0
+        with self._bar("labels of prompts") as bar:
+            for rows in read_prompts(self.prompts, self.shard, batch_size):
+                asked = labeller.label(rows, self._pairs(rows, self._answers(rows)))
+                asked_in_all += asked
+                (bar.update if asked else bar.skip)(len(rows))
+                _show_cost(bar, self.preference)
+        self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
+        _free(self.preference)
+
+    def write(self, folder: Path, settings: dict[str, Any], columns: list[str]) -> None:
+        """Pairs all answers and writes the dataset with the prompts' own `columns`, its statistics, card and page."""
+        is_lookup = getattr(self.preference, "is_lookup", False)
+        labeller = Labeller(self.preference, None if is_lookup else self.store)
+        names = renamed(columns, self._used_up())
+        known = self.prompts.features or {}
+        features = {new: known[old] for old, new in {"prompt": "prompt", **names}.items() if old in known}
+        writer = PairWriter(folder, features)
+        report, seen = PairReport(self.pairing.seed), SeenPairs()
+        try:
+            with self._bar("prompts paired") as bar, _rare_collection() as collect:
+                for rows in read_prompts(self.prompts, self.shard):
+                    collect()
+                    answers = self._answers(rows)
+                    report.prompts += len(rows)
+                    for source, of_rows in answers.items():
+                        report.add_answers(source, [answer for of_row in of_rows for answer in of_row])
+                    prompts = self._pairs(rows, answers)
+                    labeller.label(rows, prompts)
+                    made = list(self._rows(rows, prompts, seen))
+                    pairs = [pair for _, pair in made]
+                    report.add_rows(pairs)
+                    writer.write(pairs, {new: [row.columns.get(old) for row, _ in made] for old, new in names.items()})
+                    bar.update(len(rows))
+        except BaseException:
+            writer.abandon()
+            raise
+        writer.close()
+        if hasattr(self.preference, "unparseable"):
+            report.unparseable = self.store.null_labels()
+            report.orders = self.store.note_orders(None, 0)
+        report.write(folder, settings)
+        self.store.note_finished()
+
+    def _rows(
+        self, rows: list[PromptRow], prompts: list[PromptPairs], seen: SeenPairs
+    ) -> Iterator[tuple[PromptRow, dict]]:
+        made = [
+            (row, pair)
+            for row, prompt in zip(rows, prompts, strict=True)
+            for pair in make_rows(prompt, self.pairing, self.preference)
+        ]
+        for (row, pair), is_new in zip(made, seen.are_new([(row.key, pair) for row, pair in made]), strict=True):
+            if is_new:
+                pair["source_row"] = row.index
+                yield row, pair
+
+    def _answers(self, rows: list[PromptRow]) -> dict[str, list[list[Answer]]]:
+        """Answers of each source to each of the rows, by sample."""
+        requests: dict[int, list[Request]] = {}
+        answers = {}
+        for source, (sampler, samples) in self.sources.items():
+            if not sampler.is_lookup:
+                answers[source] = self._recall(source, samples, rows)
+                continue
+            if samples not in requests:
+                # Equal prompts may have different answers in the rows of a dataset
+                numbers = tuple(range(samples))
+                requests[samples] = [Request(f"{r.key}/{r.index}", r.prompt, numbers, r.columns) for r in rows]
+            answers[source] = _look_up(source, sampler, samples, requests[samples])
+        return answers
+
+    def _recall(self, source: str, samples: int, rows: list[PromptRow]) -> list[list[Answer]]:
+        stored = self.store.answers(source, [row.key for row in rows], samples)
+        for row in rows:
+            if len(stored[row.key]) < samples:
+                raise ValueError(
+                    f"Row {row.index} of the prompts was another when the {source} was asked: a stream must give the same "
+                    "rows each time it is read. Run the same command again to ask for what is missing."
+                )
+        return [[stored[row.key][sample] for sample in range(samples)] for row in rows]
+
+    def _pairs(self, rows: list[PromptRow], answers: dict[str, list[list[Answer]]]) -> list[PromptPairs]:
+        prompts = []
+        for row, teacher, student in zip(rows, answers["teacher"], answers["student"], strict=True):
+            candidates = make_candidates(row.prompt, teacher, student, self.pairing.truncated)
+            pairs = choose_pairs(row.key, candidates, self.pairing)
+            prompts.append(PromptPairs(row.key, row.prompt, candidates, pairs))
+        return prompts
+
+    def _used_up(self) -> list[str]:
+        return [sampler.column for sampler, _ in self.sources.values() if hasattr(sampler, "column")]
+
+    @contextmanager
+    def _bar(self, name: str, times: int = 1) -> Iterator["_Bar"]:
+        total = len(self.prompts) * times if isinstance(self.prompts, Dataset) else None
+        if total is not None and self.shard is not None:
+            total = total // self.shard[1]  # about so many
+        with _Bar(desc=name, total=total, unit="", disable=not self.show_progress, smoothing=0.05) as bar:
+            yield bar
+
+
+def _look_up(source: str, sampler: Sampler, samples: int, requests: list[Request]) -> list[list[Answer]]:
+    given = list(sampler.sample(requests))
+    if samples == 1 and [request for request, _, _ in given] == requests:  # in order, as most do: the fast way
+        return [[answer] for _, _, answer in given]
+    found: dict[str, dict[int, Answer]] = {request.key: {} for request in requests}
+    for request, sample, answer in given:
+        found[request.key][sample] = answer
+    for answers in found.values():
+        if len(answers) < samples:
+            raise RuntimeError(f"The {source} gave {len(answers)} answers where {samples} were asked for.")
+    return [[answers[sample] for sample in range(samples)] for answers in found.values()]
+
+
+@contextmanager
+def _rare_collection() -> Iterator[Callable[[], int]]:
+    """Takes the search for garbage in cycles into its own hands: many small objects live for a moment here, and the search
+    would take 40 % of the time. Yields a function to call for each batch; at every 20th it looks at what is new since the
+    start."""
+    was_enabled, batches = gc.isenabled(), itertools.count(1)
+    gc.disable()
+    gc.freeze()
+    try:
+        yield lambda: gc.collect() if next(batches) % 20 == 0 else 0
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+class _Requests:
+    """The requests for what is not stored of a source's answers, in the order of the prompts and each once, and which of
+    them are still without an answer."""
+
+    def __init__(self, build: _Build, source: str, samples: int, bar: "_Bar"):
+        self._build, self._source, self._samples, self._bar = build, source, samples, bar
+        self._under_way: dict[str, set[int]] = {}
+        self._is_read = False
+
+    def __iter__(self) -> Iterator[Request]:
+        for rows in read_prompts(self._build.prompts, self._build.shard):
+            # Under way first, stored second: an answer that arrives between the two is seen by the second
+            fresh: dict[str, PromptRow] = {}
+            for row in rows:
+                if row.key not in self._under_way:
+                    fresh.setdefault(row.key, row)
+            missing = self._build.store.missing(self._source, list(fresh), self._samples)
+            self._under_way |= {key: set(samples) for key, samples in missing.items()}
+            self._bar.skip(len(rows) * self._samples - sum(map(len, missing.values())))
+            for key, samples in missing.items():
+                yield Request(key, fresh[key].prompt, samples, fresh[key].columns)
+        self._is_read = True
+
+    def answered(self, key: str, sample: int) -> None:
+        waiting = self._under_way.get(key, set())
+        waiting.discard(sample)
+        if not waiting:
+            self._under_way.pop(key, None)
+
+    def check(self) -> None:
+        """Raises a `RuntimeError` if the source ended before it had answered everything."""
+        if self._under_way or not self._is_read:
+            missing = sum(map(len, self._under_way.values()))
+            raise RuntimeError(
+                f"The {self._source} ended without {missing} of the answers that it was asked for. Those that came are "
+                "stored: run the same command again for the rest."
+            )
+
+
+class _Bar(tqdm):
+    def skip(self, count: int) -> None:
+        """Moves on without counting it as progress of this run, which would flatter the rate."""
+        if self.disable:
+            return
+        self.initial += count
+        self.n += count
+        self.last_print_n += count
+        self.refresh()
+
+
+def _show_cost(bar: _Bar, source: Any) -> None:
+    cost = getattr(getattr(source, "usage", None), "cost", None)
+    if cost:
+        bar.set_postfix_str(f"cost so far {cost:.4g}", refresh=False)
+
+
+def _free(source: Any) -> None:
+    """Gives back the memory of a model that is not needed any more."""
+    close = getattr(source, "close", None)
+    if callable(close):
+        close()

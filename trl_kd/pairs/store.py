@@ -1,0 +1,358 @@
+"""Answers and labels on disk as they arrive, so that a run can be killed at any moment and nothing is paid for twice."""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from trl_kd.sampling import Answer
+
+
+DATABASE = "answers.db"
+LOCK = ".lock"
+
+# Besides every `fuse.*`. Some of these do support shared memory, which WAL needs; a rollback journal is right on all of them
+_NETWORK = {
+    *(
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "glusterfs",
+        "afs",
+        "panfs",
+        "pvfs2",
+    ),
+    *("orangefs", "wekafs", "9p", "virtiofs", "vboxsf"),
+}
+_TABLES = """
+CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (
+    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, text TEXT NOT NULL, finish_reason TEXT,
+    tokens INTEGER, PRIMARY KEY (source, prompt, sample));
+CREATE TABLE IF NOT EXISTS labels (
+    preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
+"""
+_FORMAT = 1
+_FINISHED = "finished"
+_CHECKED_BYTES = 64 * 2**20
+_AT_ONCE = 500
+"""Keys in one query: SQLite's oldest limit on variables is 999."""
+
+
+class StoreError(OSError):
+    """The folder of pairs cannot be written: somebody else does, its disk is full, or its database is damaged."""
+
+
+class AnswerStore:
+    """
+    The database of a folder of pairs, and the lock that keeps a second process out.
+
+    Every answer is committed as it arrives. Only on a network file system, where a commit is slow and write-ahead logging
+    does not work, up to 64 of them share a commit, for at most one second.
+
+    Args:
+        folder (`str` or `Path`):
+            The output folder; made if it does not exist.
+
+    Raises:
+        `StoreError`: another process holds the folder, or the database is damaged or of another version.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / DATABASE
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._mutex = threading.RLock()  # a sampler may read its requests in a thread of its own
+        self._timer: threading.Timer | None = None
+        self._pending = 0
+        self._lock = lock_folder(folder)
+        self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            with self._guard():
+                self._open()
+        except BaseException:
+            self._connection.close()
+            self._lock.close()
+            raise
+
+    def _open(self) -> None:
+        execute = self._connection.execute
+        self._is_grouped = is_network_folder(self.path.parent)
+        execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
+        execute(
+            "PRAGMA synchronous = NORMAL"
+        )  # a killed process loses nothing; under WAL a power cut may cost a second
+        version = execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _FORMAT):
+            raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {_FORMAT}.")
+        if self.path.stat().st_size <= _CHECKED_BYTES:
+            found = execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise self._damaged(found)
+        self._connection.executescript(_TABLES)
+        execute(f"PRAGMA user_version = {_FORMAT}")
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._mutex:
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                raise self._said(error) from error
+
+    def _said(self, error: sqlite3.DatabaseError) -> StoreError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            return disk_full(self.path.parent)
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return self._damaged(str(error))
+        return StoreError(f"`{self.path}` cannot be read or written: {error}. What it holds was left as it is.")
+
+    def _damaged(self, found: str) -> StoreError:
+        found = " ".join(found.split())
+        return StoreError(
+            f"`{self.path}` is damaged ({found}); it was left as it is. Save what is readable with `sqlite3 {self.path} "
+            f".recover`, or move it away (`mv {self.path} {self.path}.damaged`, and `{DATABASE}-wal` if it is there) to ask "
+            "everything anew."
+        )
+
+    def _write(self, statement: str, rows: Sequence[tuple]) -> None:
+        with self._guard():
+            if not self._connection.in_transaction:
+                self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(statement, rows)
+            except BaseException:
+                with suppress(sqlite3.Error):  # a full disk: what came before may still fit
+                    self._connection.execute("COMMIT")
+                raise
+            self._pending += len(rows)
+            if not self._is_grouped or self._pending >= 64:
+                self.commit()
+            elif self._timer is None:
+                self._timer = threading.Timer(1.0, self.commit)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def commit(self) -> None:
+        """Writes what is still held back."""
+        with self._guard():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._pending = None, 0
+            if self._connection.in_transaction:
+                self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Commits, closes the database and lets other processes in."""
+        try:
+            self.commit()
+        finally:
+            self._connection.close()
+            self._lock.truncate(0)
+            self._lock.close()
+
+    def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
+        """
+        Compares the settings of the stored answers and labels with today's, and remembers today's.
+
+        Args:
+            settings (`dict[str, dict]`):
+                What `"teacher"`, `"student"` and `"preference"` say of themselves, as JSON.
+            relabel (`bool`, *optional*, defaults to `False`):
+                Whether the preference may be another than before. Answers stay, and labels of the former one too: they are
+                found again if it comes back. Labels of this very preference are forgotten if a build with it was the last
+                to finish, and not if one was interrupted, so that the same call goes on with it.
+
+        Raises:
+            `ValueError`: settings of something stored differ. The message names each difference.
+        """
+        settings = json.loads(json.dumps(settings))
+        self._preference = _digest(settings["preference"])
+        with self._guard():
+            rows = self._connection.execute("SELECT name, value FROM settings").fetchall()
+        before = {name: json.loads(value) for name, value in rows}
+        for source in ("teacher", "student"):
+            changes = list(_differences(before.get(source, settings[source]), settings[source], source))
+            if changes and self._holds("answers", "source", source):
+                raise ValueError(
+                    f"`{self.path.parent}` holds answers of another {source}: {'; '.join(changes)}. Answers of two settings "
+                    "are never mixed: set it back, give another `output_dir`, or delete the folder to start anew."
+                )
+        former = before.get("preference", settings["preference"])
+        changes = list(_differences(former, settings["preference"], "preference"))
+        if changes and not relabel and self._holds("labels", "preference", _digest(former)):
+            raise ValueError(
+                f"`{self.path.parent}` holds labels of another preference: {'; '.join(changes)}. Set it back, give another "
+                "`output_dir`, or say `relabel=True` to keep the answers and label them anew."
+            )
+        if relabel and before.get(_FINISHED) == self._preference.hex():
+            self._write("DELETE FROM labels WHERE preference = ?", [(self._preference,)])
+            settings[_FINISHED] = None
+        self._note(settings)
+
+    def note_finished(self) -> None:
+        """Remembers that all answers are labelled by the present preference."""
+        self._note({_FINISHED: self._preference.hex()})
+
+    def _note(self, values: dict[str, Any]) -> None:
+        rows = [(name, json.dumps(value)) for name, value in values.items()]
+        self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+        self.commit()
+
+    def note_orders(self, share: float | None, labels: int) -> tuple[float, int] | None:
+        """Adds the share of the last `labels` comparisons on which a judge agreed with itself in both orders to what former
+        runs have seen. Returns share and number in all, `None` if there is nothing yet."""
+        name = f"orders {self._preference.hex()}"
+        with self._guard():
+            row = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        known, number = json.loads(row[0]) if row else (0.0, 0)
+        if share is not None and labels:
+            known, number = (known * number + share * labels) / (number + labels), number + labels
+            self._note({name: [known, number]})
+        return (known, number) if number else None
+
+    def null_labels(self) -> int:
+        """How many labels of the present preference are null."""
+        query = "SELECT COUNT(*) FROM labels WHERE preference = ? AND value IS NULL"
+        with self._guard():
+            return self._connection.execute(query, (self._preference,)).fetchone()[0]
+
+    def _holds(self, table: str, column: str, value: Any) -> bool:
+        with self._guard():
+            found = self._connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (value,))
+            return found.fetchone() is not None
+
+    def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
+        """Stores an answer for good. One that is there already stays: it may have been labelled."""
+        text = _well_formed(answer.text) if isinstance(answer.text, str) else answer.text
+        row = (source, bytes.fromhex(key), sample, json.dumps(text), answer.finish_reason, answer.tokens)
+        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", [row])
+
+    def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:
+        """The stored answers 0 … `samples` − 1 to each of the prompts named by `keys`, by sample."""
+        found: dict[str, dict[int, Answer]] = {key: {} for key in keys}
+        for rows in self._select(
+            "prompt, sample, text, finish_reason, tokens", "answers WHERE source = ? AND sample < ? AND prompt",
+            (source, samples), [bytes.fromhex(key) for key in found],
+        ):  # fmt: skip
+            for prompt, sample, text, finish_reason, tokens in rows:
+                found[prompt.hex()][sample] = Answer(json.loads(text), finish_reason, tokens)
+        return found
+
+    def missing(self, source: str, keys: Sequence[str], samples: int) -> dict[str, tuple[int, ...]]:
+        """The numbers of the answers that are not stored, for each prompt that lacks some."""
+        lacking = {key: set(range(samples)) for key in keys}
+        where = "answers WHERE source = ? AND sample < ? AND prompt"
+        keys_ = [bytes.fromhex(key) for key in lacking]
+        for rows in self._select("prompt, sample", where, (source, samples), keys_):
+            for prompt, sample in rows:
+                lacking[prompt.hex()].discard(sample)
+        return {key: tuple(sorted(numbers)) for key, numbers in lacking.items() if numbers}
+
+    def labels(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
+        """The stored labels or scores of the present preference, by key."""
+        where = "labels WHERE preference = ? AND key"
+        return {
+            key: value for rows in self._select("key, value", where, (self._preference,), keys) for key, value in rows
+        }
+
+    def add_labels(self, labels: dict[bytes, float | None]) -> None:
+        """Stores labels or scores of the present preference."""
+        rows = [(self._preference, key, value) for key, value in labels.items()]
+        self._write("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
+        self.commit()
+
+    def _select(self, columns: str, where: str, values: tuple, keys: Sequence[bytes]) -> Iterator[list[tuple]]:
+        for start in range(0, len(keys), _AT_ONCE):
+            some = keys[start : start + _AT_ONCE]
+            query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
+            with self._guard():
+                yield self._connection.execute(query, (*values, *some)).fetchall()
+
+
+def lock_folder(folder: str | Path) -> TextIO:
+    """
+    Claims a folder until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        `StoreError`: another process has it. The message says which, and on which host.
+    """
+    import fcntl
+
+    file = (Path(folder) / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        pid, _, host = file.read().strip().partition("@")
+        file.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise StoreError(
+                f"`{folder}` is on a file system that cannot lock files ({error}): use another."
+            ) from error
+        where = f" on the host {host}" if host != socket.gethostname() else ""
+        raise StoreError(
+            f"`{folder}` is being written by process {pid or '(unknown)'}{where}: let it end, or give another `output_dir`."
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}@{socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def is_network_folder(folder: str | Path, mounts: str | Path = "/proc/mounts") -> bool:
+    """Whether a folder lies on a network or user-space file system, by the kernel's list of mounts (`False` without one)."""
+    path = os.path.realpath(folder)
+    try:
+        lines = Path(mounts).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    longest, kind = "", ""
+    for line in lines:
+        point, filesystem = (part.encode().decode("unicode_escape") for part in line.split()[1:3])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(longest):  # of two mounts at one point the later is on top
+            longest, kind = point, filesystem
+    return kind in _NETWORK or kind.startswith("fuse.")
+
+
+def disk_full(folder: str | Path) -> StoreError:
+    """The error of a full disk, in words."""
+    return StoreError(
+        f"The disk of `{folder}` is full. What was stored is kept: free some space and run the same command again."
+    )
+
+
+def _well_formed(text: str) -> str:
+    """Text without half characters, which servers can send in JSON escapes and no file format takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _digest(description: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}")
+    elif old != new:
+        yield f"`{name}` was {_short(old)} and is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 120, placeholder=" …")

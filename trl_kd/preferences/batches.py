@@ -1,0 +1,198 @@
+"""What the preferences that run a model share: its loading, and batches of rows of like length."""
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+from trl_kd import _trl
+from trl_kd.preferences.preference import ScoredPreference
+from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+_FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+"""Keywords of `from_pretrained` that say where the files are: the config needs them too."""
+
+_NO_MATTER = {"token", "cache_dir", "local_files_only", "proxies", "device_map", "max_memory", "offload_folder"}
+"""Keywords of `from_pretrained` that labels do not depend on, or that are secret."""
+
+
+class ModelPreference(ScoredPreference):
+    """
+    A preference whose scores a model gives. Config and tokenizer are read at once, weights at the first score.
+
+    Subclasses have `check_kind(config, architectures)`, which refuses a wrong kind of model before its weights are read, and
+    `score`.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            The model, or its name or folder. A model passed as an object is put into evaluation mode, and is known to
+            `describe` by its name alone.
+        scale (`float`, *optional*):
+            See [`ScoredPreference`].
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The model's tokenizer; by default the one beside its weights.
+        max_batch_tokens (`int`):
+            Most tokens of a forward, padding included. A longer row goes alone. It is lowered when memory runs out.
+        max_length (`int`, *optional*):
+            Longest row in tokens; by default what the model has positions for.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keywords of `from_pretrained`: `revision`, `dtype` (float32 by default, as in TRL), `trust_remote_code`, and
+            for bitsandbytes `load_in_4bit`, `load_in_8bit`, `bnb_4bit_quant_type`, …
+
+    Attributes:
+        truncated (`int`): Rows that were longer than `max_length`, each time they were scored.
+    """
+
+    kind: str
+    architecture: Any = None
+    """Auto class to load with; `None` takes the one that the config names."""
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        scale: float | None,
+        processing_class: Any,
+        max_batch_tokens: int,
+        max_length: int | None,
+        model_init_kwargs: dict[str, Any] | None,
+    ):
+        super().__init__(scale)
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_length", max_length)):
+            if value is not None and value < 2:
+                raise ValueError(f"`{name}` is {value!r}: it is a number of tokens, at least 2.")
+        self.init_kwargs = dict(model_init_kwargs or {})
+        finding = {name: self.init_kwargs[name] for name in _FINDING if name in self.init_kwargs}
+        if isinstance(model, str):
+            self.name = model
+            self._given = None
+            config = AutoConfig.from_pretrained(model, **finding)
+            architectures = config.architectures or []
+        else:
+            architectures = [type(model).__name__]
+            self.name = _trl.get_config_model_id(model.config) or architectures[0]
+            self._given = model
+            config = model.config
+        self.check_kind(config, architectures)
+        if processing_class is None:
+            processing_class = load_tokenizer(self.name, self.init_kwargs)
+        self.tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        self.pad_id: int | None = self.tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.tokenizer.eos_token_id
+        if self.pad_id is None:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} has neither a padding nor an end token: set `tokenizer.pad_token` and pass "
+                "it as `processing_class`."
+            )
+        self.max_batch_tokens = max_batch_tokens
+        self.max_length = max_length or self._longest(config)
+        self.truncated = 0
+        self._model: Any = None
+
+    def check_kind(self, config: Any, architectures: list[str]) -> None:
+        """Raises a `ValueError` if a model of this config, of a class so named, cannot give scores."""
+        raise NotImplementedError
+
+    def _longest(self, config: Any) -> int | None:
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        known = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+        return min(known, default=None)
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded when it is first needed."""
+        if self._model is None:
+            model = self._given if self._given is not None else self._load()
+            # Sequence classification finds a row's last token by comparing with this
+            model.config.get_text_config().pad_token_id = self.pad_id
+            self._model = model.eval()
+        return self._model
+
+    def _load(self) -> PreTrainedModel:
+        kwargs = dict(self.init_kwargs)
+        quantization = {
+            name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("load_in_", "bnb_", "llm_int8_"))
+        }
+        if quantization:
+            if not is_bitsandbytes_available():
+                raise ImportError(
+                    f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
+                )
+            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+        return _trl.create_model_from_path(self.name, architecture=self.architecture, **kwargs)
+
+    def close(self) -> None:
+        """Gives the memory of the weights back. A later score loads them again."""
+        self._model = None
+        clear_device_cache(garbage_collection=True)
+
+    def describe(self) -> dict[str, Any]:
+        kwargs = {name: value for name, value in sorted(self.init_kwargs.items()) if name not in _NO_MATTER}
+        return {
+            "preference": self.kind,
+            "model": self.name,
+            "weights": describe_files(self.name),
+            "model_init_kwargs": json.loads(json.dumps(kwargs, default=str)),
+            "tokenizer": self.tokenizer.name_or_path,
+            **describe_template(self.tokenizer, {}),
+            "max_length": self.max_length,
+            "scale": self.scale,
+        }
+
+    def note_truncation(self) -> None:
+        if not self.truncated:
+            logger.warning(
+                f"A row is longer than `max_length` = {self.max_length} tokens of {self.name!r}: such rows lose the "
+                "beginning of their prompt. This is said once; `truncated` counts them."
+            )
+        self.truncated += 1
+
+    def pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids `[B, T]` and attention mask `[B, T]` of rows, padded on the right, on the model's device."""
+        longest = max(map(len, rows))
+        device = next(self.model.parameters()).device
+        ids_BT = torch.tensor([[*row, *[self.pad_id] * (longest - len(row))] for row in rows], device=device)
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        return ids_BT, mask_BT
+
+    @torch.no_grad()
+    def in_batches(self, lengths: list[int], run: Callable[[list[int]], list[float | None]]) -> list[float | None]:
+        """
+        Runs rows in batches of like length, longest first, so that memory runs out at once or never.
+
+        Args:
+            lengths (`list[int]`):
+                Length of each row in tokens. A row of none is not run.
+            run (`Callable[[list[int]], list[float | None]]`):
+                The score of each of the rows whose indices it is given.
+
+        Returns:
+            `list[float | None]`: the scores in the order of `lengths`.
+        """
+        scores: list[float | None] = [None] * len(lengths)
+        order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+        start = 0
+        while start < len(order):
+            longest = lengths[order[start]]
+            batch = order[start : start + max(self.max_batch_tokens // longest, 1)]
+            try:
+                values = run(batch)
+            except RuntimeError as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+                if len(batch) == 1 or not out_of_memory:
+                    raise
+                self.max_batch_tokens = longest * (len(batch) // 2)
+                logger.warning(f"Out of memory: going on with `max_batch_tokens` = {self.max_batch_tokens}.")
+                continue
+            for index, value in zip(batch, values, strict=True):
+                scores[index] = value
+            start += len(batch)
+        return scores

@@ -1,0 +1,149 @@
+"""The teacher's weights decide: the response that it finds more likely is preferred."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trl_kd import _trl
+from trl_kd.preferences.batches import ModelPreference
+from trl_kd.preferences.tokens import template_options, tokenize_response
+from trl_kd.sampling import Text
+
+
+class TeacherLikelihood(ModelPreference):
+    """
+    Scores responses with log μ(y|x) of a white-box teacher μ, in nats.
+
+    Rows are tokenized as `DPOTrainer` does. What a chat template writes after the last end token is left out, since no
+    model has to say it. Teacher and student may have different tokenizers: only texts are read.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            The teacher, a causal language model, or its name or folder.
+        scale (`float`, *optional*):
+            Above 0, in nats (nats per token if `length_normalized`): P = σ(difference / scale). By default the more likely
+            response wins outright.
+        length_normalized (`bool`, *optional*, defaults to `True`):
+            Whether the score is the mean over the response's tokens rather than the sum, which prefers short responses.
+        processing_class, max_batch_tokens, max_length, model_init_kwargs:
+            See [`~trl_kd.preferences.batches.ModelPreference`]. A row longer than `max_length` loses the beginning of its
+            prompt, and the end of a response that is longer by itself.
+        chunk_tokens (`int`, *optional*, defaults to `512`):
+            Tokens whose logits are in memory at once: `chunk_tokens × vocabulary × 4` bytes, a few times over.
+
+    Raises:
+        `ValueError`: the model is not a causal language model; before its weights are read.
+    """
+
+    kind = "teacher_likelihood"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        scale: float | None = None,
+        length_normalized: bool = True,
+        processing_class: Any = None,
+        max_batch_tokens: int = 8192,
+        max_length: int | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+        chunk_tokens: int = 512,
+    ):
+        super().__init__(model, scale, processing_class, max_batch_tokens, max_length, model_init_kwargs)
+        if chunk_tokens < 1:
+            raise ValueError(f"`chunk_tokens` is {chunk_tokens!r}: it must be at least 1.")
+        self.length_normalized = length_normalized
+        self.chunk_tokens = chunk_tokens
+
+    def check_kind(self, config: Any, architectures: list[str]) -> None:
+        if config.is_encoder_decoder or any("Classification" in name for name in architectures):
+            raise ValueError(
+                f"{self.name!r} is {' or '.join(architectures) or 'an encoder-decoder'}, which gives no likelihood of a "
+                "text that follows another: the teacher must be a causal language model."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"length_normalized": self.length_normalized}
+
+    def __call__(
+        self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
+    ) -> list[float | None]:
+        """As every preference; `first_finish_reason` and `second_finish_reason`, where given, say which responses were
+        cut off."""
+        scores = []
+        for side, completions in (("first", first), ("second", second)):
+            reasons = columns.get(f"{side}_finish_reason")
+            own = columns if reasons is None else {**columns, "finish_reason": reasons}
+            scores.append(self.score(prompts, completions, **own))
+        return [self.prefer(a, b) for a, b in zip(*scores, strict=True)]
+
+    def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+        """
+        log μ(y|x) of each completion: mean or sum over its tokens, its end token among them.
+
+        Args:
+            prompts, completions (`list[str]` or `list[list[dict]]`):
+                Prompts and responses.
+            **columns (`list`):
+                `finish_reason`, where given, is `"length"` for a completion that was cut off and so has no end token.
+                `tools` and `chat_template_kwargs` go to the chat template.
+
+        Returns:
+            `list[float | None]`: at most 0; `None` for a completion without tokens.
+        """
+        reasons = columns.get("finish_reason") or [None] * len(prompts)
+        rows, starts = [], []
+        for index, (prompt, completion, reason) in enumerate(zip(prompts, completions, reasons, strict=True)):
+            context, response = self._tokens(prompt, completion, template_options(columns, index), reason != "length")
+            rows.append(context + response)
+            starts.append(max(len(context), 1))  # nothing predicts the first token of all
+        return self.in_batches(
+            [len(row) for row in rows],
+            lambda batch: self._run([rows[index] for index in batch], [starts[index] for index in batch]),
+        )
+
+    def _tokens(
+        self, prompt: Text, completion: Text, options: dict[str, Any], complete: bool
+    ) -> tuple[list[int], list[int]]:
+        context, response = tokenize_response(self.tokenizer, prompt, completion, options, complete)
+        end = self.tokenizer.eos_token_id
+        if complete and end in response:
+            response = response[: len(response) - response[::-1].index(end)]
+        if self.max_length is not None and len(context) + len(response) > self.max_length:
+            self.note_truncation()
+            context = context[-max(self.max_length - len(response), 1) :]
+            response = response[: self.max_length - len(context)]
+        return context, response
+
+    def _run(self, rows: list[list[int]], starts: list[int]) -> list[float | None]:
+        ids_BT, mask_BT = self.pad(rows)
+        hidden_BTH = _trl.backbone(self.model)(
+            input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
+        ).last_hidden_state
+        positions_T = torch.arange(1, ids_BT.size(1), device=ids_BT.device)
+        scored_BT = (positions_T >= torch.tensor(starts, device=ids_BT.device).unsqueeze(1)) & (mask_BT[:, 1:] == 1)
+        logps_N = self._logps(hidden_BTH[:, :-1][scored_BT.to(hidden_BTH.device)], ids_BT[:, 1:][scored_BT])
+        # In double precision, so that the sum does not depend on its order
+        counts = scored_BT.sum(1).tolist()
+        sums = [float(logps.double().sum()) for logps in logps_N.cpu().split(counts)]
+        return [
+            None if not count else total / count if self.length_normalized else total
+            for total, count in zip(sums, counts, strict=True)
+        ]
+
+    def _logps(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """log μ of each target `[N]` from the hidden state before it `[N, H]`: logits exist for `chunk_tokens` at a time."""
+        head = self.model.get_output_embeddings()
+        config = self.model.config
+        scale = _trl.logit_scale(config)
+        cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        logps = []
+        for hidden, targets in zip(
+            hidden_NH.split(self.chunk_tokens), targets_N.split(self.chunk_tokens), strict=True
+        ):
+            logits = head(hidden).float() * scale
+            if cap is not None:
+                logits = torch.tanh(logits / cap) * cap
+            targets = targets.to(logits.device)
+            logps.append(-torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        return torch.cat(logps) if logps else hidden_NH.new_zeros(0)

@@ -1,0 +1,373 @@
+"""Asks OpenAI-compatible servers: several at once, within a budget, and without a secret in any message.
+
+The work runs on an event loop in a thread of its own; items are read and results are yielded in the caller's thread, so that
+what feeds and what stores them (a database, say) need not be safe for threads.
+"""
+
+import asyncio
+import atexit
+import base64
+import json
+import os
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from trl_kd.sampling.budget import Budget, Usage
+from trl_kd.sampling.server_errors import ServerError, explain, hide, redact
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Ask = Callable[..., Awaitable[dict[str, Any]]]
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+class ServerClient:
+    """
+    One or several servers of the OpenAI protocol that serve the same model. Needs the extra `api`.
+
+    Args:
+        base_url (`str` or `list[str]`, *optional*):
+            Where the servers are, e.g. `"http://localhost:8000/v1"`; by default `OPENAI_BASE_URL` of the environment, else
+            OpenAI. Requests go to the least busy one. Credentials in it (`http://user:password@host/v1`) are sent as HTTP
+            basic authentication instead of the key.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
+            Environment variable that holds the key, which every one of the servers gets. Unless it is named by you it may
+            be missing, as local servers need none.
+        max_concurrency (`int`, *optional*, defaults to `16`):
+            Requests under way at each URL, at least 1.
+        max_retries (`int`, *optional*, defaults to `5`):
+            How often a request is tried again after a time-out, a lost connection, a malformed answer, or the status 408,
+            409, 429 or 5xx, with a growing delay or the server's `Retry-After`.
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds until an attempt is given up, above 0.
+        max_requests, max_tokens (`int`, *optional*), max_cost (`float`, *optional*):
+            Caps on the `requests`, prompt and completion tokens, and `cost` of `usage`. Once one is reached no request
+            starts; those under way are finished, so that the last two caps may be passed by as much as these bring.
+        price_in, price_out (`float`, *optional*):
+            Price of a million prompt and completion tokens.
+
+    Attributes:
+        usage (`Usage`): Sum over all runs, to be looked at while one is under way.
+
+    Raises:
+        `ImportError`: `openai` is not installed.
+        `ValueError`: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        base_url: str | Sequence[str] | None = None,
+        *,
+        api_key_env: str = "OPENAI_API_KEY",
+        max_concurrency: int = 16,
+        max_retries: int = 5,
+        timeout: float = 600.0,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        max_cost: float | None = None,
+        price_in: float | None = None,
+        price_out: float | None = None,
+    ):
+        _openai()
+        if not base_url:
+            base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        self.urls = [_plain_url(url) for url in urls]
+        self._credentials = [_credentials(url) for url in urls]
+        self.api_key_env = api_key_env
+        for name, number, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
+            if number < least:
+                raise ValueError(f"`{name}` is {number!r}: it must be at least {least}.")
+        if not timeout > 0:
+            raise ValueError(f"`timeout` is {timeout!r}: it must be above 0 seconds.")
+        self.max_concurrency = max_concurrency
+        self.max_retries = max_retries
+        self.timeout = timeout
+        self.budget = Budget(max_requests, max_tokens, max_cost, price_in, price_out)
+        self._length_field = "max_tokens"
+        self._key()  # a variable that is named but not set is said now
+
+    def __repr__(self) -> str:
+        return f"ServerClient({', '.join(self.urls)})"
+
+    @property
+    def usage(self) -> Usage:
+        return self.budget.usage
+
+    @property
+    def capacity(self) -> int:
+        """Requests under way at all URLs together."""
+        return self.max_concurrency * len(self.urls)
+
+    def run(
+        self,
+        items: Iterable[Item],
+        work: Callable[[Ask, Item, Callable[[Result], None]], Coroutine[Any, Any, None]],
+    ) -> Iterator[Result]:
+        """
+        Works on many items at once.
+
+        Args:
+            items (`Iterable`):
+                Read lazily in the caller's thread, never further ahead of what is finished than `2 * capacity`.
+            work (`Callable`):
+                Coroutine function of `(ask, item, emit)`. `await ask(body, completions=False)` posts a JSON body to a chat
+                completions endpoint, or to the plain one, and returns the server's JSON, with a list of `choices` and a
+                dictionary `usage`; a server that wants `max_completion_tokens` gets that instead of `max_tokens`.
+                `emit(result)` hands over a result, any number of times.
+
+        Yields:
+            Results, as they arrive.
+
+        Raises:
+            `ServerError`, `BudgetExceeded`, or what `items` or `work` raised: once everything under way has been yielded.
+        """
+        source = iter(items)
+        waiting = 0
+        exhausted = False
+        unreadable: Exception | None = None
+        with _Run(self) as run:
+            while True:
+                full = waiting >= 2 * self.capacity or (waiting >= self.capacity and not run.results.empty())
+                if not (exhausted or run.error or full):
+                    try:
+                        item = next(source)
+                    except StopIteration:
+                        exhausted = True
+                    except Exception as error:
+                        unreadable, exhausted = error, True
+                    else:
+                        run.submit(work, item)
+                        waiting += 1
+                elif waiting:
+                    result = run.results.get()
+                    if result is _FINISHED:
+                        waiting -= 1
+                    else:
+                        yield result
+                else:
+                    break
+            failure = run.error or unreadable
+            if failure is not None:
+                raise failure
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must be in no message and no file."""
+        pairs = [pair for pair in self._credentials if pair]
+        found = [self._key(), *(pair[1] for pair in pairs), *map(_basic, pairs)]
+        return [secret for secret in found if secret]
+
+    def _key(self) -> str | None:
+        """The key, read from the environment whenever it is needed so that no object holds it."""
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key and self.api_key_env != "OPENAI_API_KEY":
+            raise ValueError(
+                f"`api_key_env` is {self.api_key_env!r}, but the environment has no such variable: set it."
+            )
+        if not key.isascii() or not key.isprintable():
+            raise ValueError(
+                f"The environment variable {self.api_key_env} holds characters that no key has: copy the key again."
+            )
+        return key or None
+
+
+_FINISHED: Any = object()
+
+
+class _Stopped(Exception):
+    """A request that did not start because another has failed."""
+
+
+class _Run:
+    """The event loop of one `run`, with its connections. `error` is the first failure; after it nothing starts."""
+
+    def __init__(self, client: ServerClient):
+        self.client = client
+        self.results: queue.SimpleQueue = queue.SimpleQueue()
+        self.error: BaseException | None = None
+        key = client._key() or "none"
+        self.connections = [
+            _openai().AsyncOpenAI(
+                api_key=key,
+                base_url=url,
+                max_retries=client.max_retries,
+                timeout=client.timeout,
+                default_headers={"Authorization": f"Basic {_basic(pair)}"} if pair else None,
+            )
+            for url, pair in zip(client.urls, client._credentials, strict=True)
+        ]
+        self.busy = [0] * len(client.urls)
+        self.asked = [0] * len(client.urls)
+        self.tasks: set[asyncio.Task] = set()
+
+    def __enter__(self) -> "_Run":
+        self.loop = asyncio.new_event_loop()
+        self.slots = asyncio.Semaphore(self.client.capacity)
+        self.thread = threading.Thread(target=self.loop.run_forever, name="trl-kd-server-client", daemon=True)
+        self.thread.start()
+        # A generator that nobody has closed is finalised when the thread is dead already, and would wait for it forever
+        atexit.register(self.close)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up what is under way (nothing, unless the caller has stopped early) and ends the thread."""
+        if self.loop.is_closed():
+            return
+        atexit.unregister(self.close)
+        asyncio.run_coroutine_threadsafe(self._close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
+
+    async def _close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for connection in self.connections:
+            await connection.close()
+
+    def submit(self, work: Callable[..., Coroutine[Any, Any, None]], item: Any) -> None:
+        def start() -> None:
+            task = self.loop.create_task(self._work(work, item))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+        self.loop.call_soon_threadsafe(start)
+
+    async def _work(self, work: Callable[..., Coroutine[Any, Any, None]], item: Any) -> None:
+        try:
+            await work(self.ask, item, self.results.put)
+        except _Stopped:
+            pass
+        except Exception as error:
+            self.error = self.error or error
+        finally:
+            self.results.put(_FINISHED)
+
+    async def ask(self, body: dict[str, Any], completions: bool = False) -> dict[str, Any]:
+        if "max_tokens" in body:
+            body = {(self.client._length_field if k == "max_tokens" else k): v for k, v in body.items()}
+        problem: Exception = _Stopped()
+        for attempt in range(self.client.max_retries + 1):
+            async with self.slots:
+                if self.error:
+                    raise _Stopped
+                self.client.budget.start()
+                # There is a slot, so the least busy URL has room; the fewest asked so far breaks ties
+                index = min(range(len(self.busy)), key=lambda i: (self.busy[i], self.asked[i]))
+                self.busy[index] += 1
+                self.asked[index] += 1
+                try:
+                    text, retries, failure = await self._post(index, body, completions)
+                    if failure is not None and failure.status not in (400, 422):
+                        self.error = self.error or failure  # nothing can be done, so that nothing may take the slot
+                finally:
+                    self.busy[index] -= 1
+            if failure is not None:
+                # Newer OpenAI models refuse the old name, and many servers ignore the new one
+                if failure.status == 400 and "max_tokens" in body and "max_completion_tokens" in failure.said:
+                    self.client._length_field = "max_completion_tokens"
+                    return await self.ask(body, completions)
+                raise failure
+            # A server that echoes the key in an answer would get it into the dataset
+            answer = _parse(hide(text, self.client.secrets, 16))
+            if answer is not None:
+                self.client.budget.count(answer["usage"], retries)
+                return answer
+            problem = ServerError(
+                f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in "
+                f"JSON, e.g. {redact(text, self.client.secrets)[:200]!r}: check that `base_url` leads to an "
+                "OpenAI-compatible server (it mostly ends in /v1)."
+            )
+            await asyncio.sleep(min(0.5 * 2**attempt, 8.0))
+        raise problem
+
+    async def _post(self, index: int, body: dict[str, Any], completions: bool) -> tuple[str, int, ServerError | None]:
+        """The text of an answer and the retries it took, or the failure, which is returned and not raised: an exception
+        that is raised here would carry the library's own, whose text may hold an echo of the key."""
+        connection = self.connections[index]
+        endpoint = connection.completions if completions else connection.chat.completions
+        named = {name: body[name] for name in ("model", "prompt" if completions else "messages")}
+        rest = {name: value for name, value in body.items() if name not in named}
+        try:
+            reply = await endpoint.with_raw_response.create(**named, extra_body=rest)
+            return reply.http_response.text, reply.retries_taken, None
+        except _openai().OpenAIError as error:
+            return "", 0, self._explain(index, error)
+
+    def _explain(self, index: int, error: Any) -> ServerError:
+        client = self.client
+        return explain(
+            error,
+            url=client.urls[index],
+            clean=lambda text: redact(text, client.secrets),
+            api_key_env=client.api_key_env,
+            max_retries=client.max_retries,
+            timeout=client.timeout,
+            max_concurrency=client.max_concurrency,
+        )
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError("Asking a server needs the `openai` package: `pip install trl-kd[api]`.") from error
+    return openai
+
+
+def _plain_url(url: str) -> str:
+    """A base URL without credentials, or an error that does not show them."""
+    parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("`base_url` has an '@' after its host: percent-encode '/', '?', '#' and '@' in a password.")
+    host = parts.netloc.rpartition("@")[2]
+    plain = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise ValueError(
+            f"`base_url` is {plain!r}: it must look like 'http://localhost:8000/v1', without '?' and '#'."
+        )
+    return plain
+
+
+def _credentials(url: str) -> tuple[str, str] | None:
+    parts = urlsplit(url)
+    return (unquote(parts.username), unquote(parts.password or "")) if parts.username is not None else None
+
+
+def _basic(credentials: tuple[str, str]) -> str:
+    return base64.b64encode(":".join(credentials).encode()).decode()
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """The JSON of a completion, or `None` if it is none; `usage` is made a dictionary."""
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return None
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
+        return None
+    reported = answer.get("usage")
+    return answer | {"usage": reported if isinstance(reported, dict) else {}}
+
+
+def _is_choice(choice: Any) -> bool:
+    message = (choice.get("message") or {}) if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        return False
+    return all(text is None or isinstance(text, str) for text in (choice.get("text"), message.get("content")))

@@ -1,0 +1,64 @@
+"""Answers that a dataset holds already."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from trl_kd.sampling.sampler import Answer, Request
+
+
+class ColumnSampler:
+    """
+    A column of the dataset as a [`Sampler`]: no model is loaded, and nothing is computed.
+
+    A row holds one answer, plain text or messages, or a list of them, one for each sample. Where there is a null, or fewer
+    than the samples asked for, the answer's `text` is `None`.
+
+    Args:
+        column (`str`):
+            Name of the column.
+
+    Raises:
+        `ValueError`: in `sample`, a row that lacks the column or holds something else there.
+
+    Example:
+
+    ```python
+    >>> from trl_kd.sampling import Request
+    >>> from trl_kd.sampling.column import ColumnSampler
+
+    >>> request = Request("0", "2+2=", samples=(0, 1), columns={"answer": ["4", "5"]})
+    >>> [answer.text for _, _, answer in ColumnSampler("answer").sample([request])]
+    ['4', '5']
+    ```
+    """
+
+    is_lookup = True
+
+    def __init__(self, column: str):
+        self.column = column
+
+    def describe(self) -> dict[str, Any]:
+        return {"sampler": "column", "column": self.column}
+
+    def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
+        for request in requests:
+            try:
+                value = request.columns[self.column]
+            except KeyError:
+                raise ValueError(
+                    f"The row of the prompt {request.key!r} has no column {self.column!r}: it has "
+                    f"{', '.join(map(repr, sorted(request.columns))) or 'none beside the prompt'}."
+                ) from None
+            texts = value if isinstance(value, list) and not _is_messages(value) else [value]
+            for sample in request.samples:
+                text = texts[sample] if sample < len(texts) else None
+                if not (text is None or isinstance(text, str) or _is_messages(text)):
+                    raise ValueError(
+                        f"The row of the prompt {request.key!r}: `{self.column}` holds {str(text)[:60]!r}; an answer is "
+                        "text, a list of messages with a role each, or null."
+                    )
+                yield request, sample, Answer(text)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)

@@ -1,0 +1,322 @@
+"""Answers of a transformers model on this machine."""
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+from trl_kd import _trl
+from trl_kd.sampling.decoding import Batch, Prompt, Row
+from trl_kd.sampling.prompts import (
+    cut_at,
+    decode_answer,
+    describe_files,
+    describe_template,
+    encode_prompt,
+    load_tokenizer,
+)
+from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter_config.json"
+QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
+
+
+class LocalSampler:
+    """
+    A transformers model as a [`Sampler`]: loaded when the first answer is asked for.
+
+    An answer is drawn from the model's own distribution under `settings` (what the model's generation config says of
+    sampling is not applied). It depends on the prompt, the sample's number and the settings alone, not on what is drawn
+    beside it, nor on where a run was stopped and started again. The global random state is not touched, and a model given
+    is left in the modes (training or evaluation) that it was in.
+
+    Each prompt is run once, however many answers are wanted. Prompts of about one length are decoded side by side, an answer
+    that ends makes room for another, and on running out of memory the batch is halved for good. A prompt that fills the
+    model's positions gets no answer (`text` is `None`, `finish_reason` `"prompt_too_long"`).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`):
+            Name or folder of a causal language model, a folder with a PEFT adapter, or the model itself.
+        settings (`SamplingSettings`):
+            Settings.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer, by default the one at the model's name.
+        model_init_kwargs (`dict`, *optional*):
+            Options of `from_pretrained` for a model given by name: `dtype` (float32 by default), `device_map`, `revision`,
+            `load_in_4bit` or `load_in_8bit` and what else begins with `bnb_` or `llm_int8_`, ...
+        adapter (`str`, *optional*):
+            LoRA adapter, for a model given by name.
+        max_batch_tokens (`int`, *optional*, defaults to `32768`):
+            Most tokens of prompts and answers held at once.
+        read_ahead (`int`, *optional*, defaults to `512`):
+            Requests read at once, among which those of like length are found.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables for the chat template, e.g. `{"enable_thinking": False}`.
+
+    Raises:
+        `ValueError`: options that contradict each other, or that the model cannot serve.
+    """
+
+    is_lookup = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        settings: SamplingSettings,
+        *,
+        tokenizer: Any = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+        adapter: str | None = None,
+        max_batch_tokens: int = 32768,
+        read_ahead: int = 512,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        for name, value in (("max_batch_tokens", max_batch_tokens), ("read_ahead", read_ahead)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value!r}: it must be at least 1.")
+        named = isinstance(model, str)
+        given = {"model_init_kwargs": model_init_kwargs, "adapter": adapter}
+        unused = [name for name, value in given.items() if value and not named]
+        if unused:
+            raise ValueError(
+                f"`{unused[0]}` is for a model given by name, and `model` is a {type(model).__name__}: drop it."
+            )
+        self.name: str
+        self.adapter: str | None = None
+        self._given: Any = None
+        if isinstance(model, str):
+            self.name, self.adapter = _split_adapter(model, adapter)
+        else:
+            self.name, self._given = _trl.get_config_model_id(model.config), model
+        self.settings = settings
+        self._model = self._given
+        self._tokenizer = tokenizer
+        self._options = dict(model_init_kwargs or {})
+        self._template_options = dict(chat_template_kwargs or {})
+        self._max_batch_tokens = max_batch_tokens
+        self._read_ahead = read_ahead
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            if self.adapter is not None and Path(self.adapter, "tokenizer_config.json").is_file():
+                self._tokenizer = load_tokenizer(self.adapter, {})
+            else:
+                self._tokenizer = load_tokenizer(self.name, self._options)
+        return self._tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded when first asked for.
+
+        Raises:
+            `ValueError`: it is an encoder-decoder, or its adapter is not LoRA-like.
+            `ImportError`: it is to be quantized and bitsandbytes is missing.
+        """
+        if self._model is None:
+            self._model = self._load()
+        if self._model.config.is_encoder_decoder:
+            raise ValueError(f"{self.name!r} is an encoder-decoder model: a model that continues a text is needed.")
+        if any(config.is_prompt_learning for config in getattr(self._model, "peft_config", {}).values()):
+            raise ValueError(
+                f"The adapter of {self.name!r} learns a prompt: only adapters of weights (LoRA) can be sampled."
+            )
+        return self._model
+
+    def _load(self) -> Any:
+        kwargs = dict(self._options)
+        quantization = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(QUANTIZATION)}
+        if quantization:
+            if not is_bitsandbytes_available():
+                raise ImportError(
+                    f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
+                )
+            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+        model = _trl.create_model_from_path(self.name, **kwargs)
+        if self.adapter is not None:
+            model = PeftModel.from_pretrained(model, self.adapter)
+        return model.eval()
+
+    def close(self) -> None:
+        """Frees the memory of a model that was loaded here. It is loaded again if more is asked."""
+        self._model = self._given
+        clear_device_cache(garbage_collection=True)
+
+    def describe(self) -> dict[str, Any]:
+        description = {
+            "sampler": "local",
+            "model": self.name,
+            "adapter": self.adapter,
+            "settings": self.settings.describe(),
+            **describe_template(self.tokenizer, self._template_options),
+        }
+        weights: list[str | None]
+        if self._given is not None:
+            quantization = getattr(self._given.config, "quantization_config", None)
+            options = {"dtype": str(self._given.dtype), "quantization_config": quantization}
+            weights = [_weights_hash(self._given)]
+        else:
+            named = ("revision", "subfolder", "variant", "gguf_file", "quantization_config")
+            options = {"dtype": "float32"} | {
+                key: value
+                for key, value in self._options.items()
+                if key in (*named, "dtype") or key.startswith(QUANTIZATION)
+            }
+            weights = [describe_files(self.name), describe_files(self.adapter)]
+        options = json.loads(json.dumps(options, sort_keys=True, default=_plain))
+        return description | {"model_options": options, "weights": weights}
+
+    def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
+        reading = iter(requests)
+        batch = None
+        waiting: deque[Prompt] = deque()
+        while True:
+            if not waiting:
+                window = list(islice(reading, self._read_ahead))
+                if not window and (batch is None or not batch.rows):
+                    return
+                batch = batch or Batch(self.model, self.settings, self._end_tokens(), self._is_stopped)
+                waiting, refused = self._encode(window)
+                yield from refused
+            if batch is not None and (waiting or batch.rows):
+                with _evaluating(self.model):
+                    finished = self._advance(batch, waiting)
+                for row in finished:
+                    request, sample, ids = row.place
+                    yield request, sample, self._answer(request, ids, row)
+
+    def _encode(self, window: list[Request]) -> tuple[deque[Prompt], list[tuple[Request, int, Answer]]]:
+        """Prompts, the longest first (if memory is short, that shows at the start), and answers that cannot be had: to
+        prompts that leave the model no position."""
+        prompts, refused = [], []
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for request in window:
+            ids = encode_prompt(self.tokenizer, request, self._template_options)
+            limit = min(self.settings.max_new_tokens, (positions or 2**31) - len(ids))
+            if limit < 1:
+                refused += [(request, sample, Answer(None, "prompt_too_long")) for sample in request.samples]
+            elif request.samples:
+                seeds = [(sample, self.settings.answer_seed(request.key, sample)) for sample in request.samples]
+                prompts.append(Prompt(ids, [Row((request, sample, ids), seed, limit) for sample, seed in seeds]))
+        return deque(sorted(prompts, key=lambda prompt: -len(prompt.ids))), refused
+
+    def _advance(self, batch: Batch, waiting: deque[Prompt]) -> list[Row]:
+        """Goes on until some rows are finished."""
+        while True:
+            failed = False
+            try:
+                # Prompts join some at a time: running a few costs almost what running many does
+                rows, width = batch.shape_with([])
+                has_room = not rows or (batch.is_open and rows * width < 0.75 * self._max_batch_tokens)
+                joining = self._take(batch, waiting) if has_room else []
+                finished = batch.admit(joining) if joining else batch.step()
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
+                    raise
+                failed = True  # handled below: until here the error holds on to what filled the memory
+            if failed:
+                self._halve(batch, waiting)
+            elif finished:
+                return finished
+
+    def _take(self, batch: Batch, waiting: deque[Prompt]) -> list[Prompt]:
+        """Takes what fits from the front of `waiting`, at least one row if the batch is empty."""
+        taken: list[Prompt] = []
+        while waiting:
+            prompt = waiting.popleft()
+            rows, width = batch.shape_with([*taken, Prompt(prompt.ids, [])])
+            fitting = max(self._max_batch_tokens // width - rows, 0 if rows else 1)
+            if fitting:
+                taken.append(Prompt(prompt.ids, prompt.rows[:fitting]))
+            if fitting < len(prompt.rows):
+                waiting.appendleft(Prompt(prompt.ids, prompt.rows[fitting:]))
+                break
+        return taken
+
+    def _halve(self, batch: Batch, waiting: deque[Prompt]) -> None:
+        rows, width = batch.shape_with([])
+        size = rows * width
+        if rows == 1:
+            raise RuntimeError(
+                f"Out of memory with a single answer of {size} tokens, its prompt included: lower `max_new_tokens`, leave "
+                "out long prompts, or load the model smaller (`dtype`, `load_in_4bit`)."
+            )
+        self._max_batch_tokens = size // 2
+        waiting.extendleft(reversed(batch.clear()))
+        clear_device_cache()
+        logger.warning(f"Out of memory with {rows} answers at once: going on with `max_batch_tokens` = {size // 2}.")
+
+    def _end_tokens(self) -> set[int]:
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        return {int(token) for token in [*ends, self.tokenizer.eos_token_id] if token is not None}
+
+    def _is_stopped(self, tokens: list[int]) -> bool:
+        if not self.settings.stop:
+            return False
+        # A character has at most four tokens, and the last token may have gone on after the stop text
+        last = tokens[-4 * max(len(stop) for stop in self.settings.stop) - 4 :]
+        return cut_at(self.tokenizer.decode(last, skip_special_tokens=True), self.settings.stop)[1]
+
+    def _answer(self, request: Request, ids: list[int], row: Row) -> Answer:
+        text, _ = cut_at(decode_answer(self.tokenizer, request, ids, row.tokens), self.settings.stop)
+        return Answer(text, row.finish_reason, len(row.tokens))
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode meanwhile; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _split_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
+    """The names of the base model and of the adapter, where `model` may itself be an adapter's folder."""
+    if not Path(model, ADAPTER_FILE).is_file():
+        return model, adapter
+    if adapter is not None:
+        raise ValueError(
+            f"`model` = {model!r} is an adapter already, and `adapter` = {adapter!r} another: give the base model."
+        )
+    base = json.loads(Path(model, ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    if not base:
+        raise ValueError(
+            f"The adapter {model!r} does not say what it adapts: give that as `model`, and this as `adapter`."
+        )
+    return base, model
+
+
+def _weights_hash(model: Any) -> str:
+    """A hash of sixteen weights of each tensor, by which two students of one name differ."""
+    read = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 16)][:16]
+        read.update(f"{name} {tuple(weight.shape)} ".encode())
+        read.update(some.double().cpu().numpy().tobytes())
+    return read.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)

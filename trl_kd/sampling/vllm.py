@@ -1,0 +1,174 @@
+"""Answers of vLLM's offline engine, in this process. (A vLLM server is an OpenAI-compatible one.)"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+from peft import PeftConfig
+
+from trl_kd.sampling.prompts import (
+    cut_at,
+    decode_answer,
+    describe_files,
+    describe_template,
+    encode_prompt,
+    load_tokenizer,
+)
+from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
+
+
+RUNS_ON = (
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "max_num_seqs",
+    "enforce_eager",
+    "cpu_offload_gb",
+    "swap_space",
+)
+"""Options of the engine that say where and how it runs, and nothing of the answers."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM allows for `max_lora_rank`."""
+
+
+class VLLMSampler:
+    """
+    vLLM's offline engine as a [`Sampler`]: started when the first answer is asked for.
+
+    Prompts are rendered and tokenized as [`LocalSampler`] does. Every answer is a request of its own with its own seed, and
+    vLLM's prefix caching runs a shared prompt once. Seeds make an answer repeatable up to vLLM's rounding, which depends on
+    what else is in the batch.
+
+    Args:
+        model (`str`):
+            Name or folder of the model.
+        settings (`SamplingSettings`):
+            Settings.
+        adapter (`str`, *optional*):
+            Folder of a LoRA adapter.
+        chunk_size (`int`, *optional*, defaults to `512`):
+            Requests given to the engine at once; their answers come when all of them are there.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables for the chat template.
+        **engine_kwargs:
+            Options of `vllm.LLM`: `dtype`, `quantization`, `tensor_parallel_size`, `gpu_memory_utilization`,
+            `max_model_len`, `revision`, ...
+
+    Raises:
+        `ValueError`: `chunk_size` below 1.
+        `ImportError`: on the first answer, where vLLM is missing.
+    """
+
+    is_lookup = False
+
+    def __init__(
+        self,
+        model: str,
+        settings: SamplingSettings,
+        *,
+        adapter: str | None = None,
+        chunk_size: int = 512,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **engine_kwargs: Any,
+    ):
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` is {chunk_size!r}: it must be at least 1.")
+        self.name = model
+        self.settings = settings
+        self.adapter = adapter
+        self._chunk_size = chunk_size
+        self._template_options = dict(chat_template_kwargs or {})
+        self._engine_kwargs = engine_kwargs
+        self._engine: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._engine_kwargs.get("tokenizer", self.name), self._engine_kwargs)
+        return self._tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        secret_or_local = (*RUNS_ON, "hf_token", "download_dir", "trust_remote_code")
+        options = {key: value for key, value in sorted(self._engine_kwargs.items()) if key not in secret_or_local}
+        return {
+            "sampler": "vllm",
+            "model": self.name,
+            "adapter": self.adapter,
+            "settings": self.settings.describe(),
+            **describe_template(self.tokenizer, self._template_options),
+            "model_options": {
+                key: value if isinstance(value, int | float | None) else str(value) for key, value in options.items()
+            },
+            "weights": [describe_files(self.name), describe_files(self.adapter)],
+        }
+
+    def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
+        reading = iter(requests)
+        while chunk := list(islice(reading, self._chunk_size)):
+            yield from self._answer(chunk)
+
+    def _answer(self, chunk: list[Request]) -> Iterator[tuple[Request, int, Answer]]:
+        vllm = _import_vllm()
+        if self._engine is None:
+            self._engine = vllm.LLM(model=self.name, **self._engine_options())
+        asked = []
+        for request in chunk:
+            ids = encode_prompt(self.tokenizer, request, self._template_options)
+            asked += [(request, sample, ids) for sample in request.samples]
+        if not asked:
+            return
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": ids} for _, _, ids in asked],
+            sampling_params=[self._params(vllm, request, sample) for request, sample, _ in asked],
+            lora_request=self._lora_request(),
+            use_tqdm=False,
+        )
+        for (request, sample, ids), output in zip(asked, outputs, strict=True):
+            done = output.outputs[0]
+            tokens = list(done.token_ids)
+            text, _ = cut_at(decode_answer(self.tokenizer, request, ids, tokens), self.settings.stop)
+            yield request, sample, Answer(text, done.finish_reason, len(tokens))
+
+    def _engine_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"enable_prefix_caching": True}
+        if self.adapter is not None:
+            rank = PeftConfig.from_pretrained(self.adapter).r
+            options |= {"enable_lora": True, "max_lora_rank": min(r for r in LORA_RANKS if r >= rank)}
+        return options | self._engine_kwargs
+
+    def _params(self, vllm: Any, request: Request, sample: int) -> Any:
+        settings = self.settings
+        return vllm.SamplingParams(
+            n=1,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_new_tokens,
+            stop=list(settings.stop),
+            seed=settings.answer_seed(request.key, sample),
+        )
+
+    def _lora_request(self) -> Any:
+        if self.adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, self.adapter)
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory. It is started again if more is asked."""
+        if hasattr(self._engine, "shutdown"):  # in newer releases; older ones end with the object
+            self._engine.shutdown()
+        self._engine = None
+        clear_device_cache(garbage_collection=True)
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError(
+            "vLLM is missing: install it by `pip install trl-kd[vllm]`, on a machine that it runs on."
+        ) from error
+    return vllm

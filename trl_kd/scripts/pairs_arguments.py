@@ -1,0 +1,288 @@
+"""Arguments of `trl-kd pairs`, and the parts that they name: prompts, samplers and a preference function."""
+
+# ruff: noqa: RUF009 (`_field` is `dataclasses.field`)
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trl_kd.sampling import SamplingSettings
+from trl_kd.scripts.checks import check_model_source, check_output_dir, model_error
+from trl_kd.scripts.data import load_split
+from trl_kd.scripts.errors import InputError
+
+
+def _field(default: Any, told: str) -> Any:
+    return field(default=default, metadata={"help": told})
+
+
+@dataclass
+class PairsArguments:
+    """
+    Arguments of `trl-kd pairs`.
+
+    A source (`teacher`, `student`) is `api:MODEL` (a server of the OpenAI protocol), `vllm:MODEL` (vLLM's engine), or
+    `MODEL` (transformers), a Hub id or a folder. A column with answers that exist stands in place of either.
+    """
+
+    output_dir: str | None = _field(None, "Folder for the answers, the pairs, their card and page.")
+    dataset_name: str | None = _field(None, "Prompts: a Hub id, a saved dataset, a folder of files, or a file.")
+    dataset_config: str | None = _field(None, "Configuration of the dataset.")
+    dataset_split: str = _field("train", "Split of the dataset.")
+    dataset_streaming: bool = _field(False, "Stream the dataset.")
+    prompt_column: str = _field("prompt", "Column of the prompts, text or messages.")
+    max_prompts: int | None = _field(None, "Use the first prompts only.")
+
+    teacher: str | None = _field(None, "Teacher: api:MODEL, vllm:MODEL, or MODEL for transformers.")
+    teacher_column: str | None = _field(None, "Column with the teacher's answers, in place of `teacher`.")
+    teacher_base_url: list[str] | None = _field(None, "Servers that serve the teacher, used side by side.")
+    teacher_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the teacher's server.")
+    teacher_system_prompt: str | None = _field(None, "System prompt for the teacher behind a server.")
+    teacher_adapter: str | None = _field(None, "LoRA adapter of the teacher.")
+    teacher_model_init_kwargs: str | None = _field(
+        None, "JSON: options of the teacher's loading (dtype, load_in_4bit, ...) or of vLLM's engine."
+    )
+    teacher_temperature: float = _field(1.0, "Temperature of the teacher's answers; 0 is greedy.")
+    teacher_top_p: float = _field(1.0, "Share of the probability that the teacher's tokens are drawn from.")
+    teacher_max_new_tokens: int = _field(256, "Longest answer of the teacher in tokens.")
+    teacher_stop: list[str] | None = _field(None, "Texts at which the teacher's answers end.")
+    num_teacher_samples: int = _field(1, "Answers of the teacher to each prompt.")
+
+    student: str | None = _field(None, "Student: api:MODEL, vllm:MODEL, or MODEL for transformers.")
+    student_column: str | None = _field(None, "Column with the student's answers, in place of `student`.")
+    student_base_url: list[str] | None = _field(None, "Servers that serve the student, used side by side.")
+    student_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the student's server.")
+    student_system_prompt: str | None = _field(None, "System prompt for the student behind a server.")
+    student_adapter: str | None = _field(None, "LoRA adapter of the student.")
+    student_model_init_kwargs: str | None = _field(
+        None, "JSON: options of the student's loading (dtype, load_in_4bit, ...) or of vLLM's engine."
+    )
+    student_temperature: float = _field(1.0, "Temperature of the student's answers; 0 is greedy.")
+    student_top_p: float = _field(1.0, "Share of the probability that the student's tokens are drawn from.")
+    student_max_new_tokens: int = _field(256, "Longest answer of the student in tokens.")
+    student_stop: list[str] | None = _field(None, "Texts at which the student's answers end.")
+    num_student_samples: int = _field(1, "Answers of the student to each prompt.")
+
+    preference: str | None = _field(
+        None,
+        "Who is better: teacher_wins, column:NAME, verifier:FUNCTION, reward_model:MODEL, judge:MODEL (behind a "
+        "server), likelihood:MODEL, or function:FUNCTION for a preference function of your own.",
+    )
+    preference_scale: float | None = _field(
+        None, "Scale of scores for Bradley-Terry labels; by default hard labels (reward models: 1)."
+    )
+    preference_model_init_kwargs: str | None = _field(None, "JSON: options of loading the reward model or teacher.")
+    judge_base_url: list[str] | None = _field(None, "Servers that serve the judge, used side by side.")
+    judge_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the judge's server.")
+    judge_template: str | None = _field(None, "File with what the judge is asked.")
+
+    max_concurrency: int = _field(16, "Requests under way at each server.")
+    max_requests: int | None = _field(None, "Most requests, of each source behind a server and of the judge.")
+    max_tokens: int | None = _field(None, "Most prompt and completion tokens, of each of them.")
+    max_cost: float | None = _field(None, "Most money, for each of them, at the prices given.")
+    price_in: float | None = _field(None, "Price of a million prompt tokens.")
+    price_out: float | None = _field(None, "Price of a million completion tokens.")
+
+    policy: Literal["teacher_vs_student", "best_vs_worst", "all"] = _field(
+        "teacher_vs_student", "Which answers make pairs."
+    )
+    max_pairs_per_prompt: int | None = _field(None, "At most so many pairs a prompt.")
+    truncated: Literal["keep", "drop"] = _field("keep", "What happens to answers cut off at `max_new_tokens`.")
+    seed: int = _field(0, "Seed of answers and pairs.")
+    relabel: bool = _field(False, "Forget the labels of another preference function; the answers are kept.")
+    shard: str | None = _field(None, "i/n: only the i-th of n parts of the prompts, i from 0.")
+    merge: list[str] | None = _field(None, "Folders of all shards, to be made one in `output_dir`.")
+    dry_run: bool = _field(False, "Ask each source for one answer, show it, estimate time and cost, and stop.")
+    push_to_hub: bool = _field(False, "Push the dataset, with its card and page.")
+    hub_dataset_id: str | None = _field(None, "Name of the dataset on the Hub; by default that of `output_dir`.")
+    hub_private_repo: bool | None = _field(None, "Whether the dataset is private.")
+
+
+SOURCES = ("teacher", "student")
+
+
+def check(args: PairsArguments) -> None:
+    """Raises an `InputError` for arguments that are missing or do not go together, before anything is read."""
+    if args.output_dir is None:
+        raise InputError("`output_dir` is not set: give a folder for answers and pairs.")
+    check_output_dir(args.output_dir)
+    if args.merge is not None:
+        for folder in args.merge:
+            if not Path(folder).is_dir():
+                raise InputError(f"`merge` names {folder!r}: no such folder.")
+        return
+    if args.dataset_name is None:
+        raise InputError("`dataset_name` is not set: give the prompts, a Hub id, a folder or a file.")
+    for source in SOURCES:
+        model, column = getattr(args, source), getattr(args, f"{source}_column")
+        if (model is None) == (column is None):
+            both = "both set" if model else "neither set"
+            raise InputError(
+                f"`{source}` and `{source}_column` are {both}: say who answers, or the column with the answers."
+            )
+        for name in ("num_{}_samples", "{}_max_new_tokens"):
+            value = getattr(args, name.format(source))
+            if value < 1:
+                raise InputError(f"`{name.format(source)}` is {value}: it must be at least 1.")
+        if not is_server(model):
+            for name in (f"{source}_base_url", f"{source}_system_prompt"):
+                if getattr(args, name) is not None:
+                    raise InputError(f"`{name}` is set, but `{source}` is {model!r}: a server is `api:MODEL`.")
+    if args.preference is None:
+        raise InputError(
+            "`preference` is not set: say who is better, by teacher_wins, column:NAME, verifier:FUNCTION, "
+            "reward_model:MODEL, judge:MODEL, likelihood:MODEL or function:FUNCTION."
+        )
+    parse_shard(args.shard)
+
+
+def is_server(model: str | None) -> bool:
+    return model is not None and model.startswith("api:")
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """`"i/n"` as `(i, n)`, 0 ≤ i < n."""
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not slash or not (index.isdecimal() and count.isdecimal()) or not int(index) < int(count):
+        raise InputError(f"`shard` is {text!r}: it is i/n with 0 <= i < n, such as 0/4, 1/4, 2/4 and 3/4.")
+    return int(index), int(count)
+
+
+def load_prompts(args: PairsArguments) -> Any:
+    """The prompts, with their column named `prompt`."""
+    assert args.dataset_name is not None
+    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_streaming)
+    columns = next(iter(dataset), None)
+    if columns is None:
+        raise InputError(f"`dataset_name` is {args.dataset_name!r}, which is empty: it needs at least one row.")
+    for name in ("prompt_column", "teacher_column", "student_column"):
+        column = getattr(args, name)
+        if column is not None and column not in columns:
+            raise InputError(f"`{name}` is {column!r}: the dataset has {', '.join(map(repr, columns))}.")
+    if args.prompt_column != "prompt":
+        if "prompt" in columns:
+            dataset = dataset.remove_columns("prompt")
+        dataset = dataset.rename_column(args.prompt_column, "prompt")
+    if args.max_prompts is not None:
+        if args.max_prompts < 1:
+            raise InputError(f"`max_prompts` is {args.max_prompts}: it must be at least 1.")
+        streamed = args.dataset_streaming
+        dataset = (
+            dataset.take(args.max_prompts) if streamed else dataset.select(range(min(args.max_prompts, len(dataset))))
+        )
+    return dataset
+
+
+def make_sampler(args: PairsArguments, source: str) -> Any:
+    """The sampler that the arguments of a source describe; nothing is loaded yet."""
+    column = getattr(args, f"{source}_column")
+    if column is not None:
+        from trl_kd.sampling.column import ColumnSampler
+
+        return ColumnSampler(column)
+    given = {name: getattr(args, f"{source}_{name}") for name in ("temperature", "top_p", "max_new_tokens", "stop")}
+    # The two draw apart, also where they are one model
+    settings = SamplingSettings(
+        **given | {"stop": tuple(given["stop"] or ())}, seed=2 * args.seed + SOURCES.index(source)
+    )
+    model = getattr(args, source)
+    kwargs = _json(args, f"{source}_model_init_kwargs")
+    adapter = getattr(args, f"{source}_adapter")
+    if is_server(model):
+        from trl_kd.sampling.server import ServerSampler
+
+        system_prompt = getattr(args, f"{source}_system_prompt")
+        client = _client(args, source)
+        return ServerSampler(model.removeprefix("api:"), client, settings, system_prompt=system_prompt)
+    if model.startswith("vllm:"):
+        from trl_kd.sampling.vllm import VLLMSampler
+
+        return VLLMSampler(model.removeprefix("vllm:"), settings, **kwargs)
+    from trl_kd.sampling.local import LocalSampler
+
+    check_model_source(source, model, adapters=True)
+    return LocalSampler(model, settings, model_init_kwargs=kwargs, adapter=adapter)
+
+
+def make_preference(args: PairsArguments) -> Any:
+    """The preference function that the arguments describe; configs and tokenizers are read, weights are not."""
+    from trl_kd.preferences.reward_function import RewardFunctionPreference, load_function
+    from trl_kd.preferences.simple import LabelColumn, TeacherWins
+
+    assert args.preference is not None
+    kind, _, name = args.preference.partition(":")
+    if kind == "teacher_wins":
+        return TeacherWins()
+    makers = {
+        "column": lambda: LabelColumn(name),
+        "verifier": lambda: RewardFunctionPreference(load_function(name), scale=args.preference_scale),
+        "function": lambda: load_function(name),
+        "reward_model": lambda: _reward_model(args, name),
+        "likelihood": lambda: _likelihood(args, name),
+        "judge": lambda: _judge(args, name),
+    }
+    if kind not in makers or not name:
+        raise InputError(
+            f"`preference` is {args.preference!r}: it is teacher_wins, or one of {', '.join(makers)} with "
+            "a name after a colon."
+        )
+    try:
+        return makers[kind]()
+    except (ValueError, OSError) as error:
+        if kind in ("reward_model", "likelihood") and isinstance(error, OSError):
+            raise model_error("preference", name, error) from error
+        raise InputError(f"`preference` is {args.preference!r}: {error}") from error
+
+
+def _reward_model(args: PairsArguments, name: str) -> Any:
+    from trl_kd.preferences.reward_model import RewardModelPreference
+
+    check_model_source("preference", name)
+    scale = 1.0 if args.preference_scale is None else args.preference_scale
+    return RewardModelPreference(name, scale, model_init_kwargs=_json(args, "preference_model_init_kwargs"))
+
+
+def _likelihood(args: PairsArguments, name: str) -> Any:
+    from trl_kd.preferences.likelihood import TeacherLikelihood
+
+    check_model_source("preference", name)
+    kwargs = _json(args, "preference_model_init_kwargs")
+    return TeacherLikelihood(name, args.preference_scale, model_init_kwargs=kwargs)
+
+
+def _judge(args: PairsArguments, name: str) -> Any:
+    from trl_kd.preferences.judge import DEFAULT_TEMPLATE, LLMJudge
+
+    template = DEFAULT_TEMPLATE
+    if args.judge_template is not None:
+        if not Path(args.judge_template).is_file():
+            raise InputError(f"`judge_template` is {args.judge_template!r}: no such file.")
+        template = Path(args.judge_template).read_text(encoding="utf-8")
+    return LLMJudge(name, _client(args, "judge"), template=template)
+
+
+def _client(args: PairsArguments, who: str) -> Any:
+    from trl_kd.sampling.client import ServerClient
+
+    shared = ("max_concurrency", "max_requests", "max_tokens", "max_cost", "price_in", "price_out")
+    return ServerClient(
+        getattr(args, f"{who}_base_url"),
+        api_key_env=getattr(args, f"{who}_api_key_env"),
+        **{name: getattr(args, name) for name in shared},
+    )
+
+
+def _json(args: PairsArguments, name: str) -> dict[str, Any]:
+    value = getattr(args, name)
+    if value is None or isinstance(value, dict):
+        return value or {}
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InputError(f"`{name}` is {value!r}: it must be a JSON object, such as '{{\"load_in_4bit\": true}}'.")
+    return parsed
