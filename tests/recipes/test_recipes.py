@@ -3,18 +3,23 @@
 import json
 import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from trl_kd.pairs import load_pairs
+from trl_kd.preferences.reward_function import load_function
 from trl_kd.scripts import cli
+from trl_kd.scripts.arguments import parse
+from trl_kd.scripts.pairs_arguments import PairsArguments
+from trl_kd.scripts.pbkd import DATACLASSES
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(RECIPES.rglob("*.yaml"))
+ALL = sorted(RECIPES.rglob("*.yaml"))
+PAIRS = [path for path in ALL if path.stem == "pairs"]
+FILES = [path for path in ALL if path not in PAIRS]
 
 pytestmark = pytest.mark.skipif("WORLD_SIZE" in os.environ, reason="runs in this process")
 
@@ -44,15 +49,17 @@ def test_there_are_recipes():
     assert {"running_sums", "qwen2.5", "gsm8k"} <= {path.parent.name for path in FILES}
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_its_header_says_what_it_takes(path):
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for word in ("Data:", "Hardware:", "Time:", "Measured:"):
+        assert word in header, f"{path.name} does not say its {word}"
+    assert f"--config {path.relative_to(RECIPES.parent)}" in header
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 class TestRecipe:
-    def test_its_header_says_what_it_takes(self, path):
-        header = path.read_text(encoding="utf-8").split("\n\n")[0]
-        assert all(line.startswith("#") for line in header.splitlines())
-        for word in ("Data:", "Hardware:", "Time:", "Measured:"):
-            assert word in header, f"{path.name} does not say its {word}"
-        assert f"--config {path.relative_to(RECIPES.parent)}" in header
-
     def test_it_runs_two_steps(self, path, chats, tiny_dir, teacher_dir, tmp_path, capfd):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = {
@@ -92,39 +99,45 @@ def test_the_running_sums_recipe_is_what_the_demo_does():
     assert recipe["learning_rate"] == settings.learning_rate
 
 
-class TestMakePairs:
-    @pytest.fixture
-    def script(self, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["make_pairs.py"])
-        return runpy.run_path(str(RECIPES / "make_pairs.py"), run_name="make_pairs")
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_pairs_recipes_run(path, tiny_dir, teacher_dir, tmp_path, monkeypatch, capfd):
+    """On tiny models, both local, with three prompts in the place of the Hub's."""
+    monkeypatch.chdir(RECIPES.parent)
+    questions = [
+        {"question": f"{n}+1=", "prompt": say("user", f"{n}+1="), "answer": f"#### {n + 1}"} for n in range(3)
+    ]
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    column = recipe.get("prompt_column", "prompt")
+    rows = [{name: row[name] for name in (column, "answer")} for row in questions]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe |= {"dataset_name": str(tmp_path / "prompts.jsonl"), "teacher": teacher_dir, "student": tiny_dir}
+    recipe |= {"teacher_max_new_tokens": 4, "student_max_new_tokens": 4, "student_model_init_kwargs": None}
+    recipe["output_dir"] = str(tmp_path / "out")
+    for name in ("dataset_config", "teacher_base_url"):  # of the Hub, and of a server
+        recipe.pop(name, None)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    assert cli.main(["pairs", "--config", str(tmp_path / "tiny.yaml")]) == 0, capfd.readouterr().err
+    pairs = load_pairs(tmp_path / "out")
+    assert len(pairs) >= 3
+    assert pairs[0]["prompt"] == say("user", "0+1=")
+    assert pairs[0]["chosen"][0]["role"] == "assistant"
 
-    def test_its_pairs_are_what_the_recipes_read(self, script, tiny_dir, teacher_dir, tmp_path, capsys):
-        questions = [{"question": f"{n}+1=", "answer": f"#### {n + 1}"} for n in range(6)]
-        (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, questions)))
-        output = tmp_path / "runs" / "pairs.jsonl"
-        words = f"--dataset {tmp_path} --prompt_column question --verifier gsm8k --teacher {teacher_dir} "
-        words += f"--student {tiny_dir} --max_new_tokens 4 --batch_size 4 --limit 5 --output {output}"
-        script["main"](words.split())
-        rows = [json.loads(line) for line in output.read_text().splitlines()]
-        assert len(rows) == 5
-        assert rows[0]["prompt"] == say("user", "0+1=")
-        assert set(rows[0]) == {"prompt", "chosen", "rejected", "preference", "teacher_side"}
-        assert "PairCounts(total=5" in capsys.readouterr().out
 
-    def test_who_is_right(self, script):
-        row = {"answer": "2 + 1,000 = 1002\n#### 1,002"}
-        assert script["last_number"]("costs $1,002.50 or so") == 1002.5
-        assert script["last_number"]("none") is None
-        prefer = script["_preference"]
-        assert prefer("gsm8k", row, "It is 1002.", "It is 7") == 1.0
-        assert prefer("gsm8k", row, "It is 7", "It is 1,002") == 0.0
-        assert prefer("gsm8k", row, "so 1002", "the answer is 1002.0") == 0.5
-        assert prefer(None, row, "anything", "else") == 1.0
+def test_who_is_right_on_gsm8k():
+    reward = load_function(f"{RECIPES / 'gsm8k' / 'reward.py'}:correct")
+    truth = "2 + 1,000 = 1002\n#### 1,002"
+    said = ["It is 1,002.", "so 1002.0", "It is 7", "none", say("assistant", "1 002 or 1002")]
+    assert reward(completions=said, answer=[truth] * 5) == [1.0, 1.0, 0.0, 0.0, 1.0]
 
 
 def test_commands_in_headers_are_understood():
-    parser = runpy.run_path(str(RECIPES / "make_pairs.py"), run_name="make_pairs")["_parser"]()
-    for path in FILES:
+    classes = {"pbkd": DATACLASSES, "pairs": (PairsArguments,)}
+    for path in ALL:
         header = "\n".join(line[1:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        for command in re.findall(r"make_pairs\.py ((?:.*\\\n)*.*)", header):
-            parser.parse_args(command.replace("\\\n", " ").split())
+        found = re.findall(r"trl-kd (pbkd|pairs) ((?:.*\\\n)*.*)", header)
+        assert found, path
+        for command, words in found:
+            argv = words.replace("\\\n", " ").split()
+            argv = [str(RECIPES.parent / word) if word.startswith("recipes/") else word for word in argv]
+            on_cpu = ["--use_cpu", "true", "--bf16", "false"] if command == "pbkd" else []
+            parse(classes[command], argv + on_cpu, f"trl-kd {command}")

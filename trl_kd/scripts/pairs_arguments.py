@@ -32,6 +32,7 @@ class PairsArguments:
     dataset_split: str = _field("train", "Split of the dataset.")
     dataset_streaming: bool = _field(False, "Stream the dataset.")
     prompt_column: str = _field("prompt", "Column of the prompts, text or messages.")
+    as_messages: bool = _field(False, "Make each text prompt a conversation of one user message.")
     max_prompts: int | None = _field(None, "Use the first prompts only.")
 
     teacher: str | None = _field(None, "Teacher: api:MODEL, vllm:MODEL, or MODEL for transformers.")
@@ -166,6 +167,10 @@ def load_prompts(args: PairsArguments) -> Any:
         if "prompt" in columns:
             dataset = dataset.remove_columns("prompt")
         dataset = dataset.rename_column(args.prompt_column, "prompt")
+    if args.as_messages:
+        if not isinstance(columns[args.prompt_column], str):
+            raise InputError(f"`as_messages` is true, but the column {args.prompt_column!r} holds messages: drop it.")
+        dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     if args.max_prompts is not None:
         if args.max_prompts < 1:
             raise InputError(f"`max_prompts` is {args.max_prompts}: it must be at least 1.")
