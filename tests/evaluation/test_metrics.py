@@ -5,7 +5,8 @@ from transformers import TrainerControl, TrainerState
 from tests.conftest import make_model, make_tokenizer
 from trl_kd.evaluation.callback import ExactMatchCallback
 from trl_kd.evaluation.generation import generate
-from trl_kd.evaluation.metrics import Accuracy, exact_match, wilson_interval
+from trl_kd.evaluation.metrics import Accuracy, exact_match
+from trl_kd.pairs.counting import wilson_interval
 
 
 PROMPTS = ["1+1=", "12+30=", "a", "what is it?"]

@@ -1,6 +1,5 @@
 """Exact match of generated answers, with an interval that says how far to trust it."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_kd.evaluation.generation import generate
+from trl_kd.pairs.counting import wilson_interval
 
 
 Scorer = Callable[..., list[float]]
@@ -44,25 +44,6 @@ class Accuracy:
             raise ValueError("there is nothing to average: give at least one score.")
         mean = sum(scores) / len(scores)
         return cls(mean, *wilson_interval(mean, len(scores)), len(scores))
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share, which stays inside [0, 1] and is sound near its ends.
-
-    Args:
-        share (`float`):
-            Observed share, in [0, 1].
-        count (`int`):
-            Number of trials, at least 1.
-        z (`float`, *optional*, defaults to `1.959964`):
-            Quantile of the normal distribution; the default gives 95 %.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end.
-    """
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def exact_match(
