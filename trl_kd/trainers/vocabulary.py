@@ -1,5 +1,6 @@
 """White-box distillation compares distributions token by token: both models must number the same tokens alike."""
 
+from itertools import zip_longest
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -34,11 +35,12 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
             )
     ours_ids, theirs_ids = (t(_PROBE, add_special_tokens=False)["input_ids"] for t in (student, teacher))
     if ours_ids != theirs_ids:
-        first = next((i for i, (a, b) in enumerate(zip(ours_ids, theirs_ids, strict=False)) if a != b), 0)
+        pairs = zip_longest(ours_ids, theirs_ids)  # one may end before the other
+        first, (our_id, their_id) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise ValueError(
             "Teacher and student have the same vocabulary but split text differently: token "
-            f"{first} of a probe text is {theirs.get(theirs_ids[first])!r} for the teacher and "
-            f"{ours.get(ours_ids[first])!r} for the student. {advice}"
+            f"{first} of a probe text is {theirs.get(their_id)!r} for the teacher and "
+            f"{ours.get(our_id)!r} for the student. {advice}"
         )
 
 
