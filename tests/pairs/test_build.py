@@ -423,3 +423,20 @@ def test_progress_shows_each_step_and_the_cost(tmp_path, capsys):
         assert name in shown
     assert "cost so far 0.0123" in shown
     assert "12/12" in shown
+
+
+def test_bad_arguments_are_refused_before_anything_is_asked(tmp_path):
+    with pytest.raises(ValueError, match="`label_batch_size` is 0"):
+        build(prompts(2), tmp_path, label_batch_size=0)
+    with pytest.raises(ValueError, match="`prompts` is a list"):
+        build([{"prompt": "a"}], tmp_path)
+
+
+def test_half_characters_in_messages_are_mended(tmp_path):
+    class Odd(Source):
+        def text(self, request, sample):
+            return [{"role": "assistant", "content": "half \udc00"}]
+
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}]}])
+    row = build(data, tmp_path, teacher=Odd("teacher"))[0]
+    assert row[row["teacher_side"]][0]["content"] == "half \ufffd"

@@ -215,20 +215,6 @@ def test_another_preference_needs_relabel_and_loses_no_label(store):
     assert store.labels([b"k"]) == {b"k": 0.25}
 
 
-def test_relabel_goes_on_with_what_was_interrupted_and_starts_anew_after_that(store):
-    store.add_labels({b"k": 0.25})
-    store.check_settings(SETTINGS, relabel=True)
-    assert store.labels([b"k"]) == {b"k": 0.25}
-    store.note_finished()
-    store.check_settings(SETTINGS)
-    assert store.labels([b"k"]) == {b"k": 0.25}
-    store.check_settings(SETTINGS, relabel=True)
-    assert store.labels([b"k"]) == {}
-    store.add_labels({b"k": 0.5})
-    store.check_settings(SETTINGS, relabel=True)
-    assert store.labels([b"k"]) == {b"k": 0.5}
-
-
 def test_the_package_of_pairs_imports_neither_torch_nor_trl():
     code = "import sys, trl_kd.pairs; print(sorted({'torch', 'trl', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

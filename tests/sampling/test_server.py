@@ -80,6 +80,13 @@ def test_conversations_with_tools_go_as_they_are_without_nulls():
     assert "tools" not in server.bodies[1]
 
 
+def test_a_text_prompt_takes_no_tools():
+    """Their call would be a message, and the answer to a text must be a text."""
+    with FaultServer(echo) as server:
+        ask(server, prompt="hi", columns={"tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert "tools" not in server.bodies[0]
+
+
 def test_a_call_of_a_tool_is_a_message():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -190,6 +197,14 @@ def test_equal_answers_are_remarked_on_once(caplog):
         (chat(choice(None, "length")), Answer(None, "length", 10)),
         (chat({"message": {"content": None, "refusal": "No."}, "finish_reason": "stop"}), Answer(None, "refusal", 10)),
         (Reply({"error": {"message": "filtered", "code": "content_filter"}}, 400), Answer(None, "content_filter")),
+        (
+            Reply({"error": {"message": "too long", "code": "context_length_exceeded"}}, 400),
+            Answer(None, "prompt_too_long"),
+        ),
+        (
+            Reply({"error": {"message": "This model's maximum context length is 8 tokens."}}, 400),
+            Answer(None, "prompt_too_long"),
+        ),
         (chat(""), Answer("", "stop", 10)),
         (chat(choice("cut o", "length")), Answer("cut o", "length", 10)),
     ],

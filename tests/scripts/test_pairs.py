@@ -7,7 +7,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+import trl_kd.scripts.pairs as pairs_script
 from trl_kd.pairs import load_pairs
+from trl_kd.scripts.pairs_arguments import PairsArguments, make_preference, make_sampler
 
 
 REWARD = """
@@ -140,6 +142,12 @@ def test_from_prompts_to_a_student(folder, tiny_dir, teacher_dir, trl_kd):
         ),
         ((*BASE, *SOURCES, "--preference", "reward_model:./nowhere"), ["`preference` is './nowhere'", "no such"]),
         ((*BASE[:-2], *SOURCES, *VERIFIER), ["`output_dir` is not set"]),
+        ((*BASE, "--teacher", "api:", "--student_column", "s", *VERIFIER), ["`teacher` is 'api:'"]),
+        (
+            (*BASE, "--teacher", "api:m", "--teacher_adapter", "x", "--student_column", "s", *VERIFIER),
+            ["`teacher_adapter` is set"],
+        ),
+        ((*BASE, *SOURCES, *VERIFIER, "--student_adapter", "x"), ["`student_adapter` is set"]),
         (("--merge", "nowhere", "--output_dir", "pairs"), ["`merge` names 'nowhere'"]),
     ],
 )
@@ -169,6 +177,52 @@ def test_shards_merge_to_what_one_run_writes(folder, trl_kd):
         assert trl_kd("pairs", *words).code == 0
     assert trl_kd("pairs", "--merge", "piece0", "piece1", "piece2", "--output_dir", "whole").code == 0
     assert load_pairs("whole").to_list() == load_pairs("pairs").to_list()
+    done = trl_kd("pairs", "--merge", "piece0", "piece1", "piece2", "--output_dir", "pairs")
+    assert "holds the answers of a build" in done.error
+
+
+def test_arguments_reach_the_parts(folder):
+    """Servers, limits, prompts, adapters and seeds, each where it belongs; nothing is asked."""
+    (folder / "template.txt").write_text("{prompt}{first}{second}")
+    args = PairsArguments(
+        teacher="api:t", teacher_base_url=["http://a/v1"], teacher_system_prompt="Be brief.", teacher_temperature=0.5,
+        student="vllm:s", student_adapter="lora", student_stop=["x"], seed=3,
+        preference="judge:j", judge_base_url=["http://b/v1"], judge_template="template.txt",
+        max_requests=5, max_tokens=6, max_cost=7.0, price_in=1.0, price_out=2.0, max_concurrency=4,
+    )  # fmt: skip
+    teacher, student, judge = make_sampler(args, "teacher"), make_sampler(args, "student"), make_preference(args)
+    assert (teacher.model, teacher.system_prompt, teacher.settings.temperature) == ("t", "Be brief.", 0.5)
+    assert student.adapter == "lora"
+    assert student.settings.stop == ("x",)
+    assert teacher.settings.seed != student.settings.seed
+    assert (judge.model, judge.template) == ("j", "{prompt}{first}{second}")
+    for client, url in ((teacher.client, "http://a/v1"), (judge.client, "http://b/v1")):
+        assert (client.urls, client.max_concurrency) == ([url], 4)
+        assert client.budget.caps == {"max_requests": 5, "max_tokens": 6, "max_cost": 7.0}
+        assert (client.budget.price_in, client.budget.price_out) == (1.0, 2.0)
+
+
+def test_options_reach_the_builder(folder, trl_kd, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(pairs_script, "build_pairs", lambda prompts, **options: seen.update(options))
+    monkeypatch.setattr(pairs_script, "_report", lambda folder: None)
+    words = (
+        "--policy",
+        "all",
+        "--max_pairs_per_prompt",
+        "3",
+        "--truncated",
+        "drop",
+        "--seed",
+        "5",
+        "--relabel",
+        "true",
+    )
+    words += ("--num_student_samples", "2", "--shard", "1/2")
+    assert trl_kd("pairs", *BASE, *SOURCES, *VERIFIER, *words).code == 0
+    expected = {"policy": "all", "max_pairs_per_prompt": 3, "truncated": "drop", "seed": 5, "relabel": True}
+    expected |= {"num_student_samples": 2, "num_teacher_samples": 1, "shard": (1, 2)}
+    assert {name: seen[name] for name in expected} == expected
 
 
 def test_push_sends_pairs_card_and_page_but_not_the_answers(folder, trl_kd, monkeypatch):

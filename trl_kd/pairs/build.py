@@ -63,8 +63,7 @@ def build_pairs(
         shard (`tuple[int, int]`, *optional*):
             `(i, n)` for piece i = 0 … n − 1 of n, each in a folder of its own, for [`merge_shards`].
         relabel (`bool`, *optional*, defaults to `False`):
-            Whether to accept another preference than before for the stored answers. Once it has labelled all of them, asking
-            for it again labels them anew.
+            Whether to accept another preference than before for the stored answers.
         label_batch_size (`int`, *optional*, defaults to `64`):
             Comparisons given to the preference at once. Their labels are stored together.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -91,6 +90,12 @@ def build_pairs(
     for name, value in (("num_teacher_samples", num_teacher_samples), ("num_student_samples", num_student_samples)):
         if value < 1:
             raise ValueError(f"`{name}` is {value!r}: it must be at least 1.")
+    if label_batch_size < 1:
+        raise ValueError(f"`label_batch_size` is {label_batch_size!r}: it must be at least 1.")
+    if not isinstance(prompts, Dataset | IterableDataset):
+        raise ValueError(
+            f"`prompts` is a {type(prompts).__name__}: give a `Dataset` or an `IterableDataset` with a column 'prompt'."
+        )
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
     pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
@@ -206,7 +211,6 @@ class _Build:
             report.unparseable = self.store.null_labels()
             report.orders = self.store.note_orders(None, 0)
         report.write(folder, settings)
-        self.store.note_finished()
 
     def _rows(
         self, rows: list[PromptRow], prompts: list[PromptPairs], seen: SeenPairs

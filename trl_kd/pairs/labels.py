@@ -8,6 +8,7 @@ from trl_kd.pairs.pairing import Candidate, PromptPairs
 from trl_kd.pairs.prompts import PromptRow, to_json
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference, function_name
+from trl_kd.preferences.reward_function import describe_function
 
 
 _OURS = {
@@ -28,7 +29,9 @@ class Labeller:
     Args:
         preference (`Preference`):
             With a method `score`, every answer of a pair is scored once; otherwise each pair is labelled once, the teacher's
-            or the earlier answer first.
+            or the earlier answer first. Of one with a method `stream(prompts, first, second)`, which yields places and
+            labels, each label is kept as it arrives. One that says what columns it `reads` is not asked again where others
+            differ.
         store (`AnswerStore`, *optional*):
             Where labels are kept, under what they depend on: prompt, other columns and texts. Without one, they are asked
             for each time.
@@ -70,11 +73,18 @@ class Labeller:
     def _values(self, items: list[_Item]) -> tuple[list[float | None], int]:
         if self.store is None:
             return (self._ask(items) if items else []), len(items)
-        columns = {id(row): to_json(row.columns) for row, _ in items}
+        columns = {id(row): to_json(self._read_by_preference(row.columns)) for row, _ in items}
         keys = [_key(item, columns[id(item[0])]) for item in items]
         known = self.store.labels(list(dict.fromkeys(keys)))
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         waiting = list(missing.items())
+        if callable(getattr(self.preference, "stream", None)):  # each label is paid for, and kept at once
+            (prompts, first, second), _ = self._arguments([item for _, item in waiting])
+            for place, value in self.preference.stream(prompts, first, second):
+                label = {waiting[place][0]: self._read(value)}
+                self.store.add_labels(label)
+                known |= label
+            return [known[key] for key in keys], len(missing)
         for start in range(0, len(waiting), self.batch_size):
             some = waiting[start : start + self.batch_size]
             values = self._ask([item for _, item in some])
@@ -83,19 +93,28 @@ class Labeller:
             known |= labels
         return [known[key] for key in keys], len(missing)
 
-    def _ask(self, items: list[_Item]) -> list[float | None]:
-        prompts = [row.prompt for row, _ in items]
-        names = [name for name in items[0][0].columns if name not in _OURS]
-        columns = {name: [row.columns.get(name) for row, _ in items] for name in names}
-        texts = [[candidates[side].text for _, candidates in items] for side in range(len(items[0][1]))]
+    def _read_by_preference(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns that a label depends on: those that the preference says it `reads`, or all."""
+        reads = getattr(self.preference, "reads", None)
+        return columns if reads is None else {name: columns.get(name) for name in reads}
+
+    def _arguments(self, items: list[_Item]) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+        """What the preference function gets: prompts and texts, and columns."""
+        sides = 1 if self.is_scored else 2
+        texts = [[candidates[side].text for _, candidates in items] for side in range(sides)]
+        names = [name for name in (items[0][0].columns if items else ()) if name not in _OURS]
+        columns: dict[str, list[Any]] = {name: [row.columns.get(name) for row, _ in items] for name in names}
         if self.is_scored:
             columns["finish_reason"] = [candidates[0].finish_reason for _, candidates in items]
-            values = self.preference.score(prompts, texts[0], **columns)
         else:
             for side, name in enumerate(("first", "second")):
                 columns[f"{name}_source"] = [candidates[side].source for _, candidates in items]
                 columns[f"{name}_finish_reason"] = [candidates[side].finish_reason for _, candidates in items]
-            values = self.preference(prompts, *texts, **columns)
+        return [[row.prompt for row, _ in items], *texts], columns
+
+    def _ask(self, items: list[_Item]) -> list[float | None]:
+        texts, columns = self._arguments(items)
+        values = (self.preference.score if self.is_scored else self.preference)(*texts, **columns)
         if len(values) != len(items):
             raise ValueError(
                 f"The preference function {function_name(self.preference)} returned {len(values)} values for {len(items)} "
@@ -118,9 +137,8 @@ class Labeller:
 
 
 def describe_preference(preference: Any) -> dict[str, Any]:
-    """What a preference function says of itself, or its name."""
-    describe = getattr(preference, "describe", None)
-    return describe() if callable(describe) else {"function": function_name(preference)}
+    """What a preference function says of itself, or its name and a hash of its source."""
+    return describe_function(preference)
 
 
 def _key(item: _Item, columns: str) -> bytes:

@@ -43,6 +43,10 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
     settings = _common_settings(pieces)
     if Path(output_dir).resolve() in [piece.resolve() for piece in pieces]:
         raise ValueError(f"`output_dir` is {str(output_dir)!r}, which is one of the pieces: give another folder.")
+    if Path(output_dir, "answers.db").is_file():
+        raise ValueError(
+            f"`output_dir` is {str(output_dir)!r}, which holds the answers of a build: give another folder."
+        )
     report = PairReport(settings["pairing"]["seed"])
     for piece in pieces:
         report.add_counts(piece)

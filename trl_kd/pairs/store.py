@@ -47,7 +47,6 @@ CREATE TABLE IF NOT EXISTS labels (
     preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
 """
 _FORMAT = 1
-_FINISHED = "finished"
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
@@ -174,8 +173,7 @@ class AnswerStore:
                 What `"teacher"`, `"student"` and `"preference"` say of themselves, as JSON.
             relabel (`bool`, *optional*, defaults to `False`):
                 Whether the preference may be another than before. Answers stay, and labels of the former one too: they are
-                found again if it comes back. Labels of this very preference are forgotten if a build with it was the last
-                to finish, and not if one was interrupted, so that the same call goes on with it.
+                found again if it comes back.
 
         Raises:
             `ValueError`: settings of something stored differ. The message names each difference.
@@ -199,14 +197,7 @@ class AnswerStore:
                 f"`{self.path.parent}` holds labels of another preference: {'; '.join(changes)}. Set it back, give another "
                 "`output_dir`, or say `relabel=True` to keep the answers and label them anew."
             )
-        if relabel and before.get(_FINISHED) == self._preference.hex():
-            self._write("DELETE FROM labels WHERE preference = ?", [(self._preference,)])
-            settings[_FINISHED] = None
         self._note(settings)
-
-    def note_finished(self) -> None:
-        """Remembers that all answers are labelled by the present preference."""
-        self._note({_FINISHED: self._preference.hex()})
 
     def _note(self, values: dict[str, Any]) -> None:
         rows = [(name, json.dumps(value)) for name, value in values.items()]
@@ -238,8 +229,8 @@ class AnswerStore:
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
-        text = _well_formed(answer.text) if isinstance(answer.text, str) else answer.text
-        row = (source, bytes.fromhex(key), sample, json.dumps(text), answer.finish_reason, answer.tokens)
+        text = _well_formed(json.dumps(answer.text, ensure_ascii=False))
+        row = (source, bytes.fromhex(key), sample, text, answer.finish_reason, answer.tokens)
         self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", [row])
 
     def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:

@@ -51,6 +51,7 @@ class ModelPreference(ScoredPreference):
         truncated (`int`): Rows that were longer than `max_length`, each time they were scored.
     """
 
+    reads = ("tools", "chat_template_kwargs")
     kind: str
     architecture: Any = None
     """Auto class to load with; `None` takes the one that the config names."""

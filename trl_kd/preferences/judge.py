@@ -84,6 +84,8 @@ class LLMJudge:
         `ValueError`: a template that lacks a placeholder, or a number outside its range.
     """
 
+    reads: tuple[str, ...] = ()  # no columns
+
     def __init__(
         self,
         model: str,

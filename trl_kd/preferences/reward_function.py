@@ -124,7 +124,7 @@ class RewardFunctionPreference(ScoredPreference):
         seen; one that depends on more has a method `describe` of its own."""
         return {
             "preference": "reward_function",
-            "functions": [_describe(function) for function in self.functions],
+            "functions": [describe_function(function) for function in self.functions],
             "reward_weights": self.weights,
             "scale": self.scale,
             "tokenizer": getattr(self.tokenizer, "name_or_path", None),
@@ -137,7 +137,8 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
-def _describe(function: Any) -> dict[str, Any]:
+def describe_function(function: Any) -> dict[str, Any]:
+    """What a function says of itself, or its name and a hash of its source."""
     function = _unwrapped(function)
     if hasattr(function, "describe"):
         return function.describe()

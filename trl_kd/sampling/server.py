@@ -163,6 +163,8 @@ class ServerSampler:
             return answers or ([Answer(None, "empty")] if len(samples) == 1 else [])
         if failure.code in REFUSALS:
             return [Answer(None, failure.code)] * len(samples)
+        if failure.code == "context_length_exceeded" or "maximum context length" in failure.said:
+            return [Answer(None, "prompt_too_long")] * len(samples)
         if failure.status in (400, 422):
             if len(samples) > 1:
                 return []  # it may refuse `n`; if not, asking for one says what is wrong
@@ -187,12 +189,12 @@ class ServerSampler:
                     "`completions=False`, or give prompts as text."
                 )
             return body | {"prompt": request.prompt}
-        messages = _without_none(request.prompt)
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+        if isinstance(request.prompt, str):  # its answer must be a text, and not a call of a tool
+            messages, tools = [{"role": "user", "content": request.prompt}], None
+        else:
+            messages, tools = _without_none(request.prompt), request.columns.get("tools")
         if self.system_prompt is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        tools = request.columns.get("tools")
         if isinstance(tools, str):
             tools = json.loads(tools)
         body |= {"messages": messages, "tools": _without_none(tools) or None}

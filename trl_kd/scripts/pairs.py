@@ -85,8 +85,9 @@ def main(argv: list[str]) -> int:
 def _said() -> Iterator[None]:
     """What stops a build is one line, and the answers so far are kept."""
     try:
-        yield
-    except (BudgetExceeded, ServerError, ValueError, OSError, ImportError) as error:
+        with bad_input():
+            yield
+    except (BudgetExceeded, ServerError) as error:
         raise InputError(one_line(error)) from error
     except KeyboardInterrupt:
         print("\nStopped. Answers and labels are kept: the same command goes on from here.", file=sys.stderr)
@@ -112,6 +113,7 @@ def _push(args: PairsArguments) -> None:
         repo_type="dataset",
         folder_path=args.output_dir,
         allow_patterns=PUSHED,
+        delete_patterns="data/*.parquet",
         commit_message="Preference pairs by trl-kd",
     )
     print(f"Dataset pushed to the Hub: {repo}")

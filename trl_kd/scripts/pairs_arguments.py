@@ -126,6 +126,12 @@ def check(args: PairsArguments) -> None:
             value = getattr(args, name.format(source))
             if value < 1:
                 raise InputError(f"`{name.format(source)}` is {value}: it must be at least 1.")
+        if model in ("api:", "vllm:"):
+            raise InputError(f"`{source}` is {model!r}: give the model's name behind the colon.")
+        if model is None or is_server(model):
+            for name in (f"{source}_adapter", f"{source}_model_init_kwargs"):
+                if getattr(args, name) is not None:
+                    raise InputError(f"`{name}` is set, but no model of that source is loaded here: drop it.")
         if not is_server(model):
             for name in (f"{source}_base_url", f"{source}_system_prompt"):
                 if getattr(args, name) is not None:
@@ -205,7 +211,7 @@ def make_sampler(args: PairsArguments, source: str) -> Any:
     if model.startswith("vllm:"):
         from trl_kd.sampling.vllm import VLLMSampler
 
-        return VLLMSampler(model.removeprefix("vllm:"), settings, **kwargs)
+        return VLLMSampler(model.removeprefix("vllm:"), settings, adapter=adapter, **kwargs)
     from trl_kd.sampling.local import LocalSampler
 
     check_model_source(source, model, adapters=True)
