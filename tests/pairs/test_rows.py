@@ -1,6 +1,6 @@
 import pytest
 
-from trl_kd.pairs import count_pairs, pair_row
+from trl_kd.pairs import pair_row
 
 
 def row(preference, teacher="t", student="s"):
@@ -54,11 +54,3 @@ def test_messages():
 def test_no_probability(preference):
     with pytest.raises(ValueError, match="`preference` is"):
         row(preference)
-
-
-def test_counts():
-    rows = [row(1.0), row(1.0), row(0.0), row(0.25), row(0.5), row(None), row(1.0, student="t")]
-    counts = count_pairs(iter(rows))
-    assert (counts.total, counts.strict, counts.soft, counts.ties, counts.unknown) == (7, 3, 1, 1, 2)
-    assert counts.teacher_win_rate == pytest.approx((1 + 1 + 0 + 0.25 + 0.5) / 5)
-    assert count_pairs([]).teacher_win_rate is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trl_kd.evaluation import metrics
-from trl_kd.pairs import count_pairs, pair_row
+from trl_kd.pairs import pair_row
 from trl_kd.pairs.counting import DistinctCounter, Lengths, clustered_interval, wilson_interval
 from trl_kd.pairs.statistics import PairStatistics, content_text, format_summary, text_length
 from trl_kd.sampling import Answer
@@ -43,13 +43,21 @@ def sums_of(prompts):
 class TestRows:
     def test_counts_are_those_of_the_rows(self):
         rows = make_rows(400)
-        counts, summary = count_pairs(rows), summary_of(rows)
+        summary = summary_of(rows)
+        known = [row for row in rows if row["preference"] is not None]
+        preferences = [row["preference"] for row in known]
         assert {k: summary["pairs"][k] for k in ("total", "strict", "soft", "ties", "unknown")} == {
-            k: getattr(counts, k) for k in ("total", "strict", "soft", "ties", "unknown")
+            "total": len(rows),
+            "strict": sum(p == 1 for p in preferences),
+            "soft": sum(0.5 < p < 1 for p in preferences),
+            "ties": sum(p == 0.5 for p in preferences),
+            "unknown": len(rows) - len(known),
         }
         assert summary["pairs"]["truncated"] == sum(row["rejected_finish_reason"] == "length" for row in rows)
-        assert summary["teacher_win_rate"] == pytest.approx(counts.teacher_win_rate)
-        assert summary["teacher_pairs"] == counts.total - counts.unknown
+        assert summary["teacher_win_rate"] == pytest.approx(
+            sum(r["preference"] if r["teacher_side"] == "chosen" else 1 - r["preference"] for r in known) / len(known)
+        )
+        assert summary["teacher_pairs"] == len(known)
         assert (summary["prompts"], summary["prompts_exact"]) == (100, True)
 
     def test_nothing_at_all(self):

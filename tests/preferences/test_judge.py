@@ -233,6 +233,29 @@ def test_a_template_of_ones_own():
             LLMJudge("j", "http://127.0.0.1/v1", template=template.replace(missing, ""))
 
 
+def test_a_base_model_continues_a_template():
+    odds = {" A": math.log(0.6), " B": math.log(0.2), " C": math.log(0.2), "\n": -5.0}
+    logprobs = {"tokens": [" A"], "token_logprobs": [math.log(0.6)], "top_logprobs": [odds], "text_offset": [0]}
+    reply = {"text": " A", "finish_reason": "stop", "logprobs": logprobs}
+    template = "{prompt} A: {first} B: {second} Verdict:"
+    options = {"template": template, "completions": True, "both_orders": False}
+    with FaultServer(lambda *_: chat(reply)) as server:
+        assert judge(server, **options)(["q"], ["x"], ["y"]) == [pytest.approx(0.7)]
+        assert judge(server, **options, logprobs=False)(["q"], ["x"], ["y"]) == [pytest.approx(0.7)]
+        for other, expected in (
+            ({**reply, "logprobs": None}, 1.0),
+            ({**reply, "finish_reason": "length"}, None),
+            ({**reply, "text": None}, None),
+        ):
+            server.script = lambda *_, other=other: chat(other)
+            assert judge(server, **options)(["q"], ["x"], ["y"]) == [expected]
+    assert set(server.paths) == {"/v1/completions"}
+    asked = server.bodies[0]
+    assert (asked["prompt"], asked["logprobs"]) == ("q A: x B: y Verdict:", 5)
+    assert not {"messages", "top_logprobs"} & set(asked)
+    assert "logprobs" not in server.bodies[1]
+
+
 def test_conversations_are_shown_with_their_roles():
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi", "name": None}]
     call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
@@ -248,6 +271,7 @@ def test_the_description_has_all_that_labels_depend_on():
         {"both_orders": False},
         {"template": DEFAULT_TEMPLATE + " "},
         {"logprobs": False},
+        {"completions": True},
         {"extra": {"x": 1}},
     ):
         assert LLMJudge("j", "http://one/v1", **change).describe() != base

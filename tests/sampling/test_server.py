@@ -12,7 +12,7 @@ import pytest
 
 from tests.sampling.fault_server import FaultServer, Reply, chat, choice, error
 from trl_kd.sampling import Answer, Request, SamplingSettings
-from trl_kd.sampling.budget import BudgetExceeded
+from trl_kd.sampling.budget import BudgetExceeded, Usage
 from trl_kd.sampling.client import ServerClient
 from trl_kd.sampling.server import ServerSampler
 from trl_kd.sampling.server_errors import ServerError
@@ -87,6 +87,15 @@ def test_a_text_prompt_takes_no_tools():
     assert "tools" not in server.bodies[0]
 
 
+def test_variables_of_the_chat_template_go_with_every_request():
+    columns = {"chat_template_kwargs": {"b": 3}}
+    with FaultServer(echo) as server:
+        ask(server, chat_template_kwargs={"a": 1, "b": 2})
+        ask(server, chat_template_kwargs={"a": 1, "b": 2}, columns=columns)
+        ask(server)
+    assert [body.get("chat_template_kwargs") for body in server.bodies] == [{"a": 1, "b": 2}, {"a": 1, "b": 3}, None]
+
+
 def test_a_call_of_a_tool_is_a_message():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -109,8 +118,9 @@ def test_plain_completions():
             ask(server, prompt=[{"role": "user", "content": "hi"}], completions=True)
     assert server.paths == ["/v1/completions"]
     assert server.bodies[0]["prompt"] == "hi"
-    with pytest.raises(ValueError, match="`system_prompt` needs a chat"):
-        ServerSampler("m", completions=True, system_prompt="x")
+    for option in ({"system_prompt": "x"}, {"chat_template_kwargs": {"x": 1}}):
+        with pytest.raises(ValueError, match=f"`{next(iter(option))}` needs a chat"):
+            ServerSampler("m", completions=True, **option)
 
 
 def test_a_newer_model_gets_the_other_name_of_the_length():
@@ -345,7 +355,7 @@ def test_stopping_early_ends_the_thread(how):
                 raise_within(answers)
             answers.close()
         assert time.monotonic() - started < 4
-        assert not [t for t in threading.enumerate() if "trl-kd" in t.name]
+        assert not [t for t in threading.enumerate() if "trl-kd-server" in t.name]
 
 
 def test_a_consumer_that_fails_does_not_keep_the_interpreter_from_ending():
@@ -368,17 +378,62 @@ def raise_within(answers):
         raise KeyError("consumer")
 
 
-def test_the_source_is_read_in_the_callers_thread_and_its_failure_loses_nothing():
+def test_a_source_that_fails_loses_nothing():
     def source():
-        for number in range(3):
-            assert threading.current_thread() is threading.main_thread()
-            yield Request(str(number), "hi")
+        yield from requests(3)
         raise OSError("disk")
 
     answered = []
     with FaultServer(lambda b, n: Reply(echo(b, n).body, delay=0.2)) as server, pytest.raises(OSError, match="disk"):
         collect(answered, ServerSampler("m", server.url).sample(source()))
     assert sorted(answered) == ["0", "1", "2"]
+
+
+def test_answers_that_are_there_do_not_wait_for_a_slow_source():
+    go_on = threading.Event()
+    waited = []
+
+    def source():
+        yield from requests(3)
+        waited.append(go_on.wait(30))  # a long scan, say, over what is stored already
+        yield Request("last", "hi")
+
+    with FaultServer(echo) as server:
+        answers = ServerSampler("m", server.url).sample(source())
+        assert {next(answers)[0].key for _ in range(3)} == {"0", "1", "2"}
+        assert not waited
+        go_on.set()
+        assert [request.key for request, _, _ in answers] == ["last"]
+    assert waited == [True]
+
+
+@pytest.mark.parametrize("how", ["close", "fail"])
+def test_nothing_waits_for_a_slow_source_at_the_end(how):
+    go_on = threading.Event()
+
+    def source():
+        yield from requests(1)
+        go_on.wait(30)
+
+    with FaultServer(lambda b, n: error(404, "bad") if how == "fail" else echo(b, n)) as server:
+        answers = ServerSampler("m", server.url).sample(source())
+        started = time.monotonic()
+        if how == "fail":
+            with pytest.raises(ServerError, match="bad"):
+                next(answers)
+        else:
+            next(answers)
+            answers.close()
+        assert time.monotonic() - started < 10
+        go_on.set()
+        deadline = time.monotonic() + 10
+        while reader_threads() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not reader_threads()
+
+
+def reader_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "trl-kd-reader"]
 
 
 # Several servers
@@ -402,7 +457,13 @@ def test_where_it_is_asked_is_not_in_the_description():
     assert described == ServerSampler("m", ["http://two/v1", "http://three"], settings, system_prompt="s").describe()
     assert described["temperature"] == 0.3
     assert described["system_prompt"] == "s"
-    for change in ({"completions": True}, {"system_prompt": "t"}, {"extra": {"top_k": 1}}):
+    changes = (
+        {"completions": True},
+        {"system_prompt": "t"},
+        {"extra": {"top_k": 1}},
+        {"chat_template_kwargs": {"a": 1}},
+    )
+    for change in changes:
         assert ServerSampler("m", "http://one/v1", settings, **change).describe() != described
 
 
@@ -459,6 +520,41 @@ def test_usage_can_be_looked_at_while_running():
         assert sampler.usage.completion_tokens >= 10
         assert len(list(answers)) == 5
     assert (sampler.usage.requests, sampler.usage.retries) == (6, 1)
+
+
+def test_former_usage_counts_under_the_caps():
+    former = Usage(requests=4, prompt_tokens=8, completion_tokens=40, cost=0.5)
+    with FaultServer(echo) as server:
+        client = ServerClient(server.url, max_concurrency=1, max_requests=6)
+        for _ in range(2):  # the second time changes nothing: the same runs are not counted twice
+            client.usage.resume(former)
+        answered = []
+        with pytest.raises(
+            BudgetExceeded, match="is reached: 6 requests.*of which 4 requests by former runs.*Raise it"
+        ):
+            collect(answered, ServerSampler("m", client).sample(requests(50)))
+        assert len(answered) == server.count == 2
+        assert client.usage == Usage(6, 0, 12, 60, 0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("caps", "former"),
+    [
+        ({"max_requests": 4}, Usage(requests=4)),
+        ({"max_tokens": 48}, Usage(4, 0, 8, 40)),
+        ({"max_cost": 0.5, "price_in": 1, "price_out": 1}, Usage(4, cost=0.5)),
+    ],
+)
+def test_a_cap_that_former_runs_have_reached_is_said_before_anything_is_asked(caps, former):
+    with FaultServer(echo) as server:
+        client = ServerClient(server.url, **caps)
+        client.usage.resume(former)
+        said = (
+            f"`{next(iter(caps))}` = .* was reached by former runs .* nothing is asked: 4 requests.*Raise it to go on"
+        )
+        with pytest.raises(BudgetExceeded, match=said):
+            list(ServerSampler("m", client).sample(requests(3)))
+    assert server.count == 0
 
 
 # Bad arguments

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_kd.pairs import load_pairs
 from trl_kd.scripts import demo, demo_experiment
 from trl_kd.scripts.cli import main
 from trl_kd.scripts.demo_experiment import DemoSettings
@@ -95,7 +96,7 @@ def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_fini
 
 def test_methods_learn_from_the_rows_they_should(interrupted_then_finished):
     folder, results, _ = interrupted_then_finished
-    rows = [json.loads(line) for line in (folder / "size/seed0/pairs/pairs.jsonl").read_text().splitlines()]
+    rows = load_pairs(folder / "size/seed0/pairs").to_list()
     counts = results["pairs"]
     assert (len(rows), counts["total"]) == (TINY.prompts, TINY.prompts)
     assert 0 < counts["strict"] < TINY.prompts

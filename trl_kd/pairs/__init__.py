@@ -4,16 +4,14 @@ from trl_kd.pairs.build import build_pairs
 from trl_kd.pairs.dataset import load_pairs
 from trl_kd.pairs.merge import merge_shards
 from trl_kd.pairs.pairing import PairingSettings
-from trl_kd.pairs.rows import PairCounts, count_pairs, pair_row
+from trl_kd.pairs.rows import pair_row
 from trl_kd.pairs.store import StoreError
 
 
 __all__ = [
-    "PairCounts",
     "PairingSettings",
     "StoreError",
     "build_pairs",
-    "count_pairs",
     "load_pairs",
     "merge_shards",
     "pair_row",

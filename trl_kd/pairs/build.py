@@ -19,6 +19,7 @@ from trl_kd.pairs.seen import SeenPairs
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
+from trl_kd.sampling.budget import Usage
 
 
 def build_pairs(
@@ -45,6 +46,9 @@ def build_pairs(
     Answers and labels are kept in `answers.db` of the folder as they arrive. After an interruption, even `kill -9`, the same
     call goes on where it stopped; what was answered is not asked again. What costs nothing to read again (`is_lookup`) is
     not kept. Memory does not grow with the number of prompts.
+
+    What a source or preference has used, where it has a `usage` ([`~trl_kd.sampling.budget.Usage`]), is kept too, and it
+    goes on from there: caps hold for all runs into the folder together.
 
     Args:
         prompts (`Dataset` or `IterableDataset`):
@@ -146,6 +150,18 @@ class _Build:
         self.store = store
         self.shard = shard
         self.show_progress = show_progress
+        self.usages = _usages({source: sampler for source, (sampler, _) in sources.items()} | {"judge": preference})
+        self._resume()
+
+    def _resume(self) -> None:
+        """Lets sources and judge go on from what former runs have used; two that share a client, from the sum."""
+        for usage in self.usages.values():
+            mine = [self.store.usage(name) for name, other in self.usages.items() if other is usage]
+            usage.resume(sum(mine, Usage()))
+
+    def _count(self, name: str) -> None:
+        if name in self.usages:
+            self.store.count_usage(name, self.usages[name])
 
     def ask(self, source: str) -> None:
         """Asks a source for every answer that is not stored."""
@@ -157,6 +173,7 @@ class _Build:
             reading = iter(requests)
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
+                self._count(source)
                 for request, sample, answer in sampler.sample(itertools.chain([first], reading)):
                     self.store.add_answer(source, request.key, sample, answer)
                     requests.answered(request.key, sample)
@@ -170,6 +187,7 @@ class _Build:
         """Asks the preference for every label or score that is not stored."""
         labeller = Labeller(self.preference, self.store, batch_size)
         asked_in_all = 0
+        self._count("judge")
         with self._bar("labels of prompts") as bar:
             for rows in read_prompts(self.prompts, self.shard, batch_size):
                 asked = labeller.label(rows, self._pairs(rows, self._answers(rows)))
@@ -177,6 +195,7 @@ class _Build:
                 (bar.update if asked else bar.skip)(len(rows))
                 _show_cost(bar, self.preference)
         self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
+        self.store.commit()
         _free(self.preference)
 
     def write(self, folder: Path, settings: dict[str, Any], columns: list[str]) -> None:
@@ -210,6 +229,7 @@ class _Build:
         if hasattr(self.preference, "unparseable"):
             report.unparseable = self.store.null_labels()
             report.orders = self.store.note_orders(None, 0)
+        report.usage = {name: self.store.usage(name) for name in self.usages}
         report.write(folder, settings)
 
     def _rows(
@@ -339,14 +359,26 @@ class _Requests:
 
 
 class _Bar(tqdm):
+    """Safe for threads: a sampler may read its requests, and so skip what is stored, in another than ours."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        with self.get_lock():
+            return super().update(n)
+
     def skip(self, count: int) -> None:
         """Moves on without counting it as progress of this run, which would flatter the rate."""
-        if self.disable:
-            return
-        self.initial += count
-        self.n += count
-        self.last_print_n += count
-        self.refresh()
+        with self.get_lock():
+            if self.disable:
+                return
+            self.initial += count
+            self.n += count
+            self.last_print_n += count
+            self.refresh()
+
+
+def _usages(parts: dict[str, Any]) -> dict[str, Usage]:
+    found = {name: getattr(part, "usage", None) for name, part in parts.items()}
+    return {name: usage for name, usage in found.items() if isinstance(usage, Usage)}
 
 
 def _show_cost(bar: _Bar, source: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from trl_kd.pairs.dataset import full_disk_said
 from trl_kd.pairs.page import write_page
 from trl_kd.pairs.statistics import PairStatistics
 from trl_kd.sampling import Answer
+from trl_kd.sampling.budget import Usage
 
 
 SUMMARY, SETTINGS, COUNTS = "summary.json", "settings.json", "counts.json"
@@ -30,12 +32,14 @@ class PairReport:
         unparseable (`int`, *optional*): Comparisons on which a judge gave no verdict.
         orders (`tuple[float, int]`, *optional*): Share of comparisons on which a judge agreed with itself in both orders,
             and their number.
+        usage (`dict[str, Usage]`): What all runs have used of `"teacher"`, `"student"` and `"judge"`, where that is counted.
     """
 
     def __init__(self, seed: int = 0):
         self.prompts = 0
         self.unparseable: int | None = None
         self.orders: tuple[float, int] | None = None
+        self.usage: dict[str, Usage] = {}
         self._random = random.Random(seed)
         self._statistics = PairStatistics()
         self._shown: list[tuple[int, dict[str, Any]]] = []
@@ -57,7 +61,8 @@ class PairReport:
             self._seen += 1
 
     def add_counts(self, folder: str | Path) -> None:
-        """Adds what the rows of another folder of pairs do not say: its prompts, answers, and what its judge did."""
+        """Adds what the rows of another folder of pairs do not say: its prompts, answers, what its judge did, and what was
+        used."""
         counts = json.loads((Path(folder) / COUNTS).read_text(encoding="utf-8"))
         self.prompts += counts["prompts"]
         for source, answers in counts["answers"].items():
@@ -67,6 +72,8 @@ class PairReport:
         if counts["orders"] is not None:
             (share, number), (more, others) = self.orders or (0.0, 0), counts["orders"]
             self.orders = (share * number + more * others) / (number + others), number + others
+        for name, used in counts["usage"].items():
+            self.usage[name] = self.usage.get(name, Usage()) + Usage(**used)
 
     def _counts(self) -> dict[str, Any]:
         answers = {source: dict(counts) for source, counts in self._statistics.answers.items()}
@@ -75,13 +82,17 @@ class PairReport:
             "answers": answers,
             "unparseable": self.unparseable,
             "orders": self.orders,
+            "usage": self._usage(),
         }
+
+    def _usage(self) -> dict[str, Any]:
+        return {name: asdict(used) for name, used in self.usage.items()}
 
     def write(self, folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json`, `settings.json`, `counts.json` (which [`merge_shards`] reads), the card and the page, and
         returns the summary."""
         agreement = self.orders[0] if self.orders else None
-        summary = self._statistics.summary(self.prompts, agreement, self.unparseable)
+        summary = self._statistics.summary(self.prompts, agreement, self.unparseable, self._usage())
         with full_disk_said(Path(folder)):
             for name, content in ((SUMMARY, summary), (SETTINGS, settings), (COUNTS, self._counts())):
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

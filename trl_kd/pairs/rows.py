@@ -1,7 +1,5 @@
 """A preference pair of a teacher's and a student's response, as a row that TRL and `PbKDTrainer` read."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from trl_kd.sampling import Text
@@ -56,53 +54,3 @@ def pair_row(prompt: Text, teacher: Text, student: Text, preference: float | Non
         "preference": None if preference is None else float(preference),
         "teacher_side": side,
     }
-
-
-@dataclass(frozen=True)
-class PairCounts:
-    """What a set of pairs holds.
-
-    Parameters:
-        total (`int`):
-            All rows.
-        strict (`int`):
-            Rows with P(chosen ≻ rejected) = 1: what DPO can learn from.
-        soft (`int`):
-            Rows with P strictly between ½ and 1.
-        ties (`int`):
-            Rows with P = ½.
-        unknown (`int`):
-            Rows without a preference: equal texts, or nothing known.
-        teacher_wins (`float`):
-            Sum of P(teacher's ≻ student's) over the rows with a preference.
-    """
-
-    total: int = 0
-    strict: int = 0
-    soft: int = 0
-    ties: int = 0
-    unknown: int = 0
-    teacher_wins: float = 0.0
-
-    @property
-    def teacher_win_rate(self) -> float | None:
-        """Mean of P(teacher's ≻ student's) over the rows with a preference; `None` if there are none."""
-        known = self.total - self.unknown
-        return self.teacher_wins / known if known else None
-
-
-def count_pairs(rows: Iterable[dict[str, Any]]) -> PairCounts:
-    """Counts the kinds of pairs among rows made by [`pair_row`]."""
-    rows = list(rows)
-    known = [row for row in rows if row["preference"] is not None]
-    preferences = [row["preference"] for row in known]
-    return PairCounts(
-        total=len(rows),
-        strict=sum(p == 1 for p in preferences),
-        soft=sum(0.5 < p < 1 for p in preferences),
-        ties=sum(p == 0.5 for p in preferences),
-        unknown=len(rows) - len(known),
-        teacher_wins=sum(
-            row["preference"] if row["teacher_side"] == "chosen" else 1 - row["preference"] for row in known
-        ),
-    )

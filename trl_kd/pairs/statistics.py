@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trl_kd.pairs.counting import DistinctCounter, Lengths, clustered_interval, wilson_interval
@@ -142,7 +142,11 @@ class PairStatistics:
             self.lengths[side].merge(lengths)
 
     def summary(
-        self, prompts: int | None = None, order_agreement: float | None = None, unparseable: int | None = None
+        self,
+        prompts: int | None = None,
+        order_agreement: float | None = None,
+        unparseable: int | None = None,
+        usage: Mapping[str, dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Everything counted so far, as JSON.
 
@@ -154,6 +158,8 @@ class PairStatistics:
                 Share in [0, 1] of comparisons on which a judge says the same in both orders.
             unparseable (`int`, *optional*):
                 Number of a judge's replies that could not be read.
+            usage (`Mapping[str, dict]`, *optional*):
+                What has been asked of `"teacher"`, `"student"` and `"judge"`, as [`~trl_kd.sampling.budget.Usage`] has it.
 
         Returns:
             `dict[str, Any]`:
@@ -169,7 +175,7 @@ class PairStatistics:
                 - `longer_is_chosen`: over the strict and soft pairs (`pairs`), the `auc`: the share of pairs whose
                   chosen text has more characters than the rejected one, plus half the share of equal lengths. ½ if
                   length says nothing; 1 if the longer is always chosen, 0 if the shorter is;
-                - `order_agreement` and `unparseable`, as given;
+                - `order_agreement`, `unparseable` and `usage`, as given;
                 - `warnings` (`list[str]`).
         """
         answers = {source: _answer_summary(counts) for source, counts in sorted(self.answers.items(), reverse=True)}
@@ -191,6 +197,7 @@ class PairStatistics:
             },
             "order_agreement": order_agreement,
             "unparseable": unparseable,
+            "usage": dict(usage or {}),
         }
         return summary | {"warnings": _warnings(summary)}
 
@@ -268,7 +275,19 @@ def summary_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         table.append(("judge's two orders agree", _percent(summary["order_agreement"]), ""))
     if summary["unparseable"] is not None:
         table.append(("judge's unreadable replies", f"{summary['unparseable']:,}", ""))
+    for name, used in summary["usage"].items():
+        table.append((f"requests to the {name}", f"{used['requests']:,}", _used(used)))
     return table
+
+
+def _used(used: dict[str, Any]) -> str:
+    said = [f"{used['prompt_tokens']:,} prompt and {used['completion_tokens']:,} completion tokens"]
+    if used["cost"]:
+        said.append(f"cost {used['cost']:.6g}")
+    for count, what in (("retries", "more attempts"), ("unreported", "answers without a count of tokens")):
+        if used[count]:
+            said.append(f"{used[count]:,} {what}")
+    return ", ".join(said)
 
 
 def _percent(share: float) -> str:

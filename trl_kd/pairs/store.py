@@ -10,10 +10,12 @@ import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from trl_kd.sampling import Answer
+from trl_kd.sampling.budget import Usage
 
 
 DATABASE = "answers.db"
@@ -77,6 +79,7 @@ class AnswerStore:
         self._mutex = threading.RLock()  # a sampler may read its requests in a thread of its own
         self._timer: threading.Timer | None = None
         self._pending = 0
+        self._counted: tuple[str, Usage, Usage, Usage] | None = None
         self._lock = lock_folder(folder)
         self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
@@ -147,20 +150,24 @@ class AnswerStore:
                 self._timer.start()
 
     def commit(self) -> None:
-        """Writes what is still held back."""
+        """Writes what is still held back, and what has been used by now of what [`count_usage`] names."""
         with self._guard():
             if self._timer is not None:
                 self._timer.cancel()
             self._timer, self._pending = None, 0
-            if self._connection.in_transaction:
-                self._connection.execute("COMMIT")
+            try:
+                self._write_usage()
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Commits, closes the database and lets other processes in."""
         try:
             self.commit()
         finally:
-            self._connection.close()
+            with self._mutex:  # a reader's thread may be in the middle of a query
+                self._connection.close()
             self._lock.truncate(0)
             self._lock.close()
 
@@ -204,13 +211,35 @@ class AnswerStore:
         self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
         self.commit()
 
+    def _noted(self, name: str) -> Any:
+        with self._guard():
+            row = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def usage(self, name: str) -> Usage:
+        """What all runs so far have used of a source or judge."""
+        return Usage(**self._noted(f"usage {name}") or {})
+
+    def count_usage(self, name: str, usage: Usage) -> None:
+        """From now on adds to what is stored of `name`, at every commit, what `usage` has grown by."""
+        self.commit()
+        self._counted = (name, usage, self.usage(name) - usage, replace(usage))
+
+    def _write_usage(self) -> None:
+        if self._counted is None:
+            return
+        name, usage, earlier, written = self._counted
+        now = replace(usage)
+        if now != written:
+            row = (f"usage {name}", json.dumps(asdict(earlier + now)))
+            self._connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
+            self._counted = (name, usage, earlier, now)
+
     def note_orders(self, share: float | None, labels: int) -> tuple[float, int] | None:
         """Adds the share of the last `labels` comparisons on which a judge agreed with itself in both orders to what former
         runs have seen. Returns share and number in all, `None` if there is nothing yet."""
         name = f"orders {self._preference.hex()}"
-        with self._guard():
-            row = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
-        known, number = json.loads(row[0]) if row else (0.0, 0)
+        known, number = self._noted(name) or (0.0, 0)
         if share is not None and labels:
             known, number = (known * number + share * labels) / (number + labels), number + labels
             self._note({name: [known, number]})

@@ -70,6 +70,9 @@ class LLMJudge:
             Longest reply in tokens, at least 1. A reply that is cut off has no verdict.
         temperature (`float`, *optional*, defaults to `0.0`):
             At least 0.
+        completions (`bool`, *optional*, defaults to `False`):
+            Whether the template is continued as it is, by the plain completions endpoint, and not sent as a chat's message.
+            For a base model: let a template of yours end in `Verdict:`, and `extra={"stop": ["\\n"]}` end the reply.
         extra (`dict`, *optional*):
             Fields set in every request; with the value `None` a field is left out.
 
@@ -96,6 +99,7 @@ class LLMJudge:
         logprobs: bool = True,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
+        completions: bool = False,
         extra: dict[str, Any] | None = None,
     ):
         missing = [name for name in ("{prompt}", "{first}", "{second}") if name not in template]
@@ -112,6 +116,7 @@ class LLMJudge:
         self.logprobs = logprobs
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.completions = completions
         self.extra = dict(extra or {})
         self.asked = 0
         self.unparseable = 0
@@ -137,6 +142,7 @@ class LLMJudge:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "extra": self.extra,
+            **({"endpoint": "completions"} if self.completions else {}),
         }
 
     def __call__(
@@ -193,7 +199,7 @@ class LLMJudge:
         content = fill(self.template, prompt, first, second)
         body = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            **({"prompt": content} if self.completions else {"messages": [{"role": "user", "content": content}]}),
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
             # The same question has the same seed, whichever of its comparisons asks it
@@ -201,21 +207,24 @@ class LLMJudge:
         }
         wants_logprobs = self.logprobs and not self._refuses_logprobs
         if wants_logprobs:
-            body |= {"logprobs": True, "top_logprobs": 5}
+            body |= {"logprobs": 5} if self.completions else {"logprobs": True, "top_logprobs": 5}
         reply = await self._ask(ask, body | self.extra, wants_logprobs)
-        return read_verdict(reply["choices"][0]) if reply["choices"] else None
+        if not reply["choices"]:
+            return None
+        choice = reply["choices"][0]
+        return read_verdict(_as_chat(choice) if self.completions else choice)
 
     async def _ask(self, ask: Ask, body: dict[str, Any], has_logprobs: bool) -> dict[str, Any]:
         body = {name: value for name, value in body.items() if value is not None}
         try:
-            return await ask(body)
+            return await ask(body, completions=self.completions)
         except ServerError as error:
             if not has_logprobs or error.status not in (400, 422):
                 raise
             refusal = error.said
         # If it was not the log-probabilities that it refused, asking without says what is wrong
         body = {name: value for name, value in body.items() if name not in ("logprobs", "top_logprobs")}
-        reply = await ask(body)
+        reply = await ask(body, completions=self.completions)
         if not self._refuses_logprobs:
             self._refuses_logprobs = True
             logger.warning(
@@ -257,6 +266,23 @@ def read_verdict(choice: dict[str, Any]) -> float | None:
         return None
     soft = _from_logprobs(choice.get("logprobs"), match[1])
     return VERDICTS[match[1]] if soft is None else soft
+
+
+def _as_chat(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice of the plain completions endpoint in the form of a chat's."""
+    logprobs = choice.get("logprobs")
+    if isinstance(logprobs, dict) and isinstance(logprobs.get("top_logprobs"), list):
+        columns = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
+        content = [
+            {
+                "token": token,
+                "logprob": logprob,
+                "top_logprobs": [{"token": name, "logprob": value} for name, value in (top or {}).items()],
+            }
+            for token, logprob, top in zip(*columns, strict=False)
+        ]
+        logprobs = {"content": content}
+    return choice | {"message": {"content": choice.get("text")}, "logprobs": logprobs}
 
 
 def _from_logprobs(logprobs: Any, letter: str) -> float | None:

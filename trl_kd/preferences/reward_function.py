@@ -221,7 +221,7 @@ def load_function(name: str) -> Callable[..., Any]:
             "'path/to/file.py:function'."
         )
     try:
-        function = functools.reduce(getattr, attributes.split("."), _import(module_name))
+        function = functools.reduce(getattr, attributes.split("."), import_named(module_name))
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot load the function {name!r}: {error}.") from error
     if not callable(function):
@@ -229,7 +229,8 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _import(name: str) -> Any:
+def import_named(name: str) -> Any:
+    """Imports a module by its name, from the current folder too, or from a file whose name ends with `.py`."""
     if not name.endswith(".py"):
         if os.getcwd() not in sys.path:  # a command's own folder stands there instead
             sys.path.insert(0, os.getcwd())

@@ -1,7 +1,7 @@
 """Asks OpenAI-compatible servers: several at once, within a budget, and without a secret in any message.
 
-The work runs on an event loop in a thread of its own; items are read and results are yielded in the caller's thread, so that
-what feeds and what stores them (a database, say) need not be safe for threads.
+The work runs on an event loop in a thread of its own, and items are read in another: what feeds them must bear that. Results
+are yielded in the caller's thread, so that what stores them need not be safe for threads.
 """
 
 import asyncio
@@ -12,10 +12,12 @@ import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from trl_kd.sampling.budget import Budget, Usage
+from trl_kd.sampling.reading import Read, Reader
 from trl_kd.sampling.server_errors import ServerError, explain, hide, redact
 
 
@@ -46,13 +48,15 @@ class ServerClient:
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until an attempt is given up, above 0.
         max_requests, max_tokens (`int`, *optional*), max_cost (`float`, *optional*):
-            Caps on the `requests`, prompt and completion tokens, and `cost` of `usage`. Once one is reached no request
-            starts; those under way are finished, so that the last two caps may be passed by as much as these bring.
+            Caps on the `requests`, prompt and completion tokens, and `cost` of `usage`, in which a build counts what former
+            ones into the same folder have used. Once one is reached no request starts; those under way are finished, so that
+            the last two caps may be passed by as much as these bring.
         price_in, price_out (`float`, *optional*):
             Price of a million prompt and completion tokens.
 
     Attributes:
-        usage (`Usage`): Sum over all runs, to be looked at while one is under way.
+        usage (`Usage`): Sum over all runs, to be looked at while one is under way; `usage.resume(former)` goes on from that
+            of former processes.
 
     Raises:
         `ImportError`: `openai` is not installed.
@@ -114,7 +118,7 @@ class ServerClient:
 
         Args:
             items (`Iterable`):
-                Read lazily in the caller's thread, never further ahead of what is finished than `2 * capacity`.
+                Read lazily, in a thread, one at a time, and never further ahead of what is finished than `2 * capacity`.
             work (`Callable`):
                 Coroutine function of `(ask, item, emit)`. `await ask(body, completions=False)` posts a JSON body to a chat
                 completions endpoint, or to the plain one, and returns the server's JSON, with a list of `choices` and a
@@ -125,33 +129,29 @@ class ServerClient:
             Results, as they arrive.
 
         Raises:
-            `ServerError`, `BudgetExceeded`, or what `items` or `work` raised: once everything under way has been yielded.
+            `ServerError`, `BudgetExceeded`, or what `items` or `work` raised: once everything under way has been yielded. An
+            item that is still being read then is not waited for.
         """
-        source = iter(items)
         waiting = 0
-        exhausted = False
-        unreadable: Exception | None = None
-        with _Run(self) as run:
+        is_reading = is_over = False
+        unreadable: BaseException | None = None
+        with _Run(self) as run, closing(Reader(items, run.results)) as reader:
             while True:
-                full = waiting >= 2 * self.capacity or (waiting >= self.capacity and not run.results.empty())
-                if not (exhausted or run.error or full):
-                    try:
-                        item = next(source)
-                    except StopIteration:
-                        exhausted = True
-                    except Exception as error:
-                        unreadable, exhausted = error, True
-                    else:
-                        run.submit(work, item)
-                        waiting += 1
-                elif waiting:
-                    result = run.results.get()
-                    if result is _FINISHED:
-                        waiting -= 1
-                    else:
-                        yield result
-                else:
+                if not (is_reading or is_over or run.error) and waiting < 2 * self.capacity:
+                    reader.want()
+                    is_reading = True
+                if not waiting and (run.error or not is_reading):
                     break
+                result = run.results.get()
+                if isinstance(result, Read):
+                    is_reading, is_over, unreadable = False, result.is_over, result.error
+                    if not is_over:
+                        run.submit(work, result.item)
+                        waiting += 1
+                elif result is _FINISHED:
+                    waiting -= 1
+                else:
+                    yield result
             failure = run.error or unreadable
             if failure is not None:
                 raise failure

@@ -40,13 +40,17 @@ class ServerSampler:
         completions (`bool`, *optional*, defaults to `False`):
             Whether prompts are continued as they are, by the plain completions endpoint. They must be plain text. Otherwise
             a plain text is sent as one message of the user's, and columns `tools` and `chat_template_kwargs` go with it.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables for the chat template, e.g. `{"enable_thinking": False}`, sent in every request to a server that takes
+            them, as vLLM and llama.cpp do. Those of a row's column come on top.
         extra (`dict`, *optional*):
             Fields set in every request, e.g. `{"top_k": 20}`; with the value `None` a field is left out, e.g.
             `{"seed": None}` for a server that refuses it.
 
     Raises:
         `ImportError`: `openai` is not installed.
-        `ValueError`: a system prompt without a chat, or an argument of [`ServerClient`] outside its range.
+        `ValueError`: a system prompt or variables of the chat template without a chat, or an argument of [`ServerClient`]
+        outside its range.
     """
 
     is_lookup = False
@@ -59,15 +63,18 @@ class ServerSampler:
         *,
         system_prompt: str | None = None,
         completions: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
     ):
-        if completions and system_prompt is not None:
-            raise ValueError("`system_prompt` needs a chat: leave it out, or set `completions=False`.")
+        for name, value in (("system_prompt", system_prompt), ("chat_template_kwargs", chat_template_kwargs)):
+            if completions and value is not None:
+                raise ValueError(f"`{name}` needs a chat: leave it out, or set `completions` to false.")
         self.model = model
         self.client = server if isinstance(server, ServerClient) else ServerClient(server)
         self.settings = settings or SamplingSettings()
         self.system_prompt = system_prompt
         self.completions = completions
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.extra = dict(extra or {})
         self._most_choices: int | None = None  # that the server gave where more were asked for
         self._warned = False
@@ -78,12 +85,14 @@ class ServerSampler:
 
     def describe(self) -> dict[str, Any]:
         """The model and how it is asked. Not where: the same model at another address gives the same answers."""
+        template = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
         return {
             "source": "server",
             "model": self.model,
             "endpoint": "completions" if self.completions else "chat",
             "system_prompt": self.system_prompt,
             "extra": self.extra,
+            **template,
             **self.settings.describe(),
         }
 
@@ -198,7 +207,8 @@ class ServerSampler:
         if isinstance(tools, str):
             tools = json.loads(tools)
         body |= {"messages": messages, "tools": _without_none(tools) or None}
-        return body | {"chat_template_kwargs": request.columns.get("chat_template_kwargs")}
+        template = self.chat_template_kwargs | (request.columns.get("chat_template_kwargs") or {})
+        return body | {"chat_template_kwargs": template or None}
 
     def _read(self, choice: dict[str, Any], tokens: int | None) -> Answer:
         """An answer from a choice; without a text where the server has none to give."""

@@ -82,7 +82,10 @@ def explain(
     elif status >= 500:
         way_out = f"{tries} were made: look at the server's log."
     else:
-        way_out = "Change the setting that it names; `extra` sets a field of the request or, with null, leaves it out."
+        way_out = (
+            "Change the setting that it names; `extra` (on the command line `extra_body`) sets a field of the request or, "
+            "with null, leaves it out."
+        )
     message = f"{url} refused with status {status}: {said or 'no reason given'} — {way_out}"
     return ServerError(message, status, clean(code) if code else None, said)
 

@@ -145,6 +145,7 @@ def _finish(output_dir: Path, cells: list[Any], results: dict[str, list[dict[str
         print(f"\n{task}, exact match on {seeds[0]['teacher']['questions']} unseen questions")
         print(text_table(seeds))
     print(f"\nReport page:    {page}")
+    print(f"Pairs:          {cells[0].folder / 'pairs' / 'pairs.html'}")
     print(f"Student (PbKD): {cells[0].model_folder('pbkd')}")
     print(f"This run took {seconds / 60:.1f} minutes.")
 

@@ -17,9 +17,11 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_kd import __version__
 from trl_kd.evaluation.callback import ExactMatchCallback
-from trl_kd.evaluation.generation import generate
 from trl_kd.evaluation.metrics import exact_match
-from trl_kd.pairs import count_pairs, pair_row
+from trl_kd.pairs import build_pairs, load_pairs
+from trl_kd.preferences.reward_function import RewardFunctionPreference
+from trl_kd.sampling import SamplingSettings
+from trl_kd.sampling.local import LocalSampler
 from trl_kd.scripts.demo_stage import MARKER, stage
 from trl_kd.scripts.errors import InputError
 from trl_kd.tasks import SPLITS, Question, Task
@@ -161,37 +163,34 @@ class Cell:
 
     def _pairs(self, folder: Path) -> dict[str, Any]:
         questions = self.task.questions("train", self.settings.prompts, self.seed)
-        answers = []
-        for number, name in enumerate(("teacher", "start")):
-            model, tokenizer = load(self.model_folder(name))
-            prompts = [q.prompt for q in questions]
-            answers.append(
-                generate(model, tokenizer, prompts, self.task.max_response_tokens, seed=10 * self.seed + number)
+        teacher, start = (
+            LocalSampler(
+                str(self.model_folder(name)),
+                SamplingSettings(max_new_tokens=self.task.max_response_tokens, seed=10 * self.seed + number),
             )
-        rows = [
-            pair_row(q.prompt, teacher, student, self._preference(q, teacher, student))
-            for q, teacher, student in zip(questions, *answers, strict=True)
-        ]
-        for row, question in zip(rows, questions, strict=True):
-            row |= {f"score_{side}": float(self.task.verify(question, row[side])) for side in ("chosen", "rejected")}
-        counts = count_pairs(rows)
-        (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        if counts.strict == 0:
+            for number, name in enumerate(("teacher", "start"))
+        )
+        build_pairs(
+            Dataset.from_dict(columns(questions)),
+            teacher=teacher,
+            student=start,
+            preference=RewardFunctionPreference(self.task.score),
+            output_dir=folder,
+            show_progress=self.make_bar is not None,
+        )
+        summary = json.loads((folder / "summary.json").read_text())
+        if summary["pairs"]["strict"] == 0:
             raise InputError(
-                f"task {self.task.name!r}, seed {self.seed}: none of {len(rows)} pairs has a winner, so there is "
+                f"task {self.task.name!r}, seed {self.seed}: none of {len(questions)} pairs has a winner, so there is "
                 "nothing that DPO could learn from. Let the teacher and the start differ more in accuracy, or take "
                 "an easier task."
             )
-        return asdict(counts) | {"teacher_win_rate": counts.teacher_win_rate}
-
-    def _preference(self, question: Question, teacher: str, student: str) -> float:
-        right = [self.task.verify(question, answer) for answer in (teacher, student)]
-        return 0.5 + 0.5 * (right[0] - right[1])
+        return summary["pairs"] | {"teacher_win_rate": summary["teacher_win_rate"]}
 
     def _distil(self, method: str, folder: Path) -> dict[str, Any]:
         settings = self.settings
         model, tokenizer = load(self.model_folder("start"))
-        rows = [json.loads(line) for line in (self.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
+        rows = load_pairs(self.folder / "pairs").to_list()
         trainer_class, config_class, data, extra = _recipe(method, rows)
         trainer = trainer_class(
             model=model,

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
                 policy=args.policy,
                 max_pairs_per_prompt=args.max_pairs_per_prompt,
                 truncated=args.truncated,
-                seed=args.seed,
+                seed=args.seed if args.pairing_seed is None else args.pairing_seed,
                 shard=parse_shard(args.shard),
                 relabel=args.relabel,
             )

@@ -3,7 +3,8 @@
 # ruff: noqa: RUF009 (`_field` is `dataclasses.field`)
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ class PairsArguments:
     teacher_column: str | None = _field(None, "Column with the teacher's answers, in place of `teacher`.")
     teacher_base_url: list[str] | None = _field(None, "Servers that serve the teacher, used side by side.")
     teacher_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the teacher's server.")
+    teacher_timeout: float = _field(600.0, "Seconds until a request to the teacher's server is given up.")
+    teacher_max_retries: int = _field(5, "How often a request to the teacher's server that fails is tried again.")
+    teacher_completions: bool = _field(False, "Continue text by the server's plain completions, without a chat.")
+    teacher_extra_body: str | None = _field(
+        None, "JSON: fields of each request to the teacher's server; null drops one."
+    )
     teacher_system_prompt: str | None = _field(None, "System prompt for the teacher behind a server.")
     teacher_adapter: str | None = _field(None, "LoRA adapter of the teacher.")
     teacher_model_init_kwargs: str | None = _field(
@@ -48,12 +55,20 @@ class PairsArguments:
     teacher_top_p: float = _field(1.0, "Share of the probability that the teacher's tokens are drawn from.")
     teacher_max_new_tokens: int = _field(256, "Longest answer of the teacher in tokens.")
     teacher_stop: list[str] | None = _field(None, "Texts at which the teacher's answers end.")
+    teacher_chat_template_kwargs: str | None = _field(None, "JSON: variables for the teacher's chat template.")
+    teacher_seed: int | None = _field(None, "Seed of the teacher's answers; by default it comes from `seed`.")
     num_teacher_samples: int = _field(1, "Answers of the teacher to each prompt.")
 
     student: str | None = _field(None, "Student: api:MODEL, vllm:MODEL, or MODEL for transformers.")
     student_column: str | None = _field(None, "Column with the student's answers, in place of `student`.")
     student_base_url: list[str] | None = _field(None, "Servers that serve the student, used side by side.")
     student_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the student's server.")
+    student_timeout: float = _field(600.0, "Seconds until a request to the student's server is given up.")
+    student_max_retries: int = _field(5, "How often a request to the student's server that fails is tried again.")
+    student_completions: bool = _field(False, "Continue text by the server's plain completions, without a chat.")
+    student_extra_body: str | None = _field(
+        None, "JSON: fields of each request to the student's server; null drops one."
+    )
     student_system_prompt: str | None = _field(None, "System prompt for the student behind a server.")
     student_adapter: str | None = _field(None, "LoRA adapter of the student.")
     student_model_init_kwargs: str | None = _field(
@@ -63,6 +78,8 @@ class PairsArguments:
     student_top_p: float = _field(1.0, "Share of the probability that the student's tokens are drawn from.")
     student_max_new_tokens: int = _field(256, "Longest answer of the student in tokens.")
     student_stop: list[str] | None = _field(None, "Texts at which the student's answers end.")
+    student_chat_template_kwargs: str | None = _field(None, "JSON: variables for the student's chat template.")
+    student_seed: int | None = _field(None, "Seed of the student's answers; by default it comes from `seed`.")
     num_student_samples: int = _field(1, "Answers of the student to each prompt.")
 
     preference: str | None = _field(
@@ -76,12 +93,20 @@ class PairsArguments:
     preference_model_init_kwargs: str | None = _field(None, "JSON: options of loading the reward model or teacher.")
     judge_base_url: list[str] | None = _field(None, "Servers that serve the judge, used side by side.")
     judge_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the judge's server.")
+    judge_timeout: float = _field(600.0, "Seconds until a request to the judge's server is given up.")
+    judge_max_retries: int = _field(5, "How often a request to the judge's server that fails is tried again.")
+    judge_completions: bool = _field(False, "Continue the template by the server's plain completions, without a chat.")
+    judge_extra_body: str | None = _field(None, "JSON: fields of each request to the judge's server; null drops one.")
     judge_template: str | None = _field(None, "File with what the judge is asked.")
+    judge_temperature: float = _field(0.0, "Temperature of the judge's replies; 0 is greedy.")
+    judge_max_new_tokens: int = _field(512, "Longest reply of the judge in tokens.")
 
     max_concurrency: int = _field(16, "Requests under way at each server.")
-    max_requests: int | None = _field(None, "Most requests, of each source behind a server and of the judge.")
-    max_tokens: int | None = _field(None, "Most prompt and completion tokens, of each of them.")
-    max_cost: float | None = _field(None, "Most money, for each of them, at the prices given.")
+    max_requests: int | None = _field(
+        None, "Most requests to each source behind a server and to the judge, in all runs into the folder."
+    )
+    max_tokens: int | None = _field(None, "Most prompt and completion tokens of each of them, likewise.")
+    max_cost: float | None = _field(None, "Most money for each of them, likewise, at the prices given.")
     price_in: float | None = _field(None, "Price of a million prompt tokens.")
     price_out: float | None = _field(None, "Price of a million completion tokens.")
 
@@ -91,6 +116,7 @@ class PairsArguments:
     max_pairs_per_prompt: int | None = _field(None, "At most so many pairs a prompt.")
     truncated: Literal["keep", "drop"] = _field("keep", "What happens to answers cut off at `max_new_tokens`.")
     seed: int = _field(0, "Seed of answers and pairs.")
+    pairing_seed: int | None = _field(None, "Seed of pairs; by default `seed`. It may change, where that may not.")
     relabel: bool = _field(False, "Forget the labels of another preference function; the answers are kept.")
     shard: str | None = _field(None, "i/n: only the i-th of n parts of the prompts, i from 0.")
     merge: list[str] | None = _field(None, "Folders of all shards, to be made one in `output_dir`.")
@@ -101,6 +127,23 @@ class PairsArguments:
 
 
 SOURCES = ("teacher", "student")
+
+# What an option is for; set in vain it is refused
+_OF_SERVER = ("base_url", "api_key_env", "timeout", "max_retries", "completions", "extra_body", "system_prompt")
+_OF_LOADING = ("adapter", "model_init_kwargs")
+_OF_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "chat_template_kwargs", "seed")
+_OF_ASKING = ("max_concurrency", "max_requests", "max_tokens", "max_cost", "price_in", "price_out")
+_OF_PREFERENCES = {
+    "preference_scale": ("verifier", "reward_model", "likelihood"),
+    "preference_model_init_kwargs": ("reward_model", "likelihood"),
+    **{f.name: ("judge",) for f in fields(PairsArguments) if f.name.startswith("judge_")},
+}
+_JSON = {
+    "model_init_kwargs": '{"load_in_4bit": true}',
+    "chat_template_kwargs": '{"enable_thinking": false}',
+    "extra_body": '{"top_k": 20}',
+}
+"""Endings of the options that are JSON, and an example of each."""
 
 
 def check(args: PairsArguments) -> None:
@@ -116,32 +159,52 @@ def check(args: PairsArguments) -> None:
     if args.dataset_name is None:
         raise InputError("`dataset_name` is not set: give the prompts, a Hub id, a folder or a file.")
     for source in SOURCES:
-        model, column = getattr(args, source), getattr(args, f"{source}_column")
-        if (model is None) == (column is None):
-            both = "both set" if model else "neither set"
-            raise InputError(
-                f"`{source}` and `{source}_column` are {both}: say who answers, or the column with the answers."
-            )
-        for name in ("num_{}_samples", "{}_max_new_tokens"):
-            value = getattr(args, name.format(source))
-            if value < 1:
-                raise InputError(f"`{name.format(source)}` is {value}: it must be at least 1.")
-        if model in ("api:", "vllm:"):
-            raise InputError(f"`{source}` is {model!r}: give the model's name behind the colon.")
-        if model is None or is_server(model):
-            for name in (f"{source}_adapter", f"{source}_model_init_kwargs"):
-                if getattr(args, name) is not None:
-                    raise InputError(f"`{name}` is set, but no model of that source is loaded here: drop it.")
-        if not is_server(model):
-            for name in (f"{source}_base_url", f"{source}_system_prompt"):
-                if getattr(args, name) is not None:
-                    raise InputError(f"`{name}` is set, but `{source}` is {model!r}: a server is `api:MODEL`.")
+        _check_source(args, source)
     if args.preference is None:
         raise InputError(
             "`preference` is not set: say who is better, by teacher_wins, column:NAME, verifier:FUNCTION, "
             "reward_model:MODEL, judge:MODEL, likelihood:MODEL or function:FUNCTION."
         )
+    kind = args.preference.partition(":")[0]
+    for name, kinds in _OF_PREFERENCES.items():
+        if kind not in kinds:
+            _refuse_set(args, [name], f"`preference` is {args.preference!r}: it is for {' or '.join(kinds)}, drop it.")
+    if kind != "judge" and not any(is_server(getattr(args, source)) for source in SOURCES):
+        _refuse_set(args, _OF_ASKING, "no server is asked: drop it.")
+    for name in (f.name for f in fields(args)):
+        if name.endswith(tuple(_JSON)):
+            _json(args, name)
     parse_shard(args.shard)
+
+
+def _check_source(args: PairsArguments, source: str) -> None:
+    model, column = getattr(args, source), getattr(args, f"{source}_column")
+    if (model is None) == (column is None):
+        both = "both set" if model else "neither set"
+        raise InputError(
+            f"`{source}` and `{source}_column` are {both}: say who answers, or the column with the answers."
+        )
+    for name in ("num_{}_samples", "{}_max_new_tokens"):
+        value = getattr(args, name.format(source))
+        if value < 1:
+            raise InputError(f"`{name.format(source)}` is {value}: it must be at least 1.")
+    if model in ("api:", "vllm:"):
+        raise InputError(f"`{source}` is {model!r}: give the model's name behind the colon.")
+    for names, is_idle, why in (
+        (_OF_LOADING, model is None or is_server(model), "no model of that source is loaded here: drop it."),
+        (_OF_SERVER, not is_server(model), f"`{source}` is {model!r}: a server is `api:MODEL`."),
+        (_OF_SAMPLING, model is None, f"the answers are those in the column {column!r}: drop it."),
+    ):
+        if is_idle:
+            _refuse_set(args, [f"{source}_{name}" for name in names], why)
+
+
+def _refuse_set(args: PairsArguments, names: Iterable[str], why: str) -> None:
+    """Raises an `InputError` if one of these has another value than by default."""
+    defaults = {f.name: f.default for f in fields(args)}
+    for name in names:
+        if getattr(args, name) != defaults[name]:
+            raise InputError(f"`{name}` is set, but {why}")
 
 
 def is_server(model: str | None) -> bool:
@@ -194,28 +257,43 @@ def make_sampler(args: PairsArguments, source: str) -> Any:
         from trl_kd.sampling.column import ColumnSampler
 
         return ColumnSampler(column)
-    given = {name: getattr(args, f"{source}_{name}") for name in ("temperature", "top_p", "max_new_tokens", "stop")}
-    # The two draw apart, also where they are one model
-    settings = SamplingSettings(
-        **given | {"stop": tuple(given["stop"] or ())}, seed=2 * args.seed + SOURCES.index(source)
-    )
     model = getattr(args, source)
-    kwargs = _json(args, f"{source}_model_init_kwargs")
-    adapter = getattr(args, f"{source}_adapter")
+    try:
+        return _model_sampler(args, source, model)
+    except ValueError as error:
+        raise InputError(f"`{source}` is {model!r}: {error}") from error
+
+
+def _model_sampler(args: PairsArguments, source: str, model: str) -> Any:
+    given = {name: getattr(args, f"{source}_{name}") for name in ("temperature", "top_p", "max_new_tokens", "stop")}
+    seed = getattr(args, f"{source}_seed")
+    if seed is None:
+        seed = 2 * args.seed + SOURCES.index(source)  # the two draw apart, also where they are one model
+    settings = SamplingSettings(**given | {"stop": tuple(given["stop"] or ())}, seed=seed)
+    template = _json(args, f"{source}_chat_template_kwargs") or None
     if is_server(model):
         from trl_kd.sampling.server import ServerSampler
 
-        system_prompt = getattr(args, f"{source}_system_prompt")
-        client = _client(args, source)
-        return ServerSampler(model.removeprefix("api:"), client, settings, system_prompt=system_prompt)
+        return ServerSampler(
+            model.removeprefix("api:"),
+            _client(args, source),
+            settings,
+            system_prompt=getattr(args, f"{source}_system_prompt"),
+            completions=getattr(args, f"{source}_completions"),
+            chat_template_kwargs=template,
+            extra=_json(args, f"{source}_extra_body"),
+        )
+    kwargs = _json(args, f"{source}_model_init_kwargs")
+    adapter = getattr(args, f"{source}_adapter")
     if model.startswith("vllm:"):
         from trl_kd.sampling.vllm import VLLMSampler
 
-        return VLLMSampler(model.removeprefix("vllm:"), settings, adapter=adapter, **kwargs)
+        name = model.removeprefix("vllm:")
+        return VLLMSampler(name, settings, adapter=adapter, chat_template_kwargs=template, **kwargs)
     from trl_kd.sampling.local import LocalSampler
 
     check_model_source(source, model, adapters=True)
-    return LocalSampler(model, settings, model_init_kwargs=kwargs, adapter=adapter)
+    return LocalSampler(model, settings, model_init_kwargs=kwargs, adapter=adapter, chat_template_kwargs=template)
 
 
 def make_preference(args: PairsArguments) -> Any:
@@ -272,18 +350,22 @@ def _judge(args: PairsArguments, name: str) -> Any:
         if not Path(args.judge_template).is_file():
             raise InputError(f"`judge_template` is {args.judge_template!r}: no such file.")
         template = Path(args.judge_template).read_text(encoding="utf-8")
-    return LLMJudge(name, _client(args, "judge"), template=template)
+    return LLMJudge(
+        name,
+        _client(args, "judge"),
+        template=template,
+        max_new_tokens=args.judge_max_new_tokens,
+        temperature=args.judge_temperature,
+        completions=args.judge_completions,
+        extra=_json(args, "judge_extra_body"),
+    )
 
 
 def _client(args: PairsArguments, who: str) -> Any:
     from trl_kd.sampling.client import ServerClient
 
-    shared = ("max_concurrency", "max_requests", "max_tokens", "max_cost", "price_in", "price_out")
-    return ServerClient(
-        getattr(args, f"{who}_base_url"),
-        api_key_env=getattr(args, f"{who}_api_key_env"),
-        **{name: getattr(args, name) for name in shared},
-    )
+    own = {name: getattr(args, f"{who}_{name}") for name in ("base_url", "api_key_env", "timeout", "max_retries")}
+    return ServerClient(**own, **{name: getattr(args, name) for name in _OF_ASKING})
 
 
 def _json(args: PairsArguments, name: str) -> dict[str, Any]:
@@ -295,5 +377,6 @@ def _json(args: PairsArguments, name: str) -> dict[str, Any]:
     except ValueError:
         parsed = None
     if not isinstance(parsed, dict):
-        raise InputError(f"`{name}` is {value!r}: it must be a JSON object, such as '{{\"load_in_4bit\": true}}'.")
+        example = next(example for ending, example in _JSON.items() if name.endswith(ending))
+        raise InputError(f"`{name}` is {value!r}: it must be a JSON object, such as '{example}'.")
     return parsed

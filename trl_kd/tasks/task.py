@@ -4,9 +4,9 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
+
+from trl_kd.preferences.reward_function import import_named
 
 
 SPLITS = {
@@ -149,25 +149,9 @@ def load_task(name: str, bundled: dict[str, Task]) -> Task:
             "'module:attribute' or 'path/to/file.py:attribute'."
         )
     try:
-        task = getattr(_import(module_name), attribute)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
+        task = getattr(import_named(module_name), attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot load task {name!r}: {error}.") from error
     if not isinstance(task, Task):
         raise ValueError(f"{name!r} is a {type(task).__name__}, not a `trl_kd.tasks.Task`.")
     return task
-
-
-def _import(name: str):
-    if not name.endswith(".py"):
-        return import_module(name)
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {name}")
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
