@@ -1,5 +1,6 @@
 """Nothing lost and nothing asked twice: exceptions, `kill -9`, changed settings."""
 
+import hashlib
 import random
 import time
 from collections import Counter
@@ -8,14 +9,21 @@ import pytest
 from datasets import Dataset
 
 from tests.pairs.fakes import Longer, Source, processes
+from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
+from trl_kd.preferences.judge import LLMJudge
+from trl_kd.sampling.client import ServerClient
+from trl_kd.sampling.server import ServerSampler
 
 
-WINDOW, LABELS = 3, 4
+pytest.importorskip("openai", reason="needs the extra `api`")
+
+WINDOW, LABELS, AT_ONCE = 3, 4, 2
 PROMPTS = Dataset.from_dict({"prompt": [f"question {i % 20}" for i in range(24)]})
+FEW_PROMPTS = Dataset.from_dict({"prompt": [f"question {i % 14}" for i in range(16)]})
 
 
-def build(folder, log, delay=0.0, **options):
+def build(folder, log, delay=0.0, prompts=PROMPTS, **options):
     parts = {
         "teacher": Source("teacher", log, WINDOW, delay),
         "student": Source("student", log, WINDOW, delay),
@@ -25,39 +33,65 @@ def build(folder, log, delay=0.0, **options):
         "label_batch_size": LABELS,
         "show_progress": False,
     }
-    return build_pairs(PROMPTS, output_dir=folder, **{**parts, **options})
-
-
-def killed_build(folder, log):
-    build(folder, log, delay=0.002)
+    return build_pairs(prompts, output_dir=folder, **{**parts, **options})
 
 
 def asks(log):
     return Counter(log.read_text().splitlines())
 
 
+def replies(body, number):
+    """What a server says depends on what it is asked alone; it ignores `n`, and takes a moment."""
+    content = body["messages"][-1]["content"]
+    digest = hashlib.sha256(f"{body['model']}/{content}/{body['seed']}".encode()).hexdigest()
+    reply = chat(f"Verdict: {'ABC'[int(digest, 16) % 3]}" if body["model"] == "judge" else digest[:4])
+    reply.delay = 0.002
+    return reply
+
+
+def build_by_server(folder, url):
+    """Teacher, student and judge, all three behind a server."""
+
+    def client():
+        return ServerClient(url, max_concurrency=AT_ONCE)
+
+    sources = {name: ServerSampler(name, client()) for name in ("teacher", "student")}
+    judge = LLMJudge("judge", client(), template="{prompt}|{first}|{second}", both_orders=False, logprobs=False)
+    return build(folder, None, prompts=FEW_PROMPTS, **sources, preference=judge)
+
+
+def server_asks(server):
+    """How often the server was asked for each answer and verdict, by its own count."""
+    return Counter((body["model"], body["messages"][-1]["content"], body["seed"]) for body in server.bodies)
+
+
 def test_kill_9_at_20_points(tmp_path):
-    whole = build(tmp_path / "whole", tmp_path / "whole.log").to_list()
-    minimum = asks(tmp_path / "whole.log")
+    with FaultServer(replies) as server:
+        whole = build_by_server(tmp_path / "whole", server.url).to_list()
+    minimum = server_asks(server)
+    assert set(minimum.values()) == {1}
     context = processes()
     rng = random.Random(0)
+    asked_again = 0
     for folder in (tmp_path / str(i) for i in range(5)):
-        log = folder.with_suffix(".log")
-        log.touch()
-        for number in range(4):
-            process = context.Process(target=killed_build, args=(folder, log))
-            process.start()
-            point = minimum.total() * (number + rng.random()) / 4
-            while process.exitcode is None and asks(log).total() < point:
-                time.sleep(0.001)
-            time.sleep(0.004 * rng.random())
-            process.kill()
-            process.join()
-            assert process.exitcode == -9
-        assert build(folder, log).to_list() == whole
-        assert set(asks(log)) == set(minimum)
-        # What was under way when it died, and no more: a window of answers or a batch of scores each time
-        assert (asks(log) - minimum).total() <= 4 * max(WINDOW, LABELS)
+        with FaultServer(replies) as server:
+            for number in range(4):
+                process = context.Process(target=build_by_server, args=(folder, server.url))
+                process.start()
+                point = minimum.total() * (number + rng.random()) / 4
+                while process.exitcode is None and server.count < point:
+                    time.sleep(0.001)
+                time.sleep(0.004 * rng.random())
+                process.kill()
+                process.join()
+                assert process.exitcode == -9
+            assert build_by_server(folder, server.url).to_list() == whole
+        # What was under way when it died, and no more: `AT_ONCE` requests, and as many whose answers are handed over
+        again = server_asks(server) - minimum
+        assert set(again) <= set(minimum)
+        assert again.total() <= 4 * 2 * AT_ONCE
+        asked_again += again.total()
+    assert asked_again > 0
 
 
 @pytest.mark.parametrize("source", ["teacher", "student"])
@@ -105,7 +139,7 @@ def test_an_exception_of_the_preference_keeps_labels(tmp_path):
 def test_a_changed_source_is_refused_and_the_dataset_stays(tmp_path):
     made = build(tmp_path, None).to_list()
     with pytest.raises(
-        ValueError, match=r"another student: `student.temperature` was None and is 2.*another `output_dir`"
+        ValueError, match=r"another student.*another `output_dir`.*differs: `student.temperature` was None and is 2"
     ):
         build(tmp_path, None, student=Source("student", temperature=2))
     assert load_pairs(tmp_path).to_list() == made
@@ -116,7 +150,7 @@ def test_a_changed_preference_needs_relabel(tmp_path):
     build(tmp_path / "a", log)
     soft = Longer(scale=1.0)
     with pytest.raises(
-        ValueError, match=r"another preference: `preference.scale` was None and is 1.0.*`relabel=True`"
+        ValueError, match=r"another preference.*`relabel=True`.*differs: `preference.scale` was None and is 1.0"
     ):
         build(tmp_path / "a", log, preference=soft)
     before = log.read_text()

@@ -201,11 +201,27 @@ def test_other_settings_are_refused_once_there_are_answers(store):
     store.check_settings({**SETTINGS, "student": {"model": "c"}})  # it has not answered yet
 
 
+def test_of_many_and_long_differences_the_advice_is_read_first(store):
+    template = "Compare the two. " * 30
+    before = {f"option{i}": i for i in range(9)} | {"template": f"{template}Be strict."}
+    store.check_settings({**SETTINGS, "teacher": before})
+    store.add_answer("teacher", KEY, 0, Answer("x"))
+    after = dict.fromkeys(before, -1) | {"template": f"{template}Be kind."}
+    with pytest.raises(ValueError, match="set it back, give another `output_dir`") as caught:
+        store.check_settings({**SETTINGS, "teacher": after})
+    assert "`teacher.option3` was 3 and is -1; and 6 more." in str(caught.value)
+    assert len(str(caught.value)) < 600
+    with pytest.raises(
+        ValueError, match=r"was … Compare the two\. Be strict\.' and is … Compare the two\. Be kind\.'"
+    ):
+        store.check_settings({**SETTINGS, "teacher": {**before, "template": after["template"]}})
+
+
 def test_another_preference_needs_relabel_and_loses_no_label(store):
     store.add_labels({b"k": 0.25})
     judge = {**SETTINGS, "preference": {"kind": "judge"}}
     with pytest.raises(
-        ValueError, match=r"another preference: `preference.kind` was 'longer' and is 'judge'.*relabel=True"
+        ValueError, match=r"another preference.*relabel=True.*: `preference.kind` was 'longer' and is 'judge'"
     ):
         store.check_settings(judge)
     store.check_settings(judge, relabel=True)

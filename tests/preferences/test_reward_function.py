@@ -290,3 +290,26 @@ def test_no_such_function(here, name, said):
     with pytest.raises(ValueError, match=said) as error:
         load_function(name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda completions: [1.0], "got an unexpected keyword argument 'answer'"),
+        (lambda completions, level, **kwargs: [1.0], "missing a required argument: 'level'"),
+        (lambda completions, /, **kwargs: [1.0], "positional"),
+        (functools.partial(right, unknown=1), None),
+        (right, None),
+        (dict, None),  # which does not say what it takes
+    ],
+)
+def test_a_function_that_cannot_be_called_is_said_without_calling_it(function, said):
+    preference = RewardFunctionPreference([nothing, function])
+    rows = {"answer": ["2"] * 3, "prompt": ["kept out"] * 3, "finish_reason": ["stop"] * 3}
+    if said is None:
+        preference.check_rows(["1+1="] * 3, **rows)
+        return
+    with pytest.raises(ValueError, match=f"cannot be called: .*{said}") as caught:
+        preference.check_rows(["1+1="] * 3, **rows)
+    assert "answer, finish_reason, prompts, completions" in str(caught.value)
+    assert "`**kwargs`" in str(caught.value)

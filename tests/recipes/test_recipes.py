@@ -93,7 +93,7 @@ def test_the_running_sums_recipe_is_what_the_demo_does():
     recipe = yaml.safe_load((RECIPES / "running_sums" / "pbkd.yaml").read_text(encoding="utf-8"))
     cell = Cell(TASKS["running_sums"], 0, settings, Path("runs/demo/running_sums/seed0"))
     assert recipe["model_name_or_path"] == str(cell.model_folder("start"))
-    assert recipe["dataset_name"] == str(cell.folder / "pairs" / "pairs.jsonl")
+    assert recipe["dataset_name"] == str(cell.folder / "pairs")
     assert recipe["max_steps"] == settings.steps
     assert recipe["per_device_train_batch_size"] == settings.batch_size
     assert recipe["learning_rate"] == settings.learning_rate

@@ -37,14 +37,15 @@ def test_no_answer():
 
 def test_a_missing_column_is_one_sentence():
     with pytest.raises(
-        ValueError, match="The row of the prompt 'k' has no column 'no_such': it has 'answer', 'other'."
+        ValueError,
+        match="There is no column 'no_such' to read answers from: beside the prompt there are 'answer', 'other'.",
     ):
         list(ColumnSampler("no_such").sample([Request("k", "p", columns={"other": 1, "answer": "4"})]))
 
 
 @pytest.mark.parametrize("value", [3, {"role": "assistant"}, [3], [[{"content": "no role"}]]])
 def test_other_things_are_one_sentence(value):
-    with pytest.raises(ValueError, match="The row of the prompt 'k': `answer` holds .* an answer is text"):
+    with pytest.raises(ValueError, match="The column 'answer' holds .* an answer is text"):
         texts(value)
 
 

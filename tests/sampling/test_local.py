@@ -402,5 +402,5 @@ def test_messages_without_a_chat_template_are_one_sentence():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     sampler = LocalSampler(make_model(), SETTINGS, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="The prompt 'k' is messages, but .* has no chat template"):
+    with pytest.raises(ValueError, match="The prompts are messages, but .* has no chat template"):
         list(sampler.sample([Request("k", CHAT)]))

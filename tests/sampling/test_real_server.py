@@ -1,18 +1,9 @@
 """A real server, `transformers serve` with a tiny model, asked through the real client."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
-
 import pytest
 
 from tests.conftest import save_tiny
+from tests.sampling.real_server import serving
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.client import ServerClient
@@ -26,49 +17,13 @@ for package in ("openai", "fastapi", "uvicorn"):
 LONGEST = 6
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    for _ in range(int(seconds * 5)):
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"transformers serve did not start:\n{log.read_text()[-3000:]}")
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The base URL and the model's name."""
     folder = tmp_path_factory.mktemp("served")
     model = save_tiny(folder / "model")
-    config = folder / "model" / "generation_config.json"
-    # Without it the server takes the most likely token whatever the temperature
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True}))
-    (folder / "home" / "hub").mkdir(parents=True)
-    port = free_port()
-    command = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", *command],
-            env=os.environ | {"HF_HOME": str(folder / "home")},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}/v1", model
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    with serving(model, folder) as url:
+        yield url, model
 
 
 def sampler(served, settings=None, **options):

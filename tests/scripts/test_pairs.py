@@ -1,4 +1,4 @@
-"""`trl-kd pairs` from the command line: parts by name, bad input, dry run, shards, push, and the chain to a student."""
+"""`trl-kd pairs` from the command line: parts by name, bad input, shards, push, and the chain to a student."""
 
 import json
 from types import SimpleNamespace
@@ -161,15 +161,6 @@ def test_bad_input_is_one_line(words, said, folder, trl_kd):
     assert not (folder / "pairs" / "data").exists()
 
 
-def test_a_dry_run_shows_one_answer_of_each_and_writes_nothing(folder, tiny_dir, trl_kd):
-    words = ("--teacher_column", "t", "--student", tiny_dir, "--student_max_new_tokens", "3", *VERIFIER)
-    done = trl_kd("pairs", *BASE, *words, "--num_student_samples", "4", "--dry_run")
-    assert done.code == 0, done.err
-    for text in ("0+1=", "80 answers", "about 240 tokens", "P(teacher ≻ student)"):
-        assert text in done.out
-    assert not (folder / "pairs").exists()
-
-
 def test_shards_merge_to_what_one_run_writes(folder, trl_kd):
     assert trl_kd("pairs", *BASE, *SOURCES, *VERIFIER).code == 0
     for index in range(3):
@@ -229,6 +220,9 @@ def test_push_sends_pairs_card_and_page_but_not_the_answers(folder, trl_kd, monk
     calls = []
 
     class Api:
+        def whoami(self):
+            calls.append(("whoami", "me", {}))
+
         def create_repo(self, name, **kwargs):
             calls.append(("create", name, kwargs))
             return SimpleNamespace(repo_id=f"me/{name}")
@@ -239,7 +233,8 @@ def test_push_sends_pairs_card_and_page_but_not_the_answers(folder, trl_kd, monk
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     done = trl_kd("pairs", *BASE, *SOURCES, *VERIFIER, "--push_to_hub", "--hub_private_repo", "true")
     assert done.code == 0, done.err
-    (_, name, created), (_, uploaded) = calls
+    (first, *_), (_, name, created), (_, uploaded) = calls
+    assert first == "whoami"  # before anything else
     assert name == "pairs"
     assert created["repo_type"] == "dataset"
     assert created["private"] is True

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import PairingSettings, Policy, PromptPairs, choose_pairs, make_candidates, make_rows
@@ -103,9 +104,11 @@ def build_pairs(
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
     pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
-    first = next(read_prompts(prompts, batch_size=1), None)
+    first = next(read_prompts(prompts, batch_size=CHECKED_ROWS), None)
     if not first:
         raise ValueError("There are no prompts: the dataset is empty.")
+    sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
+    check_parts(first, sources, preference)
     settings: dict[str, Any] = {
         "teacher": teacher.describe(),
         "student": student.describe(),
@@ -120,7 +123,6 @@ def build_pairs(
             **pairing.describe(),
         }
         settings["shard"] = None if shard is None else list(shard)
-        sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
         build = _Build(prompts, sources, preference, pairing, store, shard, show_progress)
         for source in sources:
             build.ask(source)

@@ -8,6 +8,7 @@ from trl_kd.pairs.pairing import Candidate, PromptPairs
 from trl_kd.pairs.prompts import PromptRow, to_json
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference, function_name
+from trl_kd.preferences.preference import check_call
 from trl_kd.preferences.reward_function import describe_function
 
 
@@ -44,6 +45,17 @@ class Labeller:
         self.store = store
         self.batch_size = batch_size
         self.is_scored = callable(getattr(preference, "score", None))
+
+    def check(self, rows: list[PromptRow]) -> None:
+        """Raises a `ValueError` if the preference cannot work with such rows: by its `check_rows`, or by its signature."""
+        anybody = Candidate("teacher", "")
+        (prompts, *_), columns = self._arguments([(row, (anybody, anybody)) for row in rows])
+        if callable(getattr(self.preference, "check_rows", None)):
+            self.preference.check_rows(prompts, **columns)
+        elif self.is_scored:
+            check_call(self.preference.score, ("prompts", "completions"), columns)
+        else:
+            check_call(self.preference, ("prompts", "first", "second"), columns)
 
     def label(self, rows: list[PromptRow], prompts: list[PromptPairs]) -> int:
         """Fills in `scores` or `labels` of `prompts`, which are those of `rows`. Returns how many were not known before."""

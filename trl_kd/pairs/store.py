@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import sqlite3
-import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,7 +40,7 @@ _NETWORK = {
     ),
     *("orangefs", "wekafs", "9p", "virtiofs", "vboxsf"),
 }
-_TABLES = """
+TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (
     source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, text TEXT NOT NULL, finish_reason TEXT,
@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS labels (
     preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
 """
-_FORMAT = 1
+FORMAT = 1
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
@@ -98,14 +98,14 @@ class AnswerStore:
             "PRAGMA synchronous = NORMAL"
         )  # a killed process loses nothing; under WAL a power cut may cost a second
         version = execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _FORMAT):
-            raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {_FORMAT}.")
+        if version not in (0, FORMAT):
+            raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
         if self.path.stat().st_size <= _CHECKED_BYTES:
             found = execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise self._damaged(found)
-        self._connection.executescript(_TABLES)
-        execute(f"PRAGMA user_version = {_FORMAT}")
+        self._connection.executescript(TABLES)
+        execute(f"PRAGMA user_version = {FORMAT}")
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -194,15 +194,15 @@ class AnswerStore:
             changes = list(_differences(before.get(source, settings[source]), settings[source], source))
             if changes and self._holds("answers", "source", source):
                 raise ValueError(
-                    f"`{self.path.parent}` holds answers of another {source}: {'; '.join(changes)}. Answers of two settings "
-                    "are never mixed: set it back, give another `output_dir`, or delete the folder to start anew."
+                    f"`{self.path.parent}` holds answers of another {source}, and answers of two settings are never mixed: "
+                    f"set it back, give another `output_dir`, or delete the folder to start anew. {_listed(changes)}."
                 )
         former = before.get("preference", settings["preference"])
         changes = list(_differences(former, settings["preference"], "preference"))
         if changes and not relabel and self._holds("labels", "preference", _digest(former)):
             raise ValueError(
-                f"`{self.path.parent}` holds labels of another preference: {'; '.join(changes)}. Set it back, give another "
-                "`output_dir`, or say `relabel=True` to keep the answers and label them anew."
+                f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
+                f"`relabel=True` to keep the answers and label them anew. {_listed(changes)}."
             )
         self._note(settings)
 
@@ -371,8 +371,18 @@ def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}")
     elif old != new:
-        yield f"`{name}` was {_short(old)} and is {_short(new)}"
+        before, after = repr(old), repr(new)
+        # Long texts that begin alike are shown from shortly before where they part
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
+        start = max(alike - 20, 0)
+        yield f"`{name}` was {_part(before, start)} and is {_part(after, start)}"
 
 
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 120, placeholder=" …")
+def _part(text: str, start: int) -> str:
+    start = 0 if len(text) <= 60 else start
+    return f"{'… ' if start else ''}{text[start : start + 60]}{' …' if len(text) > start + 60 else ''}"
+
+
+def _listed(changes: list[str]) -> str:
+    more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
+    return f"What differs: {'; '.join(changes[:4])}{more}"

@@ -12,6 +12,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
+from trl_kd.preferences.tokens import template_options, tokenize_response
+from trl_kd.sampling import Text
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 
 
@@ -116,6 +118,15 @@ class ModelPreference(ScoredPreference):
             model.config.get_text_config().pad_token_id = self.pad_id
             self._model = model.eval()
         return self._model
+
+    def load(self) -> None:
+        """Loads the model now."""
+        _ = self.model
+
+    def check_rows(self, prompts: list[Text], **columns: list[Any]) -> None:
+        """Raises what the tokenizer raises for such prompts, for want of a chat template say."""
+        for index, prompt in enumerate(prompts):
+            tokenize_response(self.tokenizer, prompt, ".", template_options(columns, index))
 
     def _load(self) -> PreTrainedModel:
         kwargs = dict(self.init_kwargs)

@@ -1,6 +1,9 @@
 """What a preference function is: P(first ≻ second), batched, or null where nothing is known."""
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from trl_kd.sampling import Text
@@ -71,6 +74,42 @@ class ScoredPreference:
     ) -> list[float | None]:
         scores = [self.score(prompts, completions, **columns) for completions in (first, second)]
         return [self.prefer(a, b) for a, b in zip(*scores, strict=True)]
+
+
+def check_call(function: Callable[..., Any], positional: Iterable[str], keywords: Iterable[str]) -> None:
+    """
+    Checks that a function takes what it will be given, without calling it.
+
+    Args:
+        function (`Callable`):
+            The function. One that does not say what it takes is taken on trust.
+        positional, keywords (`Iterable[str]`):
+            Names of its arguments.
+
+    Raises:
+        `ValueError`: it cannot be called so. The message says what is missing or too much.
+    """
+    positional, keywords = list(positional), list(keywords)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        by_place = f"{', '.join(positional)} and, by keyword, " if positional else "by keyword "
+        raise ValueError(
+            f"The function {function_name(unwrapped(function))} cannot be called: {error}. It is given {by_place}"
+            f"{', '.join(keywords)}: let it take `**kwargs` for those that it does not need, and see that the rows have the "
+            "columns that it does."
+        ) from None
+
+
+def unwrapped(function: Any) -> Any:
+    """The function inside any number of `functools.partial`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def function_name(function: Any) -> str:

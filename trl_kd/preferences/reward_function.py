@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trl_kd.preferences.preference import ScoredPreference, function_name
+from trl_kd.preferences.preference import ScoredPreference, check_call, function_name, unwrapped
 from trl_kd.preferences.tokens import match_format, template_options, tokenize_response
 from trl_kd.sampling import Text
 
@@ -87,10 +87,16 @@ class RewardFunctionPreference(ScoredPreference):
             for index, result in zip(waiting, _wait([results[index] for index in waiting]), strict=True):
                 results[index] = result
         read = [
-            _read_scores(result, len(prompts), function_name(_unwrapped(function)))
+            _read_scores(result, len(prompts), function_name(unwrapped(function)))
             for result, function in zip(results, self.functions, strict=True)
         ]
         return [self._sum(scores) for scores in zip(*read, strict=True)]
+
+    def check_rows(self, prompts: list[Text], **columns: list[Any]) -> None:
+        """Raises a `ValueError` if a function does not take what it would be given with such rows."""
+        keywords = self._keywords(prompts[:1], [""] * len(prompts[:1]), {name: v[:1] for name, v in columns.items()})
+        for function in self.functions:
+            check_call(function, (), keywords)
 
     def _keywords(self, prompts: list[Text], completions: list[Text], columns: dict[str, list[Any]]) -> dict[str, Any]:
         from transformers import TrainerState  # here, since it brings torch with it
@@ -131,15 +137,9 @@ class RewardFunctionPreference(ScoredPreference):
         }
 
 
-def _unwrapped(function: Any) -> Any:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
 def describe_function(function: Any) -> dict[str, Any]:
     """What a function says of itself, or its name and a hash of its source."""
-    function = _unwrapped(function)
+    function = unwrapped(function)
     if hasattr(function, "describe"):
         return function.describe()
     try:

@@ -8,6 +8,7 @@ from trl_kd.sampling import Text
 
 
 _TEACHER_WINS = {("teacher", "student"): 1.0, ("student", "teacher"): 0.0}
+_NOT_COLUMNS = {f"{side}_{what}" for side in ("first", "second") for what in ("source", "finish_reason")}
 
 
 class TeacherWins:
@@ -55,16 +56,24 @@ class LabelColumn:
     def __call__(
         self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
     ) -> list[float | None]:
-        if self.column not in columns:
-            found = ", ".join(sorted(set(columns) - {"first_source", "second_source"})) or "no other columns"
-            raise ValueError(f"There is no column {self.column!r} to read labels from: the rows have {found}.")
         labels = []
-        rows = zip(columns[self.column], columns["first_source"], columns["second_source"], strict=True)
+        rows = zip(self._values(columns), columns["first_source"], columns["second_source"], strict=True)
         for value, *sources in rows:
             label = self._read(value)
             teacher_first = _TEACHER_WINS.get(tuple(sources))
             labels.append(None if label is None or teacher_first is None else label if teacher_first else 1 - label)
         return labels
+
+    def check_rows(self, prompts: list[Text], **columns: list[Any]) -> None:
+        """Raises a `ValueError` if such rows have no such column, or no labels there."""
+        for value in self._values(columns):
+            self._read(value)
+
+    def _values(self, columns: dict[str, list[Any]]) -> list[Any]:
+        if self.column not in columns:
+            found = ", ".join(sorted(set(columns) - _NOT_COLUMNS)) or "no other columns"
+            raise ValueError(f"There is no column {self.column!r} to read labels from: the rows have {found}.")
+        return columns[self.column]
 
     def _read(self, value: Any) -> float | None:
         if value is None:

@@ -46,16 +46,16 @@ class ColumnSampler:
                 value = request.columns[self.column]
             except KeyError:
                 raise ValueError(
-                    f"The row of the prompt {request.key!r} has no column {self.column!r}: it has "
-                    f"{', '.join(map(repr, sorted(request.columns))) or 'none beside the prompt'}."
+                    f"There is no column {self.column!r} to read answers from: beside the prompt there are "
+                    f"{', '.join(map(repr, sorted(request.columns))) or 'none'}."
                 ) from None
             texts = value if isinstance(value, list) and not _is_messages(value) else [value]
             for sample in request.samples:
                 text = texts[sample] if sample < len(texts) else None
                 if not (text is None or isinstance(text, str) or _is_messages(text)):
                     raise ValueError(
-                        f"The row of the prompt {request.key!r}: `{self.column}` holds {str(text)[:60]!r}; an answer is "
-                        "text, a list of messages with a role each, or null."
+                        f"The column {self.column!r} holds {str(text)[:60]!r}: an answer is text, a list of messages with a "
+                        "role each, or null."
                     )
                 yield request, sample, Answer(text)
 

@@ -138,6 +138,15 @@ class LocalSampler:
             )
         return self._model
 
+    def load(self) -> None:
+        """Loads the model now."""
+        _ = self.model
+
+    def check_requests(self, requests: Iterable[Request]) -> None:
+        """Raises what the tokenizer raises for such prompts, for want of a chat template say. Nothing is loaded for it."""
+        for request in requests:
+            encode_prompt(self.tokenizer, request, self._template_options)
+
     def _load(self) -> Any:
         kwargs = dict(self._options)
         quantization = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(QUANTIZATION)}

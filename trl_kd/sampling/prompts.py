@@ -39,7 +39,7 @@ def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, 
     else:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
-                f"The prompt {request.key!r} is messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+                f"The prompts are messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
                 "template: give plain text, or pass a `tokenizer` with a `chat_template`."
             )
         tools = request.columns.get("tools")

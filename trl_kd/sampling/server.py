@@ -96,6 +96,11 @@ class ServerSampler:
             **self.settings.describe(),
         }
 
+    def check_requests(self, requests: Iterable[Request]) -> None:
+        """Raises a `ValueError` for a request that cannot be put to the server. None is sent."""
+        for request in requests:
+            self._body(request)
+
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
         """
         Answers requests in the order in which the server does.

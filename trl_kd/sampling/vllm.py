@@ -104,6 +104,16 @@ class VLLMSampler:
             "weights": [describe_files(self.name), describe_files(self.adapter)],
         }
 
+    def load(self) -> None:
+        """Starts the engine now."""
+        if self._engine is None:
+            self._engine = _import_vllm().LLM(model=self.name, **self._engine_options())
+
+    def check_requests(self, requests: Iterable[Request]) -> None:
+        """Raises what the tokenizer raises for such prompts, for want of a chat template say. Nothing is loaded for it."""
+        for request in requests:
+            encode_prompt(self.tokenizer, request, self._template_options)
+
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
         reading = iter(requests)
         while chunk := list(islice(reading, self._chunk_size)):
@@ -111,8 +121,7 @@ class VLLMSampler:
 
     def _answer(self, chunk: list[Request]) -> Iterator[tuple[Request, int, Answer]]:
         vllm = _import_vllm()
-        if self._engine is None:
-            self._engine = vllm.LLM(model=self.name, **self._engine_options())
+        self.load()
         asked = []
         for request in chunk:
             ids = encode_prompt(self.tokenizer, request, self._template_options)

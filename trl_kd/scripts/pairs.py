@@ -11,16 +11,14 @@ It may be stopped at any moment and started again by the same command.
 
 import json
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs import build_pairs, merge_shards
-from trl_kd.pairs.prompts import read_prompts
-from trl_kd.pairs.statistics import content_text, format_summary
-from trl_kd.sampling import Request
+from trl_kd.pairs.pairing import PairingSettings
+from trl_kd.pairs.statistics import format_summary
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import parse
@@ -34,6 +32,7 @@ from trl_kd.scripts.pairs_arguments import (
     make_sampler,
     parse_shard,
 )
+from trl_kd.scripts.pairs_dry_run import dry_run
 
 
 PROG = "trl-kd pairs"
@@ -48,7 +47,11 @@ def main(argv: list[str]) -> int:
     args: PairsArguments = parsed.values[0]
     check(args)
     assert args.output_dir is not None
+    if args.push_to_hub:
+        _check_hub(args)
     if args.merge is not None:
+        if args.dry_run:
+            raise InputError("`dry_run` is set, but `merge` asks nobody: drop one of them.")
         with bad_input():
             merge_shards(args.merge, args.output_dir)
     else:
@@ -56,11 +59,12 @@ def main(argv: list[str]) -> int:
             prompts = load_prompts(args)
             sources = {source: make_sampler(args, source) for source in SOURCES}
             preference = make_preference(args)
-        if args.dry_run:
-            with _said():
-                print(_dry_run(args, prompts, sources, preference))
-            return 0
+            seed = args.seed if args.pairing_seed is None else args.pairing_seed
+            pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed)
         with _said():
+            if args.dry_run:
+                print(_dry_run(args, prompts, sources, preference, pairing))
+                return 0
             build_pairs(
                 prompts,
                 **sources,
@@ -68,10 +72,7 @@ def main(argv: list[str]) -> int:
                 output_dir=args.output_dir,
                 num_teacher_samples=args.num_teacher_samples,
                 num_student_samples=args.num_student_samples,
-                policy=args.policy,
-                max_pairs_per_prompt=args.max_pairs_per_prompt,
-                truncated=args.truncated,
-                seed=args.seed if args.pairing_seed is None else args.pairing_seed,
+                **pairing.describe(),
                 shard=parse_shard(args.shard),
                 relabel=args.relabel,
             )
@@ -81,12 +82,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _dry_run(args: PairsArguments, prompts: Any, sources: dict[str, Any], preference: Any, pairing: Any) -> str:
+    assert args.output_dir is not None
+    numbers = {source: getattr(args, f"num_{source}_samples") for source in SOURCES}
+    return dry_run(
+        prompts,
+        {source: (sampler, numbers[source]) for source, sampler in sources.items()},
+        preference,
+        pairing,
+        args.output_dir,
+        parse_shard(args.shard),
+        args.relabel,
+    )
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """What stops a build is one line, and the answers so far are kept."""
     try:
         with bad_input():
             yield
+    except InputError as error:  # said in Python's words by those whom Python calls too
+        raise InputError(str(error).replace("`relabel=True`", "`--relabel`")) from error
     except (BudgetExceeded, ServerError) as error:
         raise InputError(one_line(error)) from error
     except KeyboardInterrupt:
@@ -101,13 +118,39 @@ def _report(output_dir: str) -> None:
     print(f"Page:  {Path(output_dir) / 'pairs.html'}")
 
 
+def _hub_name(args: PairsArguments) -> str:
+    assert args.output_dir is not None
+    return args.hub_dataset_id or Path(args.output_dir).resolve().name
+
+
+def _check_hub(args: PairsArguments) -> None:
+    """Raises an `InputError` if the dataset could not be pushed in the end: a wrong name, or nobody logged in."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(_hub_name(args))
+    except HFValidationError as error:
+        field = "hub_dataset_id" if args.hub_dataset_id else "output_dir"
+        raise InputError(
+            f"`{field}` is {getattr(args, field)!r}, which names no dataset of the Hub: set `hub_dataset_id`. "
+            f"{one_line(error)}"
+        ) from error
+    try:
+        HfApi().whoami()
+    except OSError as error:  # no token, one that is not valid any more, or no way to the Hub
+        raise InputError(
+            "`push_to_hub` is true, but the Hub does not let you in: log in by `hf auth login`, or drop it. "
+            f"{one_line(error)}"
+        ) from error
+
+
 def _push(args: PairsArguments) -> None:
     from huggingface_hub import HfApi
 
     assert args.output_dir is not None
     api = HfApi()
-    name = args.hub_dataset_id or Path(args.output_dir).resolve().name
-    repo = api.create_repo(name, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
+    repo = api.create_repo(_hub_name(args), repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
     api.upload_folder(
         repo_id=repo.repo_id,
         repo_type="dataset",
@@ -117,66 +160,3 @@ def _push(args: PairsArguments) -> None:
         commit_message="Preference pairs by trl-kd",
     )
     print(f"Dataset pushed to the Hub: {repo}")
-
-
-def _dry_run(args: PairsArguments, prompts: Any, sources: dict[str, Any], preference: Any) -> str:
-    """One answer of each source to the first prompt, its label, and what all of them would take."""
-    row = next(read_prompts(prompts))[0]
-    count = len(prompts) if hasattr(prompts, "__len__") else None
-    table = [("prompts", "a stream" if count is None else str(count)), ("first prompt", _short(row.prompt))]
-    answers = {}
-    for source, sampler in sources.items():
-        started = time.monotonic()
-        with closing(sampler.sample([Request(row.key, row.prompt, (0,), row.columns)])) as answering:
-            _, _, answer = next(answering)
-        seconds = time.monotonic() - started
-        answers[source] = answer.text
-        reason = f" ({answer.finish_reason})" if answer.finish_reason else ""
-        table.append((source, f"{_short(answer.text)}{reason}"))
-        if not sampler.is_lookup:
-            wanted = getattr(args, f"num_{source}_samples") * (count or 1)
-            table.append(("", _estimate(sampler, answer, seconds, wanted, args.max_concurrency)))
-    if None not in answers.values():
-        columns = {name: [value] for name, value in row.columns.items()}
-        columns |= {"first_source": ["teacher"], "second_source": ["student"]}
-        label = preference([row.prompt], [answers["teacher"]], [answers["student"]], **columns)[0]
-        table.append(("preference", f"P(teacher ≻ student) = {'unknown' if label is None else f'{label:g}'}"))
-    width = max(len(name) for name, _ in table)
-    lines = [f"  {name:<{width}}  {value}" for name, value in table]
-    return "\n".join(["Dry run: one answer of each source, and nothing is written.", *lines])
-
-
-def _estimate(sampler: Any, answer: Any, seconds: float, wanted: int, concurrency: int) -> str:
-    """What all answers of a source would take, by its first one."""
-    told = [f"{wanted} answers"]
-    usage = getattr(sampler, "usage", None)
-    if usage is None:
-        told.append(f"{seconds:.1f} s for the first one, loading included; batches are faster")
-        if answer.tokens is not None:
-            told.append(f"about {answer.tokens * wanted:,} tokens")
-    else:
-        told.append(f"about {_duration(seconds * wanted / concurrency)}")
-        told.append(f"{(usage.prompt_tokens + usage.completion_tokens) * wanted:,} tokens")
-        if usage.cost:
-            told.append(f"cost {usage.cost * wanted:.2f} at the prices given")
-    return ", ".join(told)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} minutes"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} hours"
-    )
-
-
-def _short(text: Any) -> str:
-    """A text, or messages, on one line."""
-    if text is None:
-        return "no answer"
-    if not isinstance(text, str):
-        text = " / ".join(f"{message.get('role')}: {content_text(message.get('content'))}" for message in text)
-    text = " ".join(text.split())
-    return text if len(text) <= 100 else f"{text[:100]} …"

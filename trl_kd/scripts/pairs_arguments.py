@@ -232,6 +232,8 @@ def load_prompts(args: PairsArguments) -> Any:
         column = getattr(args, name)
         if column is not None and column not in columns:
             raise InputError(f"`{name}` is {column!r}: the dataset has {', '.join(map(repr, columns))}.")
+        if name != "prompt_column" and column in ("prompt", args.prompt_column):
+            raise InputError(f"`{name}` is {column!r}, the column of the prompts: name one with answers.")
     if args.prompt_column != "prompt":
         if "prompt" in columns:
             dataset = dataset.remove_columns("prompt")

@@ -1,0 +1,56 @@
+"""What a folder of pairs holds already, for those who only look."""
+
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from trl_kd.pairs.store import DATABASE, FORMAT, TABLES, AnswerStore, StoreError
+
+
+class StoredAnswers(AnswerStore):
+    """
+    The answers and labels of a folder, read without a lock, also while another process writes them. Nothing is written.
+
+    Args:
+        folder (`str` or `Path`):
+            The output folder. One that is not there holds nothing.
+
+    Raises:
+        `StoreError`: the database is damaged or of another version.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / DATABASE
+        self._mutex = threading.RLock()
+        self._connection = sqlite3.connect(":memory:", isolation_level=None)
+        self._connection.executescript(TABLES)
+        if not self.path.exists():
+            return
+        # SQLite would make a log in the folder even to read, unless it is told that the file does not change
+        is_logged = any(Path(f"{self.path}-{log}").exists() for log in ("wal", "journal"))
+        uri = f"file:{quote(str(self.path.absolute()))}?{'mode=ro' if is_logged else 'immutable=1'}"
+        stored = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
+        with self._guard():
+            version = stored.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT):
+                raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
+            if version:  # or its tables are not made yet
+                self._connection = stored
+
+    def close(self) -> None:
+        """Closes the database."""
+        self._connection.close()
+
+    def label_count(self) -> int:
+        """How many labels or scores of the present preference are stored."""
+        query = "SELECT COUNT(*) FROM labels WHERE preference = ?"
+        with self._guard():
+            return self._connection.execute(query, (self._preference,)).fetchone()[0]
+
+    def add_labels(self, labels: dict[bytes, float | None]) -> None:
+        """They are not kept."""
+
+    def _note(self, values: dict[str, Any]) -> None:
+        """Today's settings are not remembered."""
