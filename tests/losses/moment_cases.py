@@ -1,5 +1,7 @@
 """Random models and Q-functions for the tests of moment matching and of advantages."""
 
+from collections import Counter
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +35,7 @@ class Case:
         self.features, self.embedding = normal(2, tokens, q).requires_grad_(), normal(words, q)
         self.actions = torch.randint(0, words, (tokens,), generator=generator)
         self.student, self.teacher = student, teacher
-        self.upstream = torch.randn(3, tokens, generator=generator, dtype=torch.float64)
+        self.upstream = torch.randn(4, tokens, generator=generator, dtype=torch.float64)
 
     @property
     def heads(self) -> tuple[Head, Head]:
@@ -46,8 +48,9 @@ class Case:
     def leaves(self) -> list[torch.Tensor]:
         return [x for x in (self.hidden, self.weight, self.bias, self.features) if x is not None]
 
-    def run(self, **settings) -> MomentOutput:
-        return moment_matching(*self.heads, self.features[0], self.embedding, q_bound=BOUND, **settings)
+    def run(self, with_q=True, **settings) -> MomentOutput:
+        q = (self.features[0], self.embedding) if with_q else ()
+        return moment_matching(*self.heads, *q, q_bound=BOUND, **settings)
 
     def doubles(self) -> "Case":
         """The same numbers in float64, on leaves of their own."""
@@ -58,17 +61,20 @@ class Case:
             setattr(other, name, value)
         return other
 
-    def run_reference(self, **settings) -> list[torch.Tensor]:
+    def run_reference(self, with_q=True, **settings) -> list[torch.Tensor]:
         models = (
             (self.hidden, self.weight, self.bias, *self.student),
             (self.t_hidden, self.t_weight, self.t_bias, *self.teacher),
         )
-        return reference.moments(*models, self.features[0], self.embedding, bound=BOUND, **settings)
+        features = self.features[0] if with_q else None
+        return reference.moments(*models, features, self.embedding, bound=BOUND, **settings)
 
     def total(self, outputs) -> torch.Tensor:
-        """Every token with a weight of its own, the third output with the other sign."""
-        first, second, third = (u * o.double() for u, o in zip(self.upstream, outputs[:3], strict=True))
-        return (first + second - third).sum()
+        """Every token with a weight of its own, the third output with the other sign, and `logps_N` where it is."""
+        outputs = *outputs[:3], *outputs[6:]
+        signs = (1, 1, -1, 1)[: len(outputs)]
+        weighted = (s * u * o.double() for s, u, o in zip(signs, self.upstream, outputs, strict=False))
+        return sum(weighted).sum()
 
 
 def assert_near(got, want, dtype, factor=1.0):
@@ -80,15 +86,16 @@ def assert_near(got, want, dtype, factor=1.0):
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers the most elements of any tensor, and counts the multiplications of all matrix products."""
+    """Remembers the most elements of any tensor, and counts calls and the multiplications of all products."""
 
     def __init__(self):
         super().__init__()
-        self.elements, self.products = 0, 0
+        self.elements, self.products, self.calls = 0, 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        self.calls[name] += 1
         if name in ("mm", "addmm_", "addmm"):
             left, right = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             self.products += left.shape[0] * left.shape[1] * right.shape[1]

@@ -51,12 +51,14 @@ def expectation(p, values):
     return sum(a * b for a, b in zip(p, values, strict=True))
 
 
-def moments(student, teacher, features, embedding, *, bound, beta, temperature=1.0, words=None) -> list[torch.Tensor]:
+def moments(
+    student, teacher, features, embedding, *, bound, beta, temperature=1.0, words=None, actions=None
+) -> list[torch.Tensor]:
     """
-    Six lists of a value per token, as `MomentOutput` names them. `student` and `teacher` are (hidden, weight, bias, scale,
-    cap). The student's gradient comes from the first two, Q's from the third.
+    Seven lists of a value per token, as `MomentOutput` names them. `student` and `teacher` are (hidden, weight, bias, scale,
+    cap). The student's gradient comes from the first two and the last, Q's from the third.
     """
-    results = [[] for _ in range(6)]
+    results = [[] for _ in range(7)]
     for n in range(len(student[0])):
         pi = softmax(student[0][n], *student[1:], temperature=temperature, words=words)
         mu = [m.detach() for m in softmax(teacher[0][n], *teacher[1:], temperature=temperature, words=words)]
@@ -71,6 +73,7 @@ def moments(student, teacher, features, embedding, *, bound, beta, temperature=1
         results[3].append(-expectation(fixed_pi, [torch.log(p) for p in fixed_pi]))
         results[4].append(expectation(fixed_pi, [abs(x) for x in fixed_q]))
         results[5].append(expectation(fixed_pi, [float(abs(x) > 0.99 * bound) for x in fixed_q]))
+        results[6].append(0.0 if actions is None else torch.log(pi[int(actions[n])]))
     return [torch.stack([torch.as_tensor(x) for x in column]) for column in results]
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from trl_kd.losses.heads import Head, Precision, Spec
-from trl_kd.losses.tiles import Gradients, RunningSoftmax, cap_slope
+from trl_kd.losses.tiles import Gradients, RunningSoftmax, cap_slope, in_tile
 
 
 def advantages(
@@ -71,7 +71,7 @@ class _Advantages(torch.autograd.Function):
                 q.load(columns)
                 for rows in grid.rows():
                     z, weights, values, scratch = grid.buffers(rows, columns)
-                    index, here = _in_tile(actions[rows], columns, values.dtype)
+                    index, here = in_tile(actions[rows], columns, values.dtype)
                     running = softmax.at(rows)
                     running.enter(baseline.project(rows, z), out=weights)
                     for k in range(count):
@@ -97,7 +97,7 @@ class _Advantages(torch.autograd.Function):
                     part.load(columns)
                 for rows in grid.rows():
                     weights, values, tile = grid.buffers(rows, columns)
-                    index, here = _in_tile(actions[rows], columns, values.dtype)
+                    index, here = in_tile(actions[rows], columns, values.dtype)
                     baseline.project(rows, weights).sub_(log_total[rows].unsqueeze(-1)).exp_()
                     for k in range(count):
                         q.project(_below(k, tokens, rows), values)
@@ -109,10 +109,3 @@ class _Advantages(torch.autograd.Function):
 def _below(k: int, tokens: int, rows: slice) -> slice:
     """Where those tokens are when the K Q-functions stand one below the other."""
     return slice(k * tokens + rows.start, k * tokens + rows.stop)
-
-
-def _in_tile(actions: torch.Tensor, columns: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each word its column in the tile, and 1; or any column, and 0, if it is not in the tile. Both `[n, 1]`."""
-    here = (actions >= columns.start) & (actions < columns.stop)
-    index = (actions - columns.start).clamp(0, columns.stop - columns.start - 1)
-    return index.unsqueeze(-1), here.to(dtype).unsqueeze(-1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from trl_kd.losses.heads import Head, Precision, Spec
-from trl_kd.losses.tiles import Gradients, Projection, RunningSoftmax, cap_slope
+from trl_kd.losses.tiles import Gradients, Projection, RunningSoftmax, cap_slope, in_tile
 
 
 SATURATION = 0.99
@@ -33,9 +33,10 @@ class MomentOutput(NamedTuple):
         divergence_N: in nats, ≥ 0 but for rounding. Gradient to the student.
         gap_N: the moment gap ⟨μ − π, Q⟩, in [−2B, 2B]. Gradient to the student, with Q fixed.
         q_gap_N: the same numbers. Gradient to Q's features, with π and μ fixed.
-        entropy_N: the student's entropy in nats. No gradient, like the rest.
+        entropy_N: the student's entropy in nats. No gradient, like the next two.
         q_abs_N: E_{a~π}|Q(s, a)|.
         q_saturation_N: P_{a~π}(|Q(s, a)| > 0.99·B), how much of what the student would say has a Q that hardly learns.
+        logps_N: log π(a|s) of the words taken. Gradient to the student. Without `actions_N` zero, and no gradient.
     """
 
     divergence_N: torch.Tensor
@@ -44,6 +45,7 @@ class MomentOutput(NamedTuple):
     entropy_N: torch.Tensor
     q_abs_N: torch.Tensor
     q_saturation_N: torch.Tensor
+    logps_N: torch.Tensor
 
 
 def moment_matching(
@@ -52,6 +54,7 @@ def moment_matching(
     q_NE: torch.Tensor | None = None,
     q_embedding_VE: torch.Tensor | None = None,
     *,
+    actions_N: torch.Tensor | None = None,
     q_bound: float = 1.0,
     beta: float = 1.0,
     temperature: float = 1.0,
@@ -63,9 +66,9 @@ def moment_matching(
     """
     Divergence and moment gap of student π and teacher μ at N states, with Q(s, a) = B·tanh(⟨g(s), e_a⟩ / B).
 
-    Who gets which gradient: the student's hidden states, weight and bias get those of `divergence_N` and `gap_N`; Q's
-    features `q_NE` get that of `q_gap_N`. The teacher and `q_embedding_VE` get none. So each player can have its own sign,
-    in one backward or in two (the first with `retain_graph=True`).
+    Who gets which gradient: the student's hidden states, weight and bias get those of `divergence_N`, `gap_N` and
+    `logps_N`; Q's features `q_NE` get that of `q_gap_N`. The teacher and `q_embedding_VE` get none. So each player can have
+    its own sign, in one backward or in two (the first with `retain_graph=True`).
 
     Each projection runs in the dtype of its hidden states, or in autocast's, and everything after it in float32.
 
@@ -76,6 +79,9 @@ def moment_matching(
             g, the features of Q. `None`: there is no Q, its outputs are zero and its products are saved.
         q_embedding_VE (`torch.Tensor` of shape `[V, E]`, *optional*):
             e, the words' embeddings. Needed with `q_NE`.
+        actions_N (`torch.Tensor` of shape `[N]`, *optional*):
+            Ids of the words taken, int64, each in [0, V): their log-probabilities come with the same projections. `None`:
+            `logps_N` is zero.
         q_bound (`float`, *optional*, defaults to `1.0`):
             B > 0.
         beta (`float`, *optional*, defaults to `1.0`):
@@ -100,7 +106,7 @@ def moment_matching(
     heads = student.scale_and_cap, teacher.scale_and_cap
     spec = Spec(heads, q_bound, temperature, beta, vocab_size, tile_bytes, compile_tiles, gather)
     embedding = None if q_NE is None else q_embedding_VE
-    return MomentOutput(*_Moments.apply(*student.tensors, q_NE, *teacher.tensors, embedding, spec))
+    return MomentOutput(*_Moments.apply(*student.tensors, q_NE, *teacher.tensors, embedding, actions_N, spec))
 
 
 _OWN, _OTHER, _Q, _Q_ABS, _Q_SATURATED = range(5)
@@ -120,10 +126,13 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def _statistics(student, teacher, q, words: int, spec: Spec) -> tuple[RunningSoftmax, RunningSoftmax]:
-    """Both models' softmax statistics, in one pass over the words."""
+def _statistics(
+    student, teacher, q, actions: torch.Tensor | None, words: int, spec: Spec
+) -> tuple[RunningSoftmax, RunningSoftmax, torch.Tensor]:
+    """Both models' softmax statistics, in one pass over the words, and the student's z of the words taken, `[N]`."""
     grid = spec.grid(words, 4 if q is None else 5, student)
     pi, mu = RunningSoftmax.start(5, student), RunningSoftmax.start(5, student)
+    taken = torch.zeros_like(pi.total)
     fold = _compiled(_fold) if spec.compile_tiles else _fold
     for columns in grid.columns():
         for part in filter(None, (student, teacher, q)):
@@ -133,8 +142,11 @@ def _statistics(student, teacher, q, words: int, spec: Spec) -> tuple[RunningSof
             student.project(rows, z_pi)
             teacher.project(rows, z_mu)
             values = None if q is None else q.project(rows, spare[0])
+            if actions is not None:
+                index, here = in_tile(actions[rows], columns, student.dtype)
+                taken[rows] += (z_pi.gather(1, index) * here).squeeze(1)
             fold(pi.at(rows), mu.at(rows), z_pi, z_mu, values, weights, scratch, spec.beta, SATURATION * spec.q_bound)
-    return pi, mu
+    return pi, mu, taken
 
 
 def _fold(pi, mu, z_pi, z_mu, values, weights, scratch, beta: float, saturated: float) -> None:
@@ -186,7 +198,8 @@ def _mixture(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tuple[
 class _Known(NamedTuple):
     """
     What the backward knows of each token. The student's gradient, but for the slope of its cap, is
-    π·(`slope`·x − `gap`·Q + `constant`) − `teacher`·μ, where x = z_π − z_μ, or z_π − log m, or 0 at beta = 0.
+    π·(`slope`·x − `gap`·Q + `constant`) − `teacher`·μ, where x = z_π − z_μ, or z_π − log m, or 0 at beta = 0;
+    plus `taken` at the word that was taken. `taken` is `None` where nobody asks for the gradient of its log-probability.
     """
 
     log_pi: torch.Tensor
@@ -195,30 +208,38 @@ class _Known(NamedTuple):
     gap: torch.Tensor
     constant: torch.Tensor
     teacher: torch.Tensor
+    taken: torch.Tensor | None
 
     @classmethod
-    def of(cls, d, w, log_pi, log_mu, kl, pi_q, beta: float) -> "_Known":
-        """`d`, `w` [N]: gradients of the divergence and of the gap; `kl` = KL(π‖μ) or KL(π‖m); `pi_q` = ⟨π, Q⟩."""
+    def of(cls, d, w, u, log_pi, log_mu, kl, pi_q, beta: float) -> "_Known":
+        """
+        `d`, `w`, `u` [N]: gradients of the divergence, of the gap and (or `None`) of the word's log-probability;
+        `kl` = KL(π‖μ) or KL(π‖m); `pi_q` = ⟨π, Q⟩.
+        """
         zero = torch.zeros_like(d)
         if beta == 0:
-            return cls(log_pi, log_mu, zero, w, d + w * pi_q, d)
-        if beta == 1:
-            return cls(log_pi, log_mu, d, w, w * pi_q - d * (log_pi - log_mu + kl), zero)
-        slope = (1 - beta) * d
-        return cls(log_pi, log_mu, slope, w, w * pi_q - slope * (log_pi + kl), zero)
+            slope, constant, teacher = zero, d, d
+        elif beta == 1:
+            slope, constant, teacher = d, -d * (log_pi - log_mu + kl), zero
+        else:
+            slope, teacher = (1 - beta) * d, zero
+            constant = -slope * (log_pi + kl)
+        constant = constant + w * pi_q
+        return cls(log_pi, log_mu, slope, w, constant if u is None else constant - u, teacher, u)
 
     def at(self, rows: slice) -> "_Known":
-        return _Known(*(column[rows].unsqueeze(-1) for column in self))
+        return _Known(*(None if column is None else column[rows].unsqueeze(-1) for column in self))
 
 
 def _gradient_tiles(
-    known: _Known, z_pi, z_mu, pi, values, spare, beta: float, caps: tuple, players: tuple[bool, bool]
+    known: _Known, z_pi, z_mu, pi, values, spare, beta: float, caps: tuple, players: tuple[bool, bool], taken
 ):
     """
     Writes the gradient of the student's raw logits over `z_pi` and that of ⟨g, e⟩ over `z_mu`. The latter is still to be
     multiplied with each token's gradient of `q_gap`.
 
-    `caps` are the student's and Q's `cap_ratio`, `players` says which of the two wants a gradient.
+    `caps` are the student's and Q's `cap_ratio`, `players` says which of the two wants a gradient, `taken` is `in_tile` of
+    the words taken, or `None`.
     """
     to_student, to_q = players
     torch.sub(z_pi, known.log_pi, out=pi).exp_()
@@ -237,13 +258,18 @@ def _gradient_tiles(
         mu = z_mu.sub_(known.log_mu).exp_()
     if to_student and beta == 0:
         z_pi.addcmul_(mu, known.teacher, value=-1)
+    if to_student and taken is not None:
+        index, here = taken
+        z_pi.scatter_add_(1, index, here * known.taken)
     if to_student and slope_of_cap is not None:
         z_pi.mul_(slope_of_cap)
     if to_q:
         mu.sub_(pi).mul_(cap_slope(values, caps[1], out=values))
 
 
-def _project_back(student, teacher, q, of_student: Gradients, of_q: Gradients | None, known: _Known, words: int, spec):
+def _project_back(
+    student, teacher, q, of_student: Gradients, of_q: Gradients | None, known: _Known, actions, words: int, spec: Spec
+):
     """Projects again and adds every tile to the gradients."""
     mixture, capped = 0 < spec.beta < 1, student.cap_ratio is not None
     grid = spec.grid(words, 3 + (q is not None) + 2 * mixture + capped, student)
@@ -257,7 +283,8 @@ def _project_back(student, teacher, q, of_student: Gradients, of_q: Gradients | 
             student.project(rows, z_pi)
             teacher.project(rows, z_mu)
             values = None if q is None else q.project(rows, spare.pop())
-            work(known.at(rows), z_pi, z_mu, pi, values, spare, spec.beta, caps, players)
+            taken = None if known.taken is None else in_tile(actions[rows], columns, student.dtype)
+            work(known.at(rows), z_pi, z_mu, pi, values, spare, spec.beta, caps, players, taken)
             of_student.add(rows, z_pi)
             if of_q is not None:
                 of_q.add(rows, z_mu)
@@ -266,14 +293,14 @@ def _project_back(student, teacher, q, of_student: Gradients, of_q: Gradients | 
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding, spec: Spec):
+    def forward(ctx, hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding, actions, spec: Spec):
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.precision = spec, Precision.of(hidden, t_hidden, features)
         tensors = (hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding)
         with spec.gather():
             words = spec.words(weight, t_weight, embedding)
             student, teacher, q = _projections(spec, ctx.precision, tensors)
-            pi, mu = _statistics(student, teacher, q, words, spec)
+            pi, mu, taken = _statistics(student, teacher, q, actions, words, spec)
             log_pi, log_mu = pi.log_total(), mu.log_total()
             if spec.beta == 0:
                 divergence = kl = (mu.mean(_OWN) - log_mu) - (mu.mean(_OTHER) - log_pi)
@@ -282,16 +309,18 @@ class _Moments(torch.autograd.Function):
             else:
                 divergence, kl = _mixture(student, teacher, log_pi, log_mu, words, spec)
         gap = mu.mean(_Q) - pi.mean(_Q)
-        ctx.save_for_backward(*tensors, log_pi, log_mu, kl, pi.mean(_Q))
+        ctx.save_for_backward(*tensors, actions, log_pi, log_mu, kl, pi.mean(_Q))
         constant = log_pi - pi.mean(_OWN), pi.mean(_Q_ABS), pi.mean(_Q_SATURATED)
-        ctx.mark_non_differentiable(*constant)
-        return divergence, gap, gap.clone(), *constant
+        logps = taken if actions is None else taken - log_pi
+        ctx.mark_non_differentiable(*constant, *([logps] if actions is None else []))
+        return divergence, gap, gap.clone(), *constant, logps
 
     @staticmethod
-    def backward(ctx, grad_divergence, grad_gap, grad_q_gap, *_):
-        *tensors, log_pi, log_mu, kl, pi_q = ctx.saved_tensors
+    def backward(ctx, grad_divergence, grad_gap, grad_q_gap, *rest):
+        *tensors, actions, log_pi, log_mu, kl, pi_q = ctx.saved_tensors
+        grad_logps = None if actions is None else rest[-1]  # torch.compile traces with a gradient for each output
         spec, needed = ctx.spec, ctx.needs_input_grad
-        to_student = grad_divergence is not None or grad_gap is not None
+        to_student = any(g is not None for g in (grad_divergence, grad_gap, grad_logps))
         to_q = needed[3] and grad_q_gap is not None
         d, w = (torch.zeros_like(kl) if g is None else g.to(kl.dtype) for g in (grad_divergence, grad_gap))
         with spec.gather():
@@ -300,8 +329,9 @@ class _Moments(torch.autograd.Function):
             of_student = Gradients(student, *(to_student and n for n in needed[:3]))
             of_q = Gradients(q, of_hidden=True) if q is not None and to_q else None
             if of_student.any or to_q:
-                known = _Known.of(d * student.slope, w * student.slope, log_pi, log_mu, kl, pi_q, spec.beta)
+                u = None if grad_logps is None else grad_logps.to(kl.dtype) * student.slope
+                known = _Known.of(d * student.slope, w * student.slope, u, log_pi, log_mu, kl, pi_q, spec.beta)
                 q = q if to_q or grad_gap is not None else None
-                _project_back(student, teacher, q, of_student, of_q, known, words, spec)
+                _project_back(student, teacher, q, of_student, of_q, known, actions, words, spec)
         features = None if of_q is None else of_q.hidden_result(grad_q_gap)
-        return of_student.hidden_result(), of_student.weight, of_student.bias, features, *(None,) * 5
+        return of_student.hidden_result(), of_student.weight, of_student.bias, features, *(None,) * 6

@@ -186,6 +186,13 @@ def _slices(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def in_tile(actions: torch.Tensor, columns: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each word its column in the tile, and 1; or any column, and 0, if it is not in the tile. Both `[n, 1]`."""
+    here = (actions >= columns.start) & (actions < columns.stop)
+    index = (actions - columns.start).clamp(0, columns.stop - columns.start - 1)
+    return index.unsqueeze(-1), here.to(dtype).unsqueeze(-1)
+
+
 class RunningSoftmax(NamedTuple):
     """
     Softmax statistics of each token, while its words come tile by tile.
