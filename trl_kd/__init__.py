@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
+    "MMPbKDConfig": "trl_kd.trainers.mm_pbkd_config",
+    "MMPbKDTrainer": "trl_kd.trainers.mm_pbkd_trainer",
     "PbKDConfig": "trl_kd.trainers.pbkd_config",
     "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
 }
 
-__all__ = ["PbKDConfig", "PbKDTrainer", "__version__"]
+__all__ = ["MMPbKDConfig", "MMPbKDTrainer", "PbKDConfig", "PbKDTrainer", "__version__"]
 
 if TYPE_CHECKING:
+    from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
+    from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
     from trl_kd.trainers.pbkd_config import PbKDConfig
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 

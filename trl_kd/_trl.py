@@ -72,6 +72,16 @@ and `_tokenizer`."""
 require_methods(DPOTrainer, DPO_SEAMS)
 
 
+DISTILLATION_SEAMS = (
+    *("_generate_and_score_completions", "_generate", "_generate_single_turn", "_tokenize_prompts"),
+    *("_get_last_hidden_state", "_compute_loss", "compute_loss", "training_step", "evaluation_loop"),
+    *("_set_signature_columns_if_needed", "_save", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
+)
+"""Methods that `MMPbKDTrainer` overrides or calls. Of the attributes it uses `_metrics`, `_signature_columns`, `_tokenizer`,
+`_forward_redirection`, `eos_token_ids`, `generation_config`, `generation_kwargs`, `teacher_model` and `use_vllm`."""
+require_methods(require("trl", "DistillationTrainer"), DISTILLATION_SEAMS)
+
+
 def prepare_preference_dataset(dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
     """`DPOTrainer._prepare_dataset`, which needs no trainer, and so no weights: its tokenizer only."""
     trainer: Any = SimpleNamespace(_tokenizer=getattr(processing_class, "tokenizer", processing_class))

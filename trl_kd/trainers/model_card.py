@@ -12,6 +12,7 @@ from trl_kd._trl import get_config_model_id
 
 
 if TYPE_CHECKING:
+    from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
 PAPER = {
@@ -30,7 +31,7 @@ PAPER = {
 
 _NO_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_model_preparation_time")
 
-_SETTINGS = (
+_PBKD_SETTINGS = (
     "imitation_weight",
     "imitation",
     "beta",
@@ -47,10 +48,46 @@ _SETTINGS = (
     "max_length",
     "seed",
 )
+_MM_PBKD_SETTINGS = (
+    "lmbda",
+    "beta",
+    "off_policy_beta",
+    "kl_coef",
+    "moment_coef",
+    "state_gradient",
+    "imitation_weight",
+    "temperature",
+    "q_head",
+    "q_bound",
+    "q_learning_rate",
+    "q_steps",
+    "q_warmup_steps",
+    "dual_init",
+    "dual_learning_rate",
+    "dual_max",
+    "confidence_radius",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_completion_length",
+    "seed",
+)
 
 
 def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     """Adds to the card that TRL wrote at `path`: teacher, preference data, settings, results and versions."""
+    _add_sections(path, trainer, _pbkd_data(trainer), _PBKD_SETTINGS)
+
+
+def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
+    """As `add_pbkd_sections`, for a student matched to its teacher's distributions."""
+    pairs = trainer.preference_rows
+    said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
+    lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
+    _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS)
+
+
+def _add_sections(path: str, trainer: Any, data: list[str], settings: tuple[str, ...]) -> None:
     card = ModelCard.load(path)
     # TRL names neither a base model in a folder nor a repository that does not exist yet
     start = public_name(get_config_model_id(trainer.model.config))
@@ -59,15 +96,15 @@ def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
         'model="None"', f'model="{os.path.basename(os.path.normpath(trainer.args.output_dir))}"', 1
     )
     card.text = card.text.replace(
-        "## Training procedure", "\n".join(_sections(trainer)) + "\n## Training procedure", 1
+        "## Training procedure", "\n".join(_sections(trainer, data, settings)) + "\n## Training procedure", 1
     )
     card.text = card.text.replace("### Framework versions\n", f"### Framework versions\n\n{_versions()}", 1)
     card.save(path)
 
 
-def _sections(trainer: "PbKDTrainer") -> list[str]:
-    lines = ["## Distillation", ""]
-    teacher = trainer.teacher
+def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
+    """Who taught the student, and on what."""
+    lines, teacher = [], trainer.teacher
     if teacher is not None:
         lines += [f"Teacher: {public_name(teacher.name)}, by its distribution at each token.", ""]
     else:
@@ -81,8 +118,12 @@ def _sections(trainer: "PbKDTrainer") -> list[str]:
             f"preference known for {counts.known} ({counts.soft} soft labels or ties), unknown for {counts.null}.",
             "",
         ]
-    lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in _SETTINGS]
+    return lines
+
+
+def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[str]:
+    lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
+    lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
     lines += [
         f"| λ (dual variable), last value | {dual.value:.6g} |",

@@ -1,13 +1,12 @@
 """Settings of `PbKDTrainer`."""
 
-import json
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DPOConfig
 
 from trl_kd._trl import get_config_model_id
+from trl_kd.trainers.fields import check_json, check_number, extend_config, parse_radius
 
 
 # TRL refuses another one in the middle of the first step
@@ -128,9 +127,9 @@ class PbKDConfig(DPOConfig):
 
     def __post_init__(self):
         # The command line and YAML hand over a union with `str` as a string
-        self.confidence_radius = _radius(self.confidence_radius)
+        self.confidence_radius = parse_radius(self.confidence_radius)
         for name in self._VALID_DICT_FIELDS:
-            _check_json(name, getattr(self, name))
+            check_json(name, getattr(self, name))
         self._check_ranges()
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
@@ -139,29 +138,33 @@ class PbKDConfig(DPOConfig):
         if self.imitation not in ("sequence", "token"):
             raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
         for name in ("imitation_weight", "dual_init", "dual_learning_rate", "learning_rate"):
-            _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+            check_number(name, getattr(self, name), lambda value: value >= 0, "at least 0")
         if self.f_divergence_type not in _DIVERGENCES:
             raise ValueError(
                 f"`f_divergence_type` is {self.f_divergence_type!r}: use one of {', '.join(_DIVERGENCES)}."
             )
         for name in ("gradient_accumulation_steps", "max_length"):
             if getattr(self, name) is not None:
-                _check(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+                check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
         for name in ("num_train_epochs", "max_grad_norm"):
-            _check(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+            check_number(name, getattr(self, name), lambda value: value >= 0, "at least 0")
         for weight in self.loss_weights or []:
-            _check("loss_weights", weight, lambda value: value >= 0, "at least 0")
+            check_number("loss_weights", weight, lambda value: value >= 0, "at least 0")
         if self.ld_alpha is not None:
-            _check("ld_alpha", self.ld_alpha, lambda value: 0 <= value <= 1, "between 0 and 1")
-        _check("label_smoothing", self.label_smoothing, lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
+            check_number("ld_alpha", self.ld_alpha, lambda value: 0 <= value <= 1, "between 0 and 1")
+        check_number(
+            "label_smoothing", self.label_smoothing, lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"
+        )
         for name in ("dual_max", "confidence_constant"):
-            _check(name, getattr(self, name), lambda value: value > 0, "above 0")
-        _check("beta", self.beta, lambda value: value > 0, "above 0")
-        _check("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
+            check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
+        check_number("beta", self.beta, lambda value: value > 0, "above 0")
+        check_number("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
         if self.confidence_radius != "theory":
-            _check("confidence_radius", self.confidence_radius, lambda value: value >= 0, "at least 0, or 'theory'")
+            check_number(
+                "confidence_radius", self.confidence_radius, lambda value: value >= 0, "at least 0, or 'theory'"
+            )
         if self.preference_nll_target is not None:
-            _check("preference_nll_target", self.preference_nll_target, lambda value: value >= 0, "at least 0")
+            check_number("preference_nll_target", self.preference_nll_target, lambda value: value >= 0, "at least 0")
         if self.dual_init > self.dual_max:
             raise ValueError(
                 f"`dual_init` is {self.dual_init} but λ is capped at `dual_max` = {self.dual_max}: lower `dual_init` or "
@@ -205,36 +208,6 @@ class PbKDConfig(DPOConfig):
                     )
 
 
-def _radius(value: float | str | None) -> float | str:
-    if value is None:
-        return 0.0
-    if isinstance(value, str) and value != "theory":
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(
-                f"`confidence_radius` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
-            ) from None
-    return value
-
-
-def _check(name: str, value: Any, holds, allowed: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
-
-
-def _check_json(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        return
-    try:
-        parsed = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
-
-
 def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
     """The settings of a run: `args`, or a plain `DPOConfig` with our defaults added, or for `None` the defaults of all."""
     if args is None:
@@ -242,12 +215,4 @@ def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
         return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
     if isinstance(args, PbKDConfig):
         return args
-    lost = {f.name for f in fields(args)} - {f.name for f in fields(PbKDConfig)}
-    if lost:
-        raise ValueError(
-            f"`args` is a {type(args).__name__}, whose {', '.join(sorted(lost))} `PbKDConfig` does not have: pass a "
-            "`PbKDConfig`, or derive your class from it."
-        )
-    settings = args.to_dict()
-    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
-    return PbKDConfig(**{f.name: settings[f.name] for f in fields(PbKDConfig) if f.init and f.name in settings})
+    return extend_config(args, PbKDConfig)

@@ -1,17 +1,21 @@
-"""The white-box teacher: its weights give a distribution at each token of its response, which the student imitates."""
+"""The white-box teacher: its weights give a distribution at each token, which the student imitates or is matched to."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
+from trl_kd.sampling.loading import load_model
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
+
+if TYPE_CHECKING:
+    from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 
 logger = get_logger(__name__)
 
@@ -21,17 +25,21 @@ class Teacher:
     A frozen teacher, known by name until `load` is called, so that what can be checked is checked before.
 
     Args:
-        args (`PbKDConfig`):
+        args (`PbKDConfig` or `MMPbKDConfig`):
             Settings; `teacher_model_name_or_path` and its companions say where the teacher is.
         model (`PreTrainedModel`, *optional*):
             The teacher itself.
+
+    Attributes:
+        shared_tokens (`int`, *optional*):
+            How many first rows of both output embeddings are tokens, where they are padded to different sizes.
     """
 
-    def __init__(self, args: PbKDConfig, model: PreTrainedModel | None = None):
+    def __init__(self, args: "PbKDConfig | MMPbKDConfig", model: PreTrainedModel | None = None):
         self._args = args
         self.model = model
         self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
-        self._vocab_size: int | None = None
+        self.shared_tokens: int | None = None
         self._redirect = _trl.ForwardRedirection()
 
     @classmethod
@@ -60,6 +68,33 @@ class Teacher:
             )
         return cls(args, model)
 
+    @classmethod
+    def for_matching(cls, args: "MMPbKDConfig", student: Any, teacher: str | PreTrainedModel | None) -> "Teacher":
+        """The teacher of `MMPbKDTrainer`, as its argument `teacher_model` or `args` name it.
+
+        Raises:
+            `ValueError`: it is missing, or given twice, or the student itself.
+        """
+        named = args.teacher_model_name_or_path
+        if teacher is None and named is None:
+            raise ValueError("There is no teacher: give `teacher_model`, or `args.teacher_model_name_or_path`.")
+        if isinstance(teacher, str):
+            if named not in (None, teacher):
+                raise ValueError(
+                    f"The teacher is given twice, as `teacher_model` = {teacher!r} and as `teacher_model_name_or_path` = "
+                    f"{named!r}: drop one."
+                )
+            args.teacher_model_name_or_path, teacher = teacher, None
+        if teacher is not None:
+            if teacher is student:
+                raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
+            for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs"):
+                if getattr(args, name) is not None:
+                    raise ValueError(
+                        f"`teacher_model` is given, and so is `{name}` = {getattr(args, name)!r} for another: drop one."
+                    )
+        return cls(args, teacher)
+
     def check_vocabulary(self, student_tokenizer: Any, student: Any) -> None:
         """Raises a `ValueError` unless the teacher's tokenizer is the student's and both have an embedding for every token
         of it. A teacher passed as a model may have no tokenizer on disk; then only the sizes are compared.
@@ -74,7 +109,7 @@ class Teacher:
         given: Any = self._args.model_init_kwargs or {}
         ours = vocabulary_size(student, self._args, given.get("revision"))
         theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
-        self._vocab_size = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
+        self.shared_tokens = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
 
     def _check_tokenizer(self, student_tokenizer: Any) -> None:
         options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
@@ -105,17 +140,13 @@ class Teacher:
     def _from_pretrained(self) -> PreTrainedModel:
         given: Any = self._args.teacher_model_init_kwargs
         kwargs = dict(given or {})
-        quantization = {
-            name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("load_in_", "bnb_", "llm_int8_"))
-        }
-        if quantization:
-            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
         kwargs.setdefault("revision", self._args.teacher_model_revision or "main")
         kwargs.setdefault("trust_remote_code", self._args.trust_remote_code)
         if self._args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             kwargs["device_map"] = None  # one whole teacher a rank
+        assert self.name is not None
         try:
-            return _trl.create_model_from_path(self.name, **kwargs)
+            return load_model(self.name, kwargs)
         except (TypeError, ImportError) as error:
             raise ValueError(
                 f"The teacher {self.name!r} cannot be loaded with `teacher_model_init_kwargs` = {given}: {error}"
@@ -196,7 +227,7 @@ class Teacher:
         return total
 
     def _shared(self, weight: torch.Tensor) -> torch.Tensor:
-        if self._vocab_size is None:
+        if self.shared_tokens is None:
             return weight
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        return whole[: self._vocab_size]
+        return whole[: self.shared_tokens]

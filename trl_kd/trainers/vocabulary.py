@@ -25,7 +25,9 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
     Raises:
         `ValueError`: names the first id whose token differs, or the probe text that is split differently.
     """
-    advice = "Distil through texts instead (`imitation='sequence'`), or take a teacher of the student's family."
+    advice = (
+        "Distil through texts (`PbKDTrainer` with `imitation='sequence'`), or take a teacher of the student's family."
+    )
     ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
@@ -74,7 +76,7 @@ def shared_rows(student: int, teacher: int, tokens: int) -> int | None:
     if min(student, teacher) < tokens:
         raise ValueError(
             f"The teacher's vocabulary has {teacher} rows and the student's {student}, for {tokens} tokens: they do not "
-            "number the same tokens. Distil through texts instead (`imitation='sequence'`)."
+            "number the same tokens. Distil through texts instead (`PbKDTrainer` with `imitation='sequence'`)."
         )
-    logger.info(f"Only the {tokens} tokens that student and teacher share enter the imitation term.")
+    logger.info(f"Only the {tokens} tokens that student and teacher share enter their softmaxes.")
     return tokens

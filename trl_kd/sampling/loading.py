@@ -1,0 +1,40 @@
+"""Loading a model by its name: what local sources, preferences that run a model and the white-box teacher share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+from trl_kd import _trl
+
+
+QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
+"""How the options begin that are fields of `BitsAndBytesConfig`."""
+
+
+def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) -> PreTrainedModel:
+    """
+    Loads a model, in float32 unless `dtype` says otherwise, as TRL does.
+
+    Args:
+        name (`str`):
+            Name or folder.
+        options (`Mapping[str, Any]`):
+            Options of `from_pretrained`. Fields of `BitsAndBytesConfig` may stand among them: `load_in_4bit`,
+            `load_in_8bit` and what else begins with `bnb_` or `llm_int8_`.
+        architecture (`type`, *optional*):
+            Class to load with; by default the one that the model's config names.
+
+    Raises:
+        `ImportError`: it is to be quantized and bitsandbytes is missing.
+    """
+    quantization = {key: value for key, value in options.items() if key.startswith(QUANTIZATION)}
+    kwargs = {key: value for key, value in options.items() if key not in quantization}
+    if quantization:
+        if not is_bitsandbytes_available():
+            raise ImportError(
+                f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
+            )
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+    return _trl.create_model_from_path(name, architecture=architecture, **kwargs)

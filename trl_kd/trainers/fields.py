@@ -1,0 +1,57 @@
+"""Checks of the trainers' settings, with messages that name the field, its value and the fix."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+
+def parse_radius(value: float | str | None) -> float | str:
+    """`confidence_radius` as a number or 'theory'. The command line and YAML hand over a union with `str` as a string."""
+    if value is None:
+        return 0.0
+    if isinstance(value, str) and value != "theory":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(
+                f"`confidence_radius` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
+            ) from None
+    return value
+
+
+def check_number(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    """Raises a `ValueError` that names the field, its value and what is `allowed`, unless `holds` of a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
+
+
+def check_json(name: str, value: Any) -> None:
+    """Raises a `ValueError` where the text of a dictionary field is no JSON object."""
+    if not isinstance(value, str):
+        return
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
+
+
+def extend_config(args: Any, target: type) -> Any:
+    """`args` as a `target`, a subclass of its TRL class.
+
+    Raises:
+        `ValueError`: `args` has fields that `target` does not have.
+    """
+    lost = {f.name for f in fields(args)} - {f.name for f in fields(target)}
+    if lost:
+        raise ValueError(
+            f"`args` is a {type(args).__name__}, whose {', '.join(sorted(lost))} `{target.__name__}` does not have: pass a "
+            f"`{target.__name__}`, or derive your class from it."
+        )
+    settings = args.to_dict()
+    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
+    return target(**{f.name: settings[f.name] for f in fields(target) if f.init and f.name in settings})

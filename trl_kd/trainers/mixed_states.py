@@ -1,0 +1,119 @@
+"""States of both kinds in one generation batch: TRL samples the student's completions, the teacher's are put among them."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trl_kd.trainers.mm_pbkd_data import is_on_policy, tokenize_completion
+
+
+class MixedStates:
+    """
+    Mixin before `DistillationTrainer`: of a generation batch's rows a share of `args.lmbda` is on-policy. The batch gets
+    three entries more, lists of one value a row:
+
+    - `on_policy`: whether the student sampled the completion;
+    - `token_weight`: its source's share of the rows by the number of the source's tokens in the global batch;
+    - `row_weight`: one by the number of the global batch's rows.
+    """
+
+    args: Any
+    accelerator: Any
+    model: Any
+    model_wrapped: Any
+    teacher_model: Any
+    processing_class: Any
+    state: Any
+    use_vllm: bool
+    chat_template: Any
+    chat_template_kwargs: dict[str, Any]
+    eos_token_ids: list[int]
+    max_completion_length: int | None
+    _metrics: dict[str, defaultdict[str, list[float]]]
+    _tokenize_prompts: Any
+    _generate_single_turn: Any
+
+    _teacher_rows: dict[int, dict[str, Any]] = {}
+    """Of the generation batch under way: the rows whose completion is the teacher's."""
+    _on_policy_anywhere = True
+    _evaluated_rows = 0
+
+    def _generate_and_score_completions(self, inputs):
+        rows, world = len(inputs), self.accelerator.num_processes
+        if self.model.training:
+            first = self.state.global_step * rows * world
+        else:
+            first = self._evaluated_rows
+            self._evaluated_rows += rows * world
+        mine = first + rows * self.accelerator.process_index
+        on_policy = [is_on_policy(mine + i, self.args.lmbda) for i in range(rows)]
+        self._teacher_rows = {i: row for i, row in enumerate(inputs) if not on_policy[i]}
+        self._on_policy_anywhere = any(is_on_policy(first + i, self.args.lmbda) for i in range(rows * world))
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+
+        # Every source's mean is over its tokens in the global batch, weighted by its share of the rows
+        mask_BT = output["completion_mask"] * output.get("tool_mask", 1)
+        on_B = torch.tensor(on_policy, device=mask_BT.device)
+        counts = torch.stack([(mask_BT.sum(1) * on_B).sum(), (mask_BT.sum(1) * ~on_B).sum(), on_B.sum()])
+        on_tokens, off_tokens, on_rows = self.accelerator.reduce(counts, reduction="sum").tolist()
+        share = on_rows / (rows * world)
+        weights = {True: share / max(on_tokens, 1), False: (1 - share) / max(off_tokens, 1)}
+        output["on_policy"] = on_policy
+        output["token_weight"] = [weights[on] for on in on_policy]
+        output["row_weight"] = [1 / (rows * world)] * rows
+        return output
+
+    def _generate(self, prompts):
+        if not self._teacher_rows:
+            return super()._generate(prompts)  # type: ignore[misc]
+        prompt_ids: list[list[int]] = [[] for _ in prompts]
+        completion_ids: list[list[int]] = [[] for _ in prompts]
+        theirs = [i for i in range(len(prompts)) if i not in self._teacher_rows]
+        if self._on_policy_anywhere:
+            # A process without on-policy rows takes part in what the others do together, for nothing
+            generated = super()._generate([prompts[i] for i in theirs] or prompts[:1])  # type: ignore[misc]
+            for i, prompt, completion in zip(theirs, *generated[:2], strict=False):
+                prompt_ids[i], completion_ids[i] = prompt, completion
+        for i, (prompt, completion) in self._teacher_states().items():
+            prompt_ids[i], completion_ids[i] = prompt, completion
+        if self.model.training:
+            lengths = [len(prompt_ids[i]) + len(completion_ids[i]) for i in self._teacher_rows]
+            seen = self.accelerator.reduce(torch.tensor(sum(lengths), device=self.accelerator.device), reduction="sum")
+            self.state.num_input_tokens_seen += seen.item()
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        return prompt_ids, completion_ids, None, None, []
+
+    def _teacher_states(self) -> dict[int, tuple[list[int], list[int]]]:
+        """`(prompt_ids, completion_ids)` of the rows whose completion is the teacher's: given, or sampled now."""
+        rows = list(self._teacher_rows.values())
+        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in rows])
+        found, unsaid = {}, {}
+        for i, row, prompt in zip(self._teacher_rows, rows, prompt_ids, strict=True):
+            if row.get("completion") is None:
+                unsaid[i] = prompt
+                continue
+            template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
+            prompt, ids = tokenize_completion(prompt, row, self.processing_class, self.eos_token_ids, **template)
+            found[i] = prompt, ids[: self.max_completion_length]
+        if unsaid:
+            with self._teacher_speaks():
+                sampled = self._generate_single_turn(list(unsaid.values()), None, {})
+            found |= dict(zip(unsaid, zip(unsaid.values(), sampled, strict=True), strict=True))
+        return found
+
+    @contextmanager
+    def _teacher_speaks(self) -> Iterator[None]:
+        """TRL's generation, with the teacher in the student's place."""
+        student, use_vllm = self.model_wrapped, self.use_vllm
+        self.model_wrapped, self.use_vllm = self.teacher_model, False
+        try:
+            yield
+        finally:
+            self.model_wrapped, self.use_vllm = student, use_vllm
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._evaluated_rows = 0
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,213 @@
+"""Settings of `MMPbKDTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DistillationConfig
+
+from trl_kd._trl import get_config_model_id
+from trl_kd.rewards.q_function import Q_HEADS
+from trl_kd.trainers.fields import check_json, check_number, extend_config, parse_radius
+
+
+@dataclass
+class MMPbKDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`MMPbKDTrainer`].
+
+    It has every parameter of [`~trl.DistillationConfig`], with the same defaults, and those below. Student π and adversary
+    Q play
+
+        min_π max_Q  moment_coef·E_s⟨μ − π, Q⟩ + kl_coef·E_s D(π, μ)   s.t.  NLL(r_Q) ≤ NLL* + ζ
+
+    with μ the teacher, D the divergence that `beta` selects, and r_Q(x, y) the sum of Q's advantages over the tokens of y
+    (white-box form of [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952);
+    derivation in docs/method.md).
+
+    Parameters:
+        > Parameters of the states
+
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            In [0, 1], the share of on-policy states: completions that the student samples. The rest are the teacher's: the
+            column `completion` of the training rows where it has a text, else sampled from the teacher.
+
+        > Parameters of the student's loss
+
+        kl_coef (`float`, *optional*, defaults to `1.0`):
+            τ ≥ 0, the weight of the divergence, a mean over tokens. On-policy it is the one that `beta` selects.
+        off_policy_beta (`float`, *optional*, defaults to `0.0`):
+            In [0, 1], in place of `beta` on the teacher's states. `0.0` is the forward KL divergence.
+        moment_coef (`float`, *optional*, defaults to `1.0`):
+            ≥ 0, the weight of the moment gap ⟨μ − π, Q⟩, a mean over tokens. `0.0` leaves Q out altogether.
+        state_gradient (`bool`, *optional*, defaults to `False`):
+            Adds the gradient through the distribution of on-policy states: REINFORCE on what the loss will be at later
+            tokens. Unbiased, and of high variance.
+        imitation_weight (`float`, *optional*, defaults to `0.0`):
+            ≥ 0, the weight of −log π of the teacher's tokens, a mean over the tokens of off-policy states.
+
+        > Parameters of Q and its constraint
+
+        q_head (`str`, *optional*, defaults to `"linear"`):
+            "linear", "mlp" (a hidden layer as wide as the student) or "adapter" (a hidden layer of 64 units).
+        q_bound (`float`, *optional*, defaults to `5.0`):
+            B > 0: Q lies in [−B, B], in nats of preference a token.
+        q_learning_rate (`float`, *optional*, defaults to `0.05`):
+            ≥ 0. In units of Q: about the most that one step changes Q at one state and word, whatever the model's width.
+        q_steps (`int`, *optional*, defaults to `1`):
+            Steps of Q, each with pairs of its own, for a step of the student; at least 1.
+        q_warmup_steps (`int`, *optional*, defaults to `100`):
+            At most so many steps of Q on the preferences alone come first. They end sooner once the accuracy on pairs held
+            out is above chance (95 %, one-sided), for which at least 100 strict pairs must be held out. No preferences: no
+            warm-up.
+        dual_init (`float`, *optional*, defaults to `5.0`):
+            λ at the start; in [0, `dual_max`]. Below 1/(1 − p), with p the share of pairs that the teacher wins, the
+            constraint does not bind.
+        dual_learning_rate (`float`, *optional*, defaults to `0.1`):
+            η_λ ≥ 0: λ ← clip(λ + η_λ·violation, 0, `dual_max`) after each step of Q.
+        dual_max (`float`, *optional*, defaults to `50.0`):
+            λ's cap, ≥ 0. `0.0` is moment matching without preferences.
+        confidence_radius (`float` or `str`, *optional*, defaults to `0.05`):
+            ζ ≥ 0 in nats per pair, by which the adversary's likelihood may fall short of its maximum-likelihood twin's.
+            `0.0`: that twin is Q. `"theory"`: c·log(N/δ)/N with N training pairs.
+        confidence_constant (`float`, *optional*, defaults to `1.0`):
+            c > 0, for `confidence_radius="theory"`.
+        confidence_delta (`float`, *optional*, defaults to `0.05`):
+            δ in (0, 1), for `confidence_radius="theory"`.
+
+        > Parameters of the preference pairs
+
+        pair_max_length (`int` or `None`, *optional*, defaults to `1024`):
+            Tokens of prompt and response of a pair, at least 2; responses are cut there. `None`: no cut.
+        pair_batch_size (`int`, *optional*):
+            Pairs of one step of Q, over all processes, which must divide it. `None`: as many as the student's global batch
+            has rows.
+        pair_held_out (`float`, *optional*, defaults to `0.1`):
+            In [0, 1), share of the pairs (500 at most) that Q never learns from and its accuracy is measured on.
+
+    Raises:
+        `ValueError`: a field outside its range, or fields that do not go together. The message names the field, its
+            value and the fix.
+    """
+
+    lmbda: float = field(
+        default=1.0,
+        metadata={"help": "Share of on-policy states, in [0, 1]; the rest are the teacher's completions."},
+    )
+    kl_coef: float = field(default=1.0, metadata={"help": "Weight τ of the divergence; at least 0."})
+    off_policy_beta: float = field(
+        default=0.0, metadata={"help": "`beta` on the teacher's states, in [0, 1]; 0 is forward KL."}
+    )
+    moment_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the moment gap ⟨μ − π, Q⟩; at least 0. 0 leaves Q out."}
+    )
+    state_gradient: bool = field(
+        default=False,
+        metadata={"help": "Whether to add the gradient through the distribution of on-policy states (REINFORCE)."},
+    )
+    imitation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of −log π of the teacher's tokens on off-policy states; at least 0."}
+    )
+    q_head: str = field(default="linear", metadata={"help": "Form of Q.", "choices": list(Q_HEADS)})
+    q_bound: float = field(default=5.0, metadata={"help": "Bound B of |Q|; above 0."})
+    q_learning_rate: float = field(
+        default=0.05, metadata={"help": "About the most that one step changes Q at a state and word; at least 0."}
+    )
+    q_steps: int = field(default=1, metadata={"help": "Steps of Q for a step of the student; at least 1."})
+    q_warmup_steps: int = field(
+        default=100, metadata={"help": "At most so many steps of Q on the preferences alone come first."}
+    )
+    dual_init: float = field(default=5.0, metadata={"help": "Dual variable λ at the start; at least 0."})
+    dual_learning_rate: float = field(default=0.1, metadata={"help": "Step size of λ; 0 keeps λ fixed."})
+    dual_max: float = field(default=50.0, metadata={"help": "Cap of λ; 0 is moment matching without preferences."})
+    confidence_radius: float | str | None = field(
+        default=0.05,
+        metadata={
+            "help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N; 0 is the MLE head."
+        },
+    )
+    confidence_constant: float = field(
+        default=1.0, metadata={"help": "Constant c of confidence_radius='theory'; above 0."}
+    )
+    confidence_delta: float = field(
+        default=0.05, metadata={"help": "Failure probability δ of confidence_radius='theory'; in (0, 1)."}
+    )
+    pair_max_length: int | None = field(
+        default=1024, metadata={"help": "Tokens of prompt and response of a pair; responses are cut there."}
+    )
+    pair_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs of one step of Q over all processes; by default the rows of the student's global batch."
+        },
+    )
+    pair_held_out: float = field(
+        default=0.1, metadata={"help": "Share of the pairs (500 at most) on which Q's accuracy is measured."}
+    )
+
+    def __post_init__(self):
+        self.confidence_radius = parse_radius(self.confidence_radius)
+        for name in self._VALID_DICT_FIELDS:
+            check_json(name, getattr(self, name))
+        self._check_ranges()
+        super().__post_init__()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        at_least_zero = (
+            "kl_coef",
+            "moment_coef",
+            "imitation_weight",
+            "q_learning_rate",
+            "q_warmup_steps",
+            "dual_init",
+        )
+        for name in (*at_least_zero, "dual_learning_rate", "dual_max", "learning_rate"):
+            check_number(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+        for name in ("lmbda", "beta", "off_policy_beta"):
+            check_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
+        for name in ("q_bound", "confidence_constant", "temperature"):
+            check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
+        for name in ("q_steps", "gradient_accumulation_steps"):
+            check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+        for name in ("pair_batch_size", "max_completion_length"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+        if self.pair_max_length is not None:
+            check_number("pair_max_length", self.pair_max_length, lambda value: value >= 2, "at least 2")
+        check_number("pair_held_out", self.pair_held_out, lambda value: 0 <= value < 1, "at least 0 and below 1")
+        check_number("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
+        if self.confidence_radius != "theory":
+            check_number("confidence_radius", self.confidence_radius, lambda v: v >= 0, "at least 0, or 'theory'")
+        if self.q_head not in Q_HEADS:
+            raise ValueError(f"`q_head` is {self.q_head!r}: use one of {', '.join(map(repr, Q_HEADS))}.")
+        if self.dual_init > self.dual_max > 0:
+            raise ValueError(
+                f"`dual_init` is {self.dual_init} but λ is capped at `dual_max` = {self.dual_max}: lower `dual_init` or "
+                "raise `dual_max`."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.kl_coef == self.moment_coef == self.imitation_weight == 0:
+            raise ValueError(
+                "`kl_coef`, `moment_coef` and `imitation_weight` are all 0: there is nothing to learn. Set one above 0."
+            )
+        if self.imitation_weight > 0 and self.lmbda == 1:
+            raise ValueError(
+                f"`imitation_weight` is {self.imitation_weight} but `lmbda` is 1, so that no state is the teacher's: lower "
+                "`lmbda`, or set `imitation_weight=0`."
+            )
+        if self.state_gradient and self.lmbda == 0:
+            raise ValueError(
+                "`state_gradient` is on but `lmbda` is 0: the states are the teacher's, whose distribution does not depend "
+                "on the student. Raise `lmbda`, or turn it off."
+            )
+
+
+def as_mm_pbkd_config(args: DistillationConfig | None, model: Any) -> MMPbKDConfig:
+    """The settings of a run: `args`, or a plain `DistillationConfig` with our defaults added, or for `None` all defaults."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return MMPbKDConfig(f"{name.split('/')[-1]}-MMPbKD")
+    if isinstance(args, MMPbKDConfig):
+        return args
+    return extend_config(args, MMPbKDConfig)

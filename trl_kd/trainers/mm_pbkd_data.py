@@ -1,0 +1,241 @@
+"""What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from trl import is_conversational
+
+from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
+from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, prepare_rows, tokenize_rows
+
+
+logger = get_logger(__name__)
+
+LEAST_HELD_OUT = 100
+"""Strict held-out pairs below which their accuracy says too little to end the warm-up."""
+MOST_HELD_OUT = 500
+
+
+# ---- States ------------------------------------------------------------------------------------------------------------
+
+
+def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> Any:
+    """Returns the dataset, or raises a `ValueError` if it has no prompts, or if its rows cannot give off-policy states."""
+    first: dict[str, Any] | None = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty: it needs at least one row.")
+    if "prompt" not in first:
+        raise ValueError(f"The {name} dataset has no column 'prompt'; it has {', '.join(sorted(first))}.")
+    if args.lmbda == 1:
+        return dataset
+    if has_images(first) or tools:
+        raise ValueError(
+            f"`lmbda` is {args.lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
+        )
+    if "completion" not in first:
+        logger.info(
+            f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
+        )
+        return dataset
+    completion = first["completion"]
+    if completion is not None and isinstance(completion, str) != isinstance(first["prompt"], str):
+        raise ValueError(
+            f"The {name} dataset's 'prompt' is {'text' if isinstance(first['prompt'], str) else 'messages'} but its "
+            "'completion' is not: give both as text or both as messages."
+        )
+    return dataset
+
+
+def is_on_policy(index: int, lmbda: float) -> bool:
+    """Whether the row with this running number is on-policy: a share of `lmbda`, spread evenly."""
+    return math.floor(round((index + 1) * lmbda, 9)) > math.floor(round(index * lmbda, 9))
+
+
+def tokenize_completion(
+    prompt_ids: list[int], row: dict[str, Any], processing_class: Any, ends: list[int], **template: Any
+) -> tuple[list[int], list[int]]:
+    """
+    The teacher's completion as a student would have sampled it: with the end token, and nothing after it.
+
+    Args:
+        prompt_ids (`list[int]`):
+            The prompt's tokens, as generation begins with them.
+        row (`dict[str, Any]`):
+            With `prompt` and `completion`, both text or both messages.
+        processing_class:
+            The tokenizer or processor.
+        ends (`list[int]`):
+            Tokens that end a completion.
+        **template:
+            Keyword arguments for the chat template.
+
+    Returns:
+        The prompt's tokens and the completion's. Where the two together are tokenized otherwise than one by one, the
+        completion begins where they first differ, as with TRL's pairs.
+    """
+    if is_conversational(row):
+        messages = row["prompt"] + row["completion"]
+        ids = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **template)["input_ids"]
+        ids = ids[0] if isinstance(ids[0], list) else ids
+    else:
+        end = getattr(processing_class, "tokenizer", processing_class).eos_token
+        completion = row["completion"]
+        text = row["prompt"] + completion + ("" if completion.endswith(end) else end)
+        ids = processing_class(text=text)["input_ids"]
+    both = list(zip(prompt_ids, ids, strict=False))
+    start = next((i for i, (ours, whole) in enumerate(both) if ours != whole), len(both))
+    return prompt_ids[:start], upto_end(ids[start:], ends)
+
+
+def upto_end(ids: list[int], ends: list[int]) -> list[int]:
+    """Without what a chat template writes after the last end token."""
+    last = max((i for i, token in enumerate(ids) if token in ends), default=len(ids) - 1)
+    return ids[: last + 1]
+
+
+# ---- Pairs -------------------------------------------------------------------------------------------------------------
+
+
+def _pair_settings(args: MMPbKDConfig, max_length: int | None) -> Any:
+    """What the readers of pairs ask of a `PbKDConfig`: Q's likelihood is Bradley–Terry's, so every label will do."""
+    return SimpleNamespace(
+        loss_type=["sigmoid"],
+        use_weighting=False,
+        f_divergence_type="reverse_kl",
+        max_length=max_length,
+        truncation_mode="keep_start",
+        dataset_num_proc=None,
+    )
+
+
+def prepare_pairs(dataset: Any, processing_class: Any, args: MMPbKDConfig) -> Dataset:
+    """
+    Reads preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference.
+
+    Args:
+        dataset (`Dataset`):
+            Pairs in TRL's preference format, `preference` being P(chosen ≻ rejected), by default 1.
+
+    Returns:
+        `Dataset` with the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`.
+
+    Raises:
+        `ValueError`: a stream, images, a wrong label, or no pair that is left.
+    """
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`preference_dataset` is a {type(dataset).__name__}: Q draws its pairs in a new order again and again, so give "
+            "a `datasets.Dataset`."
+        )
+    if has_images(next(iter(dataset), {})):
+        raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
+    unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
+    settings = _pair_settings(args, args.pair_max_length)
+    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", settings)
+    if "preference" in dataset.column_names:
+        known = [p is not None and not math.isnan(p) for p in dataset["preference"]]
+        dataset = dataset.select([i for i, is_known in enumerate(known) if is_known])
+    else:
+        dataset = dataset.add_column("preference", [1.0] * len(dataset))
+    if not len(dataset):
+        raise ValueError("`preference_dataset` has no row with a known `preference`: Q would learn nothing from it.")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    check_tokenizer(tokenizer, dataset, "preference")
+    dataset = tokenize_rows(dataset, processing_class, settings, "preference")
+    return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
+
+
+class PairBatches:
+    """
+    Training pairs in an endless order that depends on the seed alone, and pairs held out.
+
+    Args:
+        dataset (`Dataset`):
+            From `prepare_pairs`.
+        args (`MMPbKDConfig`):
+            Settings.
+        accelerator (`Accelerator`):
+            Says which share of each batch is this process's.
+        pad_token_id (`int`):
+            Fills up rows.
+
+    Attributes:
+        seen (`int`):
+            Pairs drawn so far, over all processes. It is all the state there is.
+        size (`int`):
+            Pairs of one batch, over all processes.
+        strict (`int`):
+            Held-out pairs that are no ties.
+    """
+
+    def __init__(self, dataset: Dataset, args: MMPbKDConfig, accelerator: Accelerator, pad_token_id: int):
+        self._dataset, self._pad, self._seed = dataset, pad_token_id, args.seed
+        self._rank, self._world = accelerator.process_index, accelerator.num_processes
+        world = self._world
+        self._micro_batch, self._max_length = args.per_device_train_batch_size, args.pair_max_length
+        held_out = min(MOST_HELD_OUT, int(args.pair_held_out * len(dataset))) // world * world
+        order = self._permutation(len(dataset), 0)
+        self._held_out, self._train = order[:held_out], order[held_out:]
+        if len(self._train) < world:
+            raise ValueError(
+                f"`preference_dataset` has {len(dataset)} pairs to learn from, for {world} processes: give more, or lower "
+                f"`pair_held_out` = {args.pair_held_out}."
+            )
+        self.strict = sum(p != 0.5 for p in dataset[self._held_out]["preference"]) if held_out else 0
+        wanted = args.pair_batch_size or self._micro_batch * args.gradient_accumulation_steps * world
+        if wanted % world:
+            raise ValueError(
+                f"`pair_batch_size` is {wanted}, which {world} processes do not divide: give a multiple of {world}."
+            )
+        self.size = min(wanted, len(self._train) // world * world)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def _permutation(self, count: int, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return torch.randperm(count, generator=generator).tolist()
+
+    def draw(self) -> list[dict[str, torch.Tensor]]:
+        """This process's micro-batches of the next batch."""
+        count = len(self._train)
+        epochs = {i // count for i in (self.seen, self.seen + self.size - 1)}
+        orders = {epoch: self._permutation(count, 1 + epoch) for epoch in epochs}
+        places = range(self.seen, self.seen + self.size)
+        self.seen += self.size
+        return self._batches([self._train[orders[i // count][i % count]] for i in places])
+
+    def held_out(self) -> list[dict[str, torch.Tensor]]:
+        """This process's micro-batches of the pairs held out."""
+        return self._batches(self._held_out)
+
+    def _batches(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        # Shares are equally long, so that all processes take part in every collective
+        count = len(rows) // self._world
+        mine = rows[self._rank * count : (self._rank + 1) * count]
+        step = self._micro_batch
+        return [self._collate(self._dataset[mine[i : i + step]]) for i in range(0, len(mine), step)]
+
+    def _collate(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `completion_mask` `[2b, T]`, chosen above rejected, and `preference` `[b]`."""
+        prompts = rows["prompt_ids"] * 2
+        responses = rows["chosen_ids"] + rows["rejected_ids"]
+        ids = [torch.tensor((p + r)[: self._max_length]) for p, r in zip(prompts, responses, strict=True)]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self._pad)
+        position_T = torch.arange(input_ids.size(1))
+        lengths_2b1 = torch.tensor([len(row) for row in ids]).unsqueeze(1)
+        prompts_2b1 = torch.tensor([len(p) for p in prompts]).unsqueeze(1)
+        attention_mask = (position_T < lengths_2b1).long()
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": attention_mask * (position_T >= prompts_2b1),
+            "preference": torch.tensor(rows["preference"], dtype=torch.float32),
+        }

@@ -1,0 +1,150 @@
+"""One micro-batch of `MMPbKDTrainer`: student and adversary at the states of its completions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from trl_kd._trl import logit_scale
+from trl_kd.losses.heads import Head
+from trl_kd.losses.moments import MomentOutput, moment_matching
+from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
+
+
+def output_head(model: Any, hidden_NH: torch.Tensor) -> Head:
+    """The output layer of a causal language model at some hidden states, whole even where its weights are sharded (FSDP)."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    weight, bias = layer.weight, layer.bias
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor().to(hidden_NH.dtype)
+        bias = None if bias is None else bias.full_tensor()
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(hidden_NH.to(weight.device), weight, bias, logit_scale(model.config), cap)
+
+
+@dataclass
+class States:
+    """
+    The states of one source (on-policy, or the teacher's) in a micro-batch.
+
+    Args:
+        student, teacher (`Head`):
+            Both models at its N states.
+        actions_N (`torch.Tensor` of shape `[N]`):
+            The words taken.
+        mask_RT (`torch.Tensor` of shape `[R, T]`):
+            Where in its rows the states are, of which there are N.
+        weight (`float`):
+            Each token's weight in the student's loss: the source's share by the number of its tokens in the global batch.
+        q_weight (`float`):
+            Each token's weight in the adversary's: one by the number of the global batch's sequences.
+        on_policy (`bool`):
+            Whether the student sampled its completions.
+        baseline (`int`):
+            Place of its baseline among the adversary's.
+    """
+
+    student: Head
+    teacher: Head
+    actions_N: torch.Tensor
+    mask_RT: torch.Tensor
+    weight: float
+    q_weight: float
+    on_policy: bool
+    baseline: int
+
+    def detached(self) -> "States":
+        """Without a gradient to the student, for a further step of Q."""
+        hidden, weight, bias = (None if t is None else t.detach() for t in self.student.tensors)
+        return replace(self, student=replace(self.student, hidden_NH=hidden, weight_VH=weight, bias_V=bias))
+
+
+class Played(NamedTuple):
+    """
+    What came of a source's states.
+
+    Attributes:
+        loss (`torch.Tensor`):
+            The student's, a scalar.
+        q_loss (`torch.Tensor`):
+            The adversary's, −Σ m: its gradient goes to `leaf`.
+        sums_4 (`torch.Tensor` of shape `[4]`):
+            Weighted sums of divergence, moment gap, |Q| and whether |Q| is at its bound.
+        entropy (`torch.Tensor`):
+            Sum of the student's entropies, nats.
+        features, leaf (`torch.Tensor`, *optional*):
+            g with its graph to Q's parameters, and the copy of it that the loss saw.
+    """
+
+    loss: torch.Tensor
+    q_loss: torch.Tensor
+    sums_4: torch.Tensor
+    entropy: torch.Tensor
+    features: torch.Tensor | None
+    leaf: torch.Tensor | None
+
+    def to_q(self, scale: torch.Tensor) -> None:
+        """After the backward: hands the gradient on to Q's parameters, less the factor that the loss was scaled with."""
+        if self.features is not None and self.leaf is not None and self.leaf.grad is not None:
+            torch.autograd.backward(self.features, self.leaf.grad / scale)
+
+
+def play(
+    states: States,
+    features: Callable[[torch.Tensor, int], torch.Tensor] | None,
+    args: MMPbKDConfig,
+    settings: dict[str, Any],
+) -> Played:
+    """
+    Student and adversary at the states of one source: one pass over the vocabulary gives the gradients of both.
+
+    Args:
+        states (`States`):
+            Where.
+        features (`Callable`, *optional*):
+            Q's features at hidden states of a baseline. `None`: there is no Q.
+        args (`MMPbKDConfig`):
+            Weights of the terms.
+        settings (`dict[str, Any]`):
+            Further keyword arguments of [`~trl_kd.losses.moments.moment_matching`].
+    """
+    graph = None if features is None else features(states.student.hidden_NH, states.baseline)
+    leaf = None if graph is None else graph.detach().requires_grad_(torch.is_grad_enabled() and graph.requires_grad)
+    imitates = args.imitation_weight > 0 and not states.on_policy
+    through_states = args.state_gradient and states.on_policy
+    parts = moment_matching(
+        states.student,
+        states.teacher,
+        leaf,
+        None if leaf is None else states.student.weight_VH.detach(),
+        beta=args.beta if states.on_policy else args.off_policy_beta,
+        actions_N=states.actions_N if imitates or through_states else None,
+        **settings,
+    )
+    cost_N = args.kl_coef * parts.divergence_N + args.moment_coef * parts.gap_N
+    loss = states.weight * cost_N.sum()
+    if imitates:
+        loss = loss - args.imitation_weight * states.weight * parts.logps_N.sum()
+    if through_states:
+        # Its value is no part of the loss, only its gradient
+        surrogate = states.weight * (parts.logps_N * _later(cost_N.detach(), states.mask_RT)).sum()
+        loss = loss + surrogate - surrogate.detach()
+    return Played(loss, adversary_loss(parts, states), _sums(parts, states.weight), parts.entropy_N.sum(), graph, leaf)
+
+
+def adversary_loss(parts: MomentOutput, states: States) -> torch.Tensor:
+    """−Σ m, the moments summed over each sequence and averaged over the sequences."""
+    return -states.q_weight * parts.q_gap_N.sum()
+
+
+def _sums(parts: MomentOutput, weight: float) -> torch.Tensor:
+    columns = (parts.divergence_N, parts.gap_N, parts.q_abs_N, parts.q_saturation_N)
+    return weight * torch.stack([column.detach().sum() for column in columns])
+
+
+def _later(cost_N: torch.Tensor, mask_RT: torch.Tensor) -> torch.Tensor:
+    """Σ over t' > t of the costs in the same row."""
+    cost_RT = cost_N.new_zeros(mask_RT.shape)
+    cost_RT[mask_RT] = cost_N
+    return (cost_RT.flip(1).cumsum(1).flip(1) - cost_RT)[mask_RT]

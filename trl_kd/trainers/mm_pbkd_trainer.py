@@ -1,0 +1,381 @@
+"""`MMPbKDTrainer`: white-box preference-based knowledge distillation as a drop-in `DistillationTrainer`.
+
+It reads as follows. `mm_pbkd_data` says what the rows are; TRL generates the on-policy completions, and here the teacher's
+take the place of the rest; `mm_pbkd_step` makes a loss of a micro-batch, whose backward serves student and Q; `adversary`
+steps Q.
+"""
+
+import inspect
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import nn
+from transformers import AutoProcessor, PreTrainedModel
+from trl import DistillationConfig, DistillationTrainer
+
+from trl_kd._trl import get_config_model_id
+from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.losses.moments import moment_matching
+from trl_kd.rewards.q_function import QFunction
+from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints
+from trl_kd.trainers.mixed_states import MixedStates
+from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, as_mm_pbkd_config
+from trl_kd.trainers.mm_pbkd_data import (
+    PairBatches,
+    check_prompts,
+    prepare_pairs,
+)
+from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_head, play
+from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
+from trl_kd.trainers.pbkd_data import each_dataset
+from trl_kd.trainers.teacher import Teacher
+
+
+class MMPbKDTrainer(DualCheckpoints, MixedStates, DistillationTrainer):
+    """
+    Trainer for white-box preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
+    Guidance](https://huggingface.co/papers/2505.18952): the student matches its teacher's next-token distributions, most of
+    all where a Q-function that explains the preferences says that it matters.
+
+    It takes what [`~trl.DistillationTrainer`] takes, and does what it does: with `moment_coef=0` it *is* that trainer.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_kd import MMPbKDTrainer
+
+    trainer = MMPbKDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        teacher_model="Qwen/Qwen2.5-7B-Instruct",
+        train_dataset=load_dataset("trl-lib/tldr", split="train"),
+        preference_dataset=load_dataset("trl-lib/tldr-preference", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, teacher_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, \
+quantization_config, peft_config, tools:
+            As in [`~trl.DistillationTrainer`]. `args` is a [`MMPbKDConfig`]; a plain [`~trl.DistillationConfig`] is taken
+            with our defaults. Without `teacher_model`, `args.teacher_model_name_or_path` is loaded. The teacher has the
+            student's tokens; its embedding may be padded to another size. Rows may have a column `completion`, the
+            teacher's, for `lmbda` < 1.
+        preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
+            Pairs in TRL's preference format, as `trl-kd pairs` writes them, with `preference` = P(chosen ≻ rejected), by
+            default 1. Without it Q is held by nothing (moment matching).
+
+    Attributes:
+        adversary ([`~trl_kd.trainers.adversary.Adversary`], *optional*):
+            Q with its optimizer; `None` for `moment_coef=0`.
+        dual ([`~trl_kd.losses.dual.DualVariable`]):
+            λ and its history.
+        card_results (`dict[str, float | str]`):
+            Results to show in the model card; fill it before `create_model_card`.
+
+    Raises:
+        `ValueError`: data, vocabularies or settings that do not fit together, before any weight is loaded.
+    """
+
+    _tag_names = ["trl", "distillation", "trl-kd", "mm-pbkd", "knowledge-distillation"]
+    _name = "MM-PbKD"
+    _paper = PAPER
+
+    model_wrapped: Any
+    use_vllm: bool
+    _metrics: dict[str, defaultdict[str, list[float]]]
+
+    def __init__(
+        self,
+        model,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools: list[Callable] | None = None,
+        *,
+        preference_dataset: Dataset | None = None,
+    ):
+        args = as_mm_pbkd_config(args, model)
+        self.card_results: dict[str, float | str] = {}
+        self.preference_rows = 0
+        teacher = Teacher.for_matching(args, model, teacher_model)
+        if preference_dataset is not None and args.moment_coef == 0:
+            raise ValueError(
+                "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
+            )
+        if train_dataset is not None:
+            check_prompts(train_dataset, "train", args, tools)
+        each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
+        if processing_class is None:
+            processing_class = _load_processing_class(model, args)
+        teacher.check_vocabulary(getattr(processing_class, "tokenizer", processing_class), model)
+        pairs = None
+        if preference_dataset is not None:
+            pairs = prepare_pairs(preference_dataset, processing_class, args)
+            self.preference_rows = len(pairs)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        self.teacher = teacher.load(self.accelerator)
+        self.teacher_model = self.teacher.model
+        self._settings: dict[str, Any] = {"temperature": self.temperature, "vocab_size": teacher.shared_tokens}
+        if teacher.shared_tokens is not None:
+            self._suppress_tokens(teacher.shared_tokens)
+        self._sums_4: torch.Tensor | None = None
+        self._played: list[Played] = []
+        self._scale: Any = None  # its gradient is the factor that the loss was scaled with
+        self._kept: list[States] = []  # of the optimizer step under way, for further steps of Q
+        self._baselines = [
+            b for b in (Baseline("teacher", args.lmbda), Baseline("student", 1 - args.lmbda)) if b.weight
+        ]
+        self.dual = DualVariable(value=0.0, maximum=0.0)
+        self.adversary = self._make_adversary(pairs) if args.moment_coef > 0 else None
+        set_seed(args.seed, device_specific=True)  # as TRL left it, whatever loading the teacher has drawn
+
+    def _suppress_tokens(self, shared: int) -> None:
+        """Rows of an output embedding that stand for no token are never sampled, by the student or by the teacher."""
+        models: Any = (self.model, self.teacher_model)
+        rows = max(model.config.get_text_config().vocab_size for model in models)
+        suppressed = [*(self.generation_config.suppress_tokens or []), *range(shared, rows)]
+        self.generation_config.suppress_tokens = suppressed
+        self.generation_kwargs["suppress_tokens"] = suppressed
+
+    def _make_adversary(self, pairs: Dataset | None) -> Adversary:
+        args: Any = self.args
+        batches = None
+        if pairs is not None:
+            batches = PairBatches(pairs, args, self.accelerator, self._tokenizer.pad_token_id)
+            radius = args.confidence_radius
+            if radius == "theory":
+                radius = theory_radius(len(batches), args.confidence_constant, args.confidence_delta)
+            self.dual = DualVariable(
+                value=min(args.dual_init, args.dual_max),
+                learning_rate=args.dual_learning_rate,
+                maximum=args.dual_max,
+                radius=radius,
+            )
+        weight = self.model.get_output_embeddings().weight
+        with _whole([weight]):
+            rows = weight.detach()[: self._settings["vocab_size"]]
+            scale = rows.float().square().mean().sqrt().item()
+            embedding_size = weight.shape[1]
+        q = QFunction(
+            args.q_head,
+            embedding_size,
+            embedding_size,
+            scale,
+            1 + len(self._baselines) * (pairs is not None),
+            torch.Generator().manual_seed(args.seed),
+            torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        ).to(self.accelerator.device)
+        settings = {"q_bound": args.q_bound, "gather": self._whole_heads, **self._settings}
+        self._settings["q_bound"] = args.q_bound
+        return Adversary(q, self.dual, self._baselines, batches, self._read_pairs, self.accelerator, args, settings)
+
+    def _whole_heads(self) -> AbstractContextManager:
+        models = (self.model, self.accelerator.unwrap_model(self.teacher_model))
+        return _whole([model.get_output_embeddings().weight for model in models])
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [c for c in ("completion",) if c not in self._signature_columns]
+
+    # ---- One micro-batch ---------------------------------------------------------------------------------------------
+
+    def _hidden_states(self, model, input_ids, attention_mask, keep, **images):
+        """Of the teacher, or of the student on pairs: last hidden states at the last `keep` tokens, without gradient."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        training = unwrapped.training
+        unwrapped.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self._forward_redirection(
+                    model, unwrapped, self._get_last_hidden_state, unwrapped, input_ids, attention_mask, keep, **images
+                )
+        finally:
+            unwrapped.train(training)
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        mask_BT = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        keep = mask_BT.size(1)
+        known = inspect.signature(self._get_last_hidden_state).parameters.keys() - {"attention_mask"}
+        images = {name: inputs[name] for name in known & inputs.keys()}
+        student_BTH = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **images)
+        teacher_BTH = self._hidden_states(self.teacher_model, input_ids, attention_mask, keep, **images)
+
+        learning = torch.is_grad_enabled() and self.adversary is not None
+        scale = torch.zeros((), device=student_BTH.device, requires_grad=learning)
+        loss = student_BTH.sum() * 0.0 + scale  # a micro-batch without a token still has a graph
+        entropy, played = student_BTH.new_zeros(()), []
+        for baseline, (who, _) in enumerate(self._baselines):
+            rows = [i for i, on_policy in enumerate(inputs["on_policy"]) if on_policy == (who == "teacher")]
+            if not mask_BT[rows].any():
+                continue
+            states = self._states(unwrapped_student, student_BTH, teacher_BTH, inputs, mask_BT, rows, baseline)
+            features = None if self.adversary is None else self.adversary.features
+            part = play(states, features, self.args, self._settings)
+            # The mean over processes and micro-batches that `Trainer` takes is undone; Q's gradients are summed instead
+            loss = loss + part.loss * self.accelerator.num_processes + part.q_loss - part.q_loss.detach()
+            entropy = entropy + part.entropy.detach()
+            played.append(part)
+            if learning and self.args.q_steps > 1:
+                self._kept.append(states.detached())
+        self._sums_4 = sum((part.sums_4 for part in played), torch.zeros(4, device=loss.device))
+        if learning:
+            self._played, self._scale = played, scale
+        return loss, entropy, mask_BT.sum()
+
+    def _states(self, student, student_BTH, teacher_BTH, inputs, mask_BT, rows, baseline) -> States:
+        mask_RT = mask_BT[rows]
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        head = output_head(student, student_BTH[rows][mask_RT])
+        device = head.hidden_NH.device
+        return States(
+            student=head,
+            teacher=output_head(teacher, teacher_BTH[rows][mask_RT].to(device)),
+            actions_N=inputs["completion_ids"][rows][mask_RT].to(device),
+            mask_RT=mask_RT.to(device),
+            weight=inputs["token_weight"][rows[0]],
+            q_weight=inputs["row_weight"][rows[0]],
+            on_policy=self._baselines[baseline].who == "teacher",
+            baseline=baseline,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        training = self.model.training
+        micro_batches = self.current_gradient_accumulation_steps if training else 1
+        sums = self.accelerator.reduce(self._sums_4, reduction="sum") * micro_batches
+        names = ["kl", "moment_gap", "q_abs_mean", "q_saturation"]
+        used = names if self.adversary is not None else names[:1]
+        self._record("train" if training else "eval", dict(zip(used, sums.tolist(), strict=False)))
+        return loss
+
+    def _record(self, mode: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics[mode][f"mmpbkd/{name}"].append(value)
+
+    # ---- Q's steps -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        if self.adversary is not None and not self.adversary.warmed_up:
+            self._record("train", self.adversary.warm_up())
+        loss = super().training_step(*args, **kwargs)
+        if self.adversary is not None:
+            for part in self._played:
+                part.to_q(self._scale.grad)
+            self._played = []
+            if self.accelerator.sync_gradients:
+                self._step_adversary(self.adversary)
+        return loss
+
+    def _step_adversary(self, adversary: Adversary) -> None:
+        dual = self.dual.value
+        seen = adversary.step()
+        if adversary.pairs is not None:
+            self._record("train", {**seen, "dual": dual})
+        for _ in range(self.args.q_steps - 1):
+            for states in self._kept:
+                features = adversary.features(states.student.hidden_NH, states.baseline)
+                if features.requires_grad:
+                    embedding = states.student.weight_VH
+                    parts = moment_matching(states.student, states.teacher, features, embedding, **self._settings)
+                    adversary_loss(parts, states).backward()
+            adversary.step()
+        self._kept = []
+
+    def _read_pairs(self, batch: dict[str, torch.Tensor]) -> PairStates:
+        device = self.accelerator.device
+        batch = {name: value.to(device) for name, value in batch.items()}
+        input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+        mask_RT = batch["completion_mask"][:, 1:].bool()
+        hidden = {}
+        for who, model in (("student", self.model_wrapped), ("teacher", self.teacher_model)):
+            if who == "student" or any(baseline.who == who for baseline in self._baselines):
+                hidden[who] = self._hidden_states(model, input_ids, attention_mask, mask_RT.size(1))[mask_RT]
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        models = {"student": student, "teacher": self.accelerator.unwrap_model(self.teacher_model)}
+        with torch.no_grad():
+            ours = output_head(student, hidden["student"])
+            heads = [output_head(models[who], hidden[who].to(ours.hidden_NH.device)) for who, _ in self._baselines]
+        return PairStates(
+            hidden_NH=ours.hidden_NH,
+            baselines=heads,
+            embedding_VE=ours.weight_VH.detach(),
+            actions_N=input_ids[:, 1:][mask_RT],
+            row_N=torch.arange(len(input_ids), device=device).unsqueeze(1).expand(mask_RT.shape)[mask_RT],
+            preference_b=batch["preference"],
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.adversary is not None and self.adversary.pairs is not None and self.adversary.pairs.strict:
+            self._record("eval", {"held_out_accuracy": self.adversary.held_out_accuracy()})
+        return output
+
+    # ---- Checkpoints and the model card --------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.adversary is not None and self.args.should_save:
+            self.adversary.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.adversary is not None and checkpoint is not None:
+            self.adversary.load(checkpoint)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            add_mm_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
+
+
+def _whole(weights: list[nn.Parameter]) -> AbstractContextManager:
+    """In which weights that DeepSpeed's ZeRO-3 has split are whole."""
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not split:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split)
+
+
+def _load_processing_class(model: Any, args: MMPbKDConfig) -> Any:
+    """The tokenizer or processor that `DistillationTrainer` would load, before the weights."""
+    kwargs: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
+    return AutoProcessor.from_pretrained(
+        model if isinstance(model, str) else get_config_model_id(model.config),
+        revision=kwargs.get("revision"),
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
