@@ -176,10 +176,11 @@ class _Build:
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
                 self._count(source)
-                for request, sample, answer in sampler.sample(itertools.chain([first], reading)):
-                    self.store.add_answer(source, request.key, sample, answer)
-                    requests.answered(request.key, sample)
-                    bar.update()
+                for answers in _together(sampler, itertools.chain([first], reading)):
+                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers])
+                    for request, sample, _ in answers:
+                        requests.answered(request.key, sample)
+                    bar.update(len(answers))
                     _show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
@@ -290,6 +291,12 @@ class _Build:
             total = total // self.shard[1]  # about so many
         with _Bar(desc=name, total=total, unit="", disable=not self.show_progress, smoothing=0.05) as bar:
             yield bar
+
+
+def _together(sampler: Any, requests: Iterator[Request]) -> Iterator[list[tuple[Request, int, Answer]]]:
+    """Answers as they arrive, in lists of those that are stored all or none."""
+    replies = getattr(sampler, "sample_replies", None)
+    return replies(requests) if callable(replies) else ([answer] for answer in sampler.sample(requests))
 
 
 def _look_up(source: str, sampler: Sampler, samples: int, requests: list[Request]) -> list[list[Answer]]:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, Literal, get_args
 
-from trl_kd.pairs.prompts import without_nulls
 from trl_kd.pairs.rows import pair_row
 from trl_kd.sampling import Answer, Text
+from trl_kd.sampling.nulls import without_nulls
 
 
 Policy = Literal["teacher_vs_student", "best_vs_worst", "all"]

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_kd.sampling import Text
+from trl_kd.sampling.nulls import without_nulls
 
 
 BATCH_SIZE = 1000
@@ -85,13 +86,6 @@ def _plain(value: Any) -> str:
         return value.hex()
     # Dates and decimals read well; the default of most other objects holds an address, which changes with every run
     return str(value) if type(value).__str__ is not object.__str__ else type(value).__qualname__
-
-
-def without_nulls(value: Any) -> Any:
-    """Leaves out fields that are null, at any depth: Arrow adds them where messages have different fields."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_messages(prompt: Any) -> bool:

@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
@@ -75,12 +75,16 @@ class AnswerStore:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / DATABASE
-        Path(folder).mkdir(parents=True, exist_ok=True)
         self._mutex = threading.RLock()  # a sampler may read its requests in a thread of its own
         self._timer: threading.Timer | None = None
         self._pending = 0
         self._counted: tuple[str, Usage, Usage, Usage] | None = None
-        self._lock = lock_folder(folder)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Claims the folder and opens its database."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.path.parent)
         self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
             with self._guard():
@@ -94,9 +98,8 @@ class AnswerStore:
         execute = self._connection.execute
         self._is_grouped = is_network_folder(self.path.parent)
         execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
-        execute(
-            "PRAGMA synchronous = NORMAL"
-        )  # a killed process loses nothing; under WAL a power cut may cost a second
+        # A killed process loses nothing; under WAL a power cut may cost a second
+        execute("PRAGMA synchronous = NORMAL")
         version = execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, FORMAT):
             raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
@@ -258,9 +261,15 @@ class AnswerStore:
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
-        text = _well_formed(json.dumps(answer.text, ensure_ascii=False))
-        row = (source, bytes.fromhex(key), sample, text, answer.finish_reason, answer.tokens)
-        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", [row])
+        self.add_answers(source, [(key, sample, answer)])
+
+    def add_answers(self, source: str, answers: Iterable[tuple[str, int, Answer]]) -> None:
+        """Stores answers, each with its prompt's key and its sample's number, in one transaction: all of them or none."""
+        rows = []
+        for key, sample, answer in answers:
+            text = _well_formed(json.dumps(answer.text, ensure_ascii=False))
+            rows.append((source, bytes.fromhex(key), sample, text, answer.finish_reason, answer.tokens))
+        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:
         """The stored answers 0 … `samples` − 1 to each of the prompts named by `keys`, by sample."""

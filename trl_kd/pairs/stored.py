@@ -1,17 +1,17 @@
 """What a folder of pairs holds already, for those who only look."""
 
 import sqlite3
-import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from trl_kd.pairs.store import DATABASE, FORMAT, TABLES, AnswerStore, StoreError
+from trl_kd.pairs.store import FORMAT, TABLES, AnswerStore, StoreError
 
 
 class StoredAnswers(AnswerStore):
     """
-    The answers and labels of a folder, read without a lock, also while another process writes them. Nothing is written.
+    The answers and labels of a folder, read without a lock, also while another process writes them. Nothing is written:
+    what it is given to store is dropped.
 
     Args:
         folder (`str` or `Path`):
@@ -21,9 +21,7 @@ class StoredAnswers(AnswerStore):
         `StoreError`: the database is damaged or of another version.
     """
 
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / DATABASE
-        self._mutex = threading.RLock()
+    def _connect(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         self._connection.executescript(TABLES)
         if not self.path.exists():
@@ -49,8 +47,8 @@ class StoredAnswers(AnswerStore):
         with self._guard():
             return self._connection.execute(query, (self._preference,)).fetchone()[0]
 
-    def add_labels(self, labels: dict[bytes, float | None]) -> None:
-        """They are not kept."""
+    def commit(self) -> None:
+        """There is nothing to commit."""
 
-    def _note(self, values: dict[str, Any]) -> None:
-        """Today's settings are not remembered."""
+    def _write(self, statement: str, rows: Sequence[tuple]) -> None:
+        """Nothing is kept: no answer, no label, no setting."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers import AutoConfig, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
 from trl_kd.preferences.tokens import template_options, tokenize_response
 from trl_kd.sampling import Text
+from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 
 
@@ -113,7 +113,9 @@ class ModelPreference(ScoredPreference):
     def model(self) -> Any:
         """The model, loaded when it is first needed."""
         if self._model is None:
-            model = self._given if self._given is not None else self._load()
+            model = self._given
+            if model is None:
+                model = load_model(self.name, self.init_kwargs, self.architecture)
             # Sequence classification finds a row's last token by comparing with this
             model.config.get_text_config().pad_token_id = self.pad_id
             self._model = model.eval()
@@ -127,19 +129,6 @@ class ModelPreference(ScoredPreference):
         """Raises what the tokenizer raises for such prompts, for want of a chat template say."""
         for index, prompt in enumerate(prompts):
             tokenize_response(self.tokenizer, prompt, ".", template_options(columns, index))
-
-    def _load(self) -> PreTrainedModel:
-        kwargs = dict(self.init_kwargs)
-        quantization = {
-            name: kwargs.pop(name) for name in list(kwargs) if name.startswith(("load_in_", "bnb_", "llm_int8_"))
-        }
-        if quantization:
-            if not is_bitsandbytes_available():
-                raise ImportError(
-                    f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
-                )
-            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
-        return _trl.create_model_from_path(self.name, architecture=self.architecture, **kwargs)
 
     def close(self) -> None:
         """Gives the memory of the weights back. A later score loads them again."""

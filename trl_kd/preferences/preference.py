@@ -27,7 +27,9 @@ class Preference(Protocol):
         `list[float | None]`: P(first ≻ second) in [0, 1]: ½ for a tie, `None` where nothing is known.
 
     A preference function may have a method `describe() -> dict`, everything that its labels depend on, as JSON and without
-    secrets; otherwise its qualified name says who it is.
+    secrets; otherwise its qualified name says who it is. It may also have a method `check_rows(prompts, **columns)`, which
+    is given the first rows before a model is loaded or anything asked, and raises a `ValueError` for what it could not work
+    with; of one without it is checked only whether it can be called with such columns.
     """
 
     def __call__(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers import PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.sampling.decoding import Batch, Prompt, Row
+from trl_kd.sampling.loading import QUANTIZATION, load_model
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,
@@ -32,7 +32,6 @@ from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
-QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
 
 
 class LocalSampler:
@@ -148,15 +147,7 @@ class LocalSampler:
             encode_prompt(self.tokenizer, request, self._template_options)
 
     def _load(self) -> Any:
-        kwargs = dict(self._options)
-        quantization = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(QUANTIZATION)}
-        if quantization:
-            if not is_bitsandbytes_available():
-                raise ImportError(
-                    f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
-                )
-            kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
-        model = _trl.create_model_from_path(self.name, **kwargs)
+        model: Any = load_model(self.name, self._options)
         if self.adapter is not None:
             model = PeftModel.from_pretrained(model, self.adapter)
         return model.eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from trl_kd.sampling.nulls import without_nulls
 from trl_kd.sampling.sampler import Request
 
 
@@ -45,8 +46,8 @@ def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, 
         tools = request.columns.get("tools")
         ends_open = request.prompt[-1]["role"] == "assistant"
         ids = tokenizer.apply_chat_template(
-            [_without_nulls(message) for message in request.prompt],
-            tools=_without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None,
+            without_nulls(request.prompt),
+            tools=without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None,
             add_generation_prompt=not ends_open,
             continue_final_message=ends_open,
             tokenize=True,
@@ -57,15 +58,6 @@ def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, 
         return list(ids)
     # A model needs something to go on: an empty text begins like any other
     return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
-
-def _without_nulls(value: Any) -> Any:
-    """A table fills every key that any of its rows has with nulls, which templates would print."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def decode_answer(tokenizer: Any, request: Request, prompt_ids: list[int], ids: list[int]) -> str:

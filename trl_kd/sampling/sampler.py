@@ -102,5 +102,11 @@ class Sampler(Protocol):
 
         An answer that could not be had (a server that stays down) raises after what is under way has been yielded; a
         later call asks again.
+
+        `requests` may be read in a thread of the sampler's own (`trl_kd.sampling.reading`), so that what has arrived does
+        not wait for a slow source: what is behind them must bear that. Answers are yielded in the caller's thread.
+
+        A sampler that draws several answers by one seed may also have `sample_replies(requests)`, which yields them in lists
+        `[(request, sample, answer), ...]`: those in a list are stored all or none.
         """
         ...

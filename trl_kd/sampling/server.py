@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient
+from trl_kd.sampling.nulls import without_nulls
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text
 from trl_kd.sampling.server_errors import ServerError
 
@@ -18,7 +19,10 @@ logger = logging.getLogger(__name__)
 REFUSALS = ("content_filter", "content_policy_violation")
 """Codes of errors that are a server's last word on one prompt, and no fault of the settings."""
 
-Emit = Callable[[tuple[Request, int, Answer]], None]
+Reply = list[tuple[Request, int, Answer]]
+"""The answers of one reply of a server: those to the samples that one request was for."""
+
+Emit = Callable[[Reply], None]
 
 
 class ServerSampler:
@@ -110,14 +114,20 @@ class ServerSampler:
             `BudgetExceeded`: a cap of the client is reached.
             `ValueError`: a conversation for the plain completions endpoint.
         """
+        for reply in self.sample_replies(requests):
+            yield from reply
+
+    def sample_replies(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """As `sample`, with the answers of each reply together. They must be stored so too: the seed of a reply is that of
+        its first sample, and another, if it alone were asked for again, would have another seed."""
         return self.client.run(requests, self._answer)
 
     async def _answer(self, ask: Ask, request: Request, emit: Emit) -> None:
         texts: list[Text | None] = []
 
-        def keep(sample: int, answer: Answer) -> None:
-            texts.append(answer.text)
-            emit((request, sample, answer))
+        def keep(answers: list[tuple[int, Answer]]) -> None:
+            texts.extend(answer.text for _, answer in answers)
+            emit([(request, sample, answer) for sample, answer in answers])
 
         await self._ask(ask, request, self._body(request), tuple(request.samples), keep)
         if len(texts) > 1 and self.settings.temperature > 0 and not self._warned and texts[0] is not None:
@@ -138,7 +148,7 @@ class ServerSampler:
         request: Request,
         body: dict[str, Any],
         samples: tuple[int, ...],
-        keep: Callable[[int, Answer], None],
+        keep: Callable[[list[tuple[int, Answer]]], None],
     ) -> None:
         """Asks for samples in as few requests as the server allows, side by side, until all are there."""
         size = min(len(samples), self._most_choices or len(samples))
@@ -146,8 +156,8 @@ class ServerSampler:
 
         async def ask_part(part: tuple[int, ...]) -> None:
             answers = await self._choices(ask, request, body, part)
-            for sample, answer in zip(part, answers, strict=False):  # a server may also give more than asked
-                keep(sample, answer)
+            if answers:
+                keep(list(zip(part, answers, strict=False)))  # a server may also give more than asked
             rest = part[len(answers) :]
             if rest:
                 # A server that ignores or caps `n`: the others are asked for in parts of what it gave
@@ -206,12 +216,12 @@ class ServerSampler:
         if isinstance(request.prompt, str):  # its answer must be a text, and not a call of a tool
             messages, tools = [{"role": "user", "content": request.prompt}], None
         else:
-            messages, tools = _without_none(request.prompt), request.columns.get("tools")
+            messages, tools = without_nulls(request.prompt), request.columns.get("tools")
         if self.system_prompt is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if isinstance(tools, str):
             tools = json.loads(tools)
-        body |= {"messages": messages, "tools": _without_none(tools) or None}
+        body |= {"messages": messages, "tools": without_nulls(tools) or None}
         template = self.chat_template_kwargs | (request.columns.get("chat_template_kwargs") or {})
         return body | {"chat_template_kwargs": template or None}
 
@@ -242,13 +252,6 @@ def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
             arguments = json.loads(arguments)
         calls.append({"type": "function", "function": {"name": function.get("name"), "arguments": arguments}})
     return calls
-
-
-def _without_none(value: Any) -> Any:
-    """Arrow fills what some rows lack with None, which servers refuse."""
-    if isinstance(value, dict):
-        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _beginning(prompt: Text) -> str:

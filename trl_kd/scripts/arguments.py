@@ -1,7 +1,7 @@
-"""Arguments of the training commands: a YAML file, the command line on top of it, and no key that nobody knows.
+"""Arguments of the commands: a YAML file, the command line on top of it, and no key that nobody knows.
 
-They are TRL's, read by TRL's parser. On top of it: values from the file are checked as those from the command line, a
-key that neither the command nor `accelerate launch` knows is an error, and so is an abbreviation.
+They are read by TRL's parser. On top of it: values from the file are checked as those from the command line, a key that
+neither the command nor, where that is used, `accelerate launch` knows is an error, and so is an abbreviation.
 """
 
 import argparse
@@ -60,10 +60,14 @@ class Parsed:
 
 
 def parse(
-    dataclass_types: Iterable[type], argv: list[str], prog: str, required: Mapping[str, str] | None = None
+    dataclass_types: Iterable[type],
+    argv: list[str],
+    prog: str,
+    required: Mapping[str, str] | None = None,
+    is_launched: bool = True,
 ) -> Parsed:
     """
-    Reads the arguments of a training command.
+    Reads the arguments of a command.
 
     Args:
         dataclass_types (`Iterable[type]`):
@@ -74,11 +78,13 @@ def parse(
             Name of the command in messages.
         required (`Mapping[str, str]`, *optional*):
             Keys that must have a value, with what to say to whom leaves them out.
+        is_launched (`bool`, *optional*, defaults to `True`):
+            Whether the command may run under `accelerate launch`, so that it takes its keys too.
 
     Raises:
         `InputError`: an unknown key, or a value that a field cannot have.
     """
-    parser = _Parser(dataclass_types, prog)
+    parser = _Parser(dataclass_types, prog, is_launched)
     path, rest = _take_config(argv, prog)
     from_file = [] if path is None else parser.read_config(path)
     # Keys first: a dataclass may refuse a value for the very reason that a key was misspelt
@@ -127,19 +133,24 @@ def _without(words: list[str], taken: list[str]) -> list[str]:
 
 
 class _Parser(TrlParser):
-    def __init__(self, dataclass_types: Iterable[type], prog: str):
+    def __init__(self, dataclass_types: Iterable[type], prog: str, is_launched: bool):
         self.types = list(dataclass_types)
+        self.is_launched = is_launched
+        passed_on = "Keys of `accelerate launch` (--num_processes, --gpu_ids, ...) are passed on to it. "
         super().__init__(
             self.types,
             prog=prog,
             allow_abbrev=False,
             usage=f"{prog} [--config FILE.yaml] [--key value ...]",
-            epilog="Every key may stand in the YAML file of --config; the command line wins. Keys of `accelerate "
-            "launch` (--num_processes, --gpu_ids, ...) are passed on to it. --traceback shows where an error is from.",
+            epilog="Every key may stand in the YAML file of --config; the command line wins. "
+            f"{passed_on if is_launched else ''}--traceback shows where an error is from.",
         )
 
     def error(self, message: str):
         refuse(message)
+
+    def _launch_options(self) -> dict[str, argparse.Action]:
+        return launch_options() if self.is_launched else {}
 
     # ---- The file --------------------------------------------------------------------------------
 
@@ -164,7 +175,7 @@ class _Parser(TrlParser):
         return launch_args
 
     def _launch_words(self, key: Any, value: Any, path: str) -> list[str]:
-        action = launch_options().get(f"--{key}")
+        action = self._launch_options().get(f"--{key}")
         if action is None:
             raise InputError(f"unknown key `{key}` in {path}: {self._advice(str(key))}")
         if value is None or (action.nargs == 0 and value is False):
@@ -179,7 +190,7 @@ class _Parser(TrlParser):
         for word in remaining:
             if word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word):
                 name = word.split("=")[0]
-                owner = launch_options().get(name)
+                owner = self._launch_options().get(name)
                 if owner is None:
                     raise InputError(f"unknown key `{name}`: {self._advice(name.lstrip('-').replace('-', '_'))}")
                 if "=" in word:
@@ -189,7 +200,7 @@ class _Parser(TrlParser):
 
     def _advice(self, key: str) -> str:
         ours = [option for action in self._actions for option in action.option_strings]
-        names = {option[2:]: option for option in [*ours, *launch_options(), "--config", "--traceback"]}
+        names = {option[2:]: option for option in [*ours, *self._launch_options(), "--config", "--traceback"]}
         known = [name for name in names if "-" not in name]
         close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, n=1)
         return f"did you mean `{close[0]}`?" if close else f"`{self.prog} --help` lists the keys."

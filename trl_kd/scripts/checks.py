@@ -14,11 +14,14 @@ from trl_kd.scripts.data import looks_like_path
 from trl_kd.scripts.errors import InputError, one_line
 
 
-def check_arguments(script_args: TrainingScriptArguments, training_args: Any, model_args: Any, mixture: Any) -> None:
-    """Raises for arguments that are missing or do not go together, and settles `resume_from_checkpoint`."""
+def check_arguments(
+    script_args: TrainingScriptArguments, training_args: Any, model_args: Any, mixture: Any, rows: str
+) -> None:
+    """Raises for arguments that are missing or do not go together, and settles `resume_from_checkpoint`. `rows` says what
+    the dataset has: "pairs" or "prompts"."""
     if not mixture.datasets and not script_args.dataset_name:
         raise InputError(
-            "neither `dataset_name` nor `datasets` is set: give the pairs, a Hub id, a folder or a file, or a mixture."
+            f"neither `dataset_name` nor `datasets` is set: give the {rows}, a Hub id, a folder or a file, or a mixture."
         )
     if mixture.datasets and script_args.dataset_name:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Where a training command's pairs come from: the Hub, a saved folder, a folder of files, or one file."""
+"""Where a command's rows come from: the Hub, a saved folder, a folder of files, or one file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from trl_kd.scripts.errors import InputError, one_line
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_pairs(
+def load_datasets(
     script_args: ScriptArguments, mixture: DatasetMixtureConfig, with_eval: bool
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """
@@ -69,22 +69,29 @@ def _split(splits: Any, name: str, field: str, source: str) -> Any:
     return splits[name]
 
 
-def load_split(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+def load_split(
+    name: str,
+    config: str | None,
+    split: str,
+    streaming: bool,
+    field: str = "dataset_name",
+    split_field: str = "dataset_split",
+) -> Dataset | IterableDataset:
     """Loads one split of a Hub id, a folder written by `save_to_disk`, a folder of data files, or a data file.
 
     Raises:
-        `InputError`: no such source, no such split, or a file that cannot be read.
+        `InputError`: no such source, no such split, or a file that cannot be read. It names the `field` or `split_field`.
     """
-    source = f"`dataset_name` = {name!r}"
+    source = f"`{field}` = {name!r}"
     try:
-        splits = _load(name, config, streaming)
+        splits = _load(name, config, streaming, field)
     except InputError:
         raise
     except Exception as error:
         raise _unreadable(source, error) from error
     if len(splits) == 1 and split == "train":
         split = next(iter(splits))  # the only one there is
-    return _split(splits, split, "dataset_split", source)
+    return _split(splits, split, split_field, source)
 
 
 def _unreadable(source: str, error: Exception) -> InputError:
@@ -99,39 +106,39 @@ def _load_named(script_args: ScriptArguments) -> Any:
     return _load(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
-def _load(name: str, config: str | None, streaming: bool) -> Any:
+def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_name") -> Any:
     options: dict[str, Any] = {"streaming": streaming}
     path = Path(name).expanduser()
     if path.is_file():
         builder = BUILDERS.get(path.suffix)
         if builder is None:
-            raise InputError(f"`dataset_name` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
+            raise InputError(f"`{field}` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
         return load_dataset(builder, data_files=str(path), **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _load_saved(path, streaming)
+            return _load_saved(path, streaming, field)
         if not any(file.suffix in BUILDERS for file in path.rglob("*")):
             raise InputError(
-                f"`dataset_name` is the folder {name!r}, which holds neither a saved dataset nor "
+                f"`{field}` is the folder {name!r}, which holds neither a saved dataset nor "
                 f"{', '.join(BUILDERS)} files."
             )
         return load_dataset(str(path), name=config, **options)
     if looks_like_path(name) or path.suffix in BUILDERS:
-        raise InputError(f"`dataset_name` is {name!r}: no such file or folder.")
+        raise InputError(f"`{field}` is {name!r}: no such file or folder.")
     try:
         return load_dataset(name, name=config, **options)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"`dataset_name` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "
+            f"`{field}` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "
             f"be loaded: {one_line(error)}"
         ) from error
 
 
-def _load_saved(path: Path, streaming: bool) -> Any:
+def _load_saved(path: Path, streaming: bool, field: str) -> Any:
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # how `datasets` says that a split was saved without rows
-        raise InputError(f"`dataset_name` is {str(path)!r}, which is empty: it needs at least one row.") from error
+        raise InputError(f"`{field}` is {str(path)!r}, which is empty: it needs at least one row.") from error
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
     return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
 

@@ -41,10 +41,7 @@ PUSHED = ["README.md", "pairs.html", "summary.json", "data/*.parquet"]
 
 def main(argv: list[str]) -> int:
     """Checks the arguments, builds or merges, and says what came of it."""
-    parsed = parse((PairsArguments,), argv, PROG)
-    if parsed.launch_args:
-        raise InputError(f"unknown key `{parsed.launch_args[0]}`: `{PROG} --help` lists the keys.")
-    args: PairsArguments = parsed.values[0]
+    args: PairsArguments = parse((PairsArguments,), argv, PROG, is_launched=False).values[0]
     check(args)
     assert args.output_dir is not None
     if args.push_to_hub:

@@ -42,6 +42,8 @@ class PairsArguments:
     teacher_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the teacher's server.")
     teacher_timeout: float = _field(600.0, "Seconds until a request to the teacher's server is given up.")
     teacher_max_retries: int = _field(5, "How often a request to the teacher's server that fails is tried again.")
+    teacher_price_in: float | None = _field(None, "`price_in` of the teacher, where it is another.")
+    teacher_price_out: float | None = _field(None, "`price_out` of the teacher, where it is another.")
     teacher_completions: bool = _field(False, "Continue text by the server's plain completions, without a chat.")
     teacher_extra_body: str | None = _field(
         None, "JSON: fields of each request to the teacher's server; null drops one."
@@ -65,6 +67,8 @@ class PairsArguments:
     student_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the student's server.")
     student_timeout: float = _field(600.0, "Seconds until a request to the student's server is given up.")
     student_max_retries: int = _field(5, "How often a request to the student's server that fails is tried again.")
+    student_price_in: float | None = _field(None, "`price_in` of the student, where it is another.")
+    student_price_out: float | None = _field(None, "`price_out` of the student, where it is another.")
     student_completions: bool = _field(False, "Continue text by the server's plain completions, without a chat.")
     student_extra_body: str | None = _field(
         None, "JSON: fields of each request to the student's server; null drops one."
@@ -95,6 +99,8 @@ class PairsArguments:
     judge_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the judge's server.")
     judge_timeout: float = _field(600.0, "Seconds until a request to the judge's server is given up.")
     judge_max_retries: int = _field(5, "How often a request to the judge's server that fails is tried again.")
+    judge_price_in: float | None = _field(None, "`price_in` of the judge, where it is another.")
+    judge_price_out: float | None = _field(None, "`price_out` of the judge, where it is another.")
     judge_completions: bool = _field(False, "Continue the template by the server's plain completions, without a chat.")
     judge_extra_body: str | None = _field(None, "JSON: fields of each request to the judge's server; null drops one.")
     judge_template: str | None = _field(None, "File with what the judge is asked.")
@@ -107,8 +113,8 @@ class PairsArguments:
     )
     max_tokens: int | None = _field(None, "Most prompt and completion tokens of each of them, likewise.")
     max_cost: float | None = _field(None, "Most money for each of them, likewise, at the prices given.")
-    price_in: float | None = _field(None, "Price of a million prompt tokens.")
-    price_out: float | None = _field(None, "Price of a million completion tokens.")
+    price_in: float | None = _field(None, "Price of a million prompt tokens, for each of them.")
+    price_out: float | None = _field(None, "Price of a million completion tokens, likewise.")
 
     policy: Literal["teacher_vs_student", "best_vs_worst", "all"] = _field(
         "teacher_vs_student", "Which answers make pairs."
@@ -129,10 +135,14 @@ class PairsArguments:
 SOURCES = ("teacher", "student")
 
 # What an option is for; set in vain it is refused
-_OF_SERVER = ("base_url", "api_key_env", "timeout", "max_retries", "completions", "extra_body", "system_prompt")
+_PRICES = ("price_in", "price_out")
+_OF_SERVER = (
+    *("base_url", "api_key_env", "timeout", "max_retries", "completions", "extra_body", "system_prompt"),
+    *_PRICES,
+)
 _OF_LOADING = ("adapter", "model_init_kwargs")
 _OF_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "chat_template_kwargs", "seed")
-_OF_ASKING = ("max_concurrency", "max_requests", "max_tokens", "max_cost", "price_in", "price_out")
+_OF_ASKING = ("max_concurrency", "max_requests", "max_tokens", "max_cost", *_PRICES)
 _OF_PREFERENCES = {
     "preference_scale": ("verifier", "reward_model", "likelihood"),
     "preference_model_init_kwargs": ("reward_model", "likelihood"),
@@ -367,7 +377,9 @@ def _client(args: PairsArguments, who: str) -> Any:
     from trl_kd.sampling.client import ServerClient
 
     own = {name: getattr(args, f"{who}_{name}") for name in ("base_url", "api_key_env", "timeout", "max_retries")}
-    return ServerClient(**own, **{name: getattr(args, name) for name in _OF_ASKING})
+    prices = {name: getattr(args, f"{who}_{name}") for name in _PRICES}
+    shared = {name: getattr(args, name) for name in _OF_ASKING if prices.get(name) is None}
+    return ServerClient(**{**prices, **shared, **own})
 
 
 def _json(args: PairsArguments, name: str) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""What the commands that train share: arguments, a launcher where it matters, training, and the student saved, with its
+card, and pushed."""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from trl_kd.scripts.arguments import Parsed, parse
+from trl_kd.scripts.checks import model_error
+from trl_kd.scripts.errors import InputError, bad_input, report
+from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """
+    A command that trains, built like `trl dpo`.
+
+    Args:
+        name (`str`):
+            Name of the command; that of its module, with underscores for hyphens.
+        arguments (`tuple[type, ...]`):
+            Dataclasses of its arguments: the script's, the trainer's, the model's and the mixture's.
+        required (`Mapping[str, str]`):
+            Keys that must have a value, with what to say to whom leaves them out.
+        check (`Callable`):
+            Is given an instance of each, and raises for arguments that do not go together.
+        make_trainer (`Callable`):
+            Is given the same, and makes the trainer.
+        dry_run (`Callable`):
+            Is given the same and the number of processes, and returns what is to be printed.
+    """
+
+    name: str
+    arguments: tuple[type, ...]
+    required: Mapping[str, str]
+    check: Callable[..., None]
+    make_trainer: Callable[..., Any]
+    dry_run: Callable[..., str]
+
+    @property
+    def prog(self) -> str:
+        return f"trl-kd {self.name}"
+
+    @property
+    def module(self) -> str:
+        return f"trl_kd.scripts.{self.name.replace('-', '_')}"
+
+    def main(self, argv: list[str]) -> int:
+        """Checks the arguments, then trains: in this process, or under `accelerate launch` where that matters."""
+        parsed = self._parse(argv)
+        script_args, training_args, *_ = parsed.values
+        launch_args = resolve_config(script_args.accelerate_config) + parsed.launch_args
+        if script_args.dry_run:
+            with bad_input():
+                processes = planned_processes(launch_args, training_args.use_cpu)
+                print(self.dry_run(*parsed.values, processes))
+            return 0
+        if needs_launcher(launch_args, training_args.use_cpu):
+            return launch(self.module, parsed.script_args, launch_args)
+        return self.train(*parsed.values)
+
+    def run_module(self) -> None:
+        """What launchers start: `python -m` of the command's module trains in this process."""
+        words = [word for word in sys.argv[1:] if word != "--traceback"]
+        raise SystemExit(report(lambda: self.train_here(words), self.prog, "--traceback" in sys.argv))
+
+    def train_here(self, argv: list[str]) -> int:
+        """Trains in this process, which a launcher has started or nobody."""
+        parsed = self._parse(argv)
+        if parsed.command_line:
+            raise InputError(
+                f"`{parsed.command_line[0]}` is for a launcher: use `{self.prog}`, or give it to `accelerate launch` or "
+                "torchrun."
+            )
+        return self.train(*parsed.values)
+
+    def _parse(self, argv: list[str]) -> Parsed:
+        # transformers renames an argument that TRL sets; whoever trains can do nothing about it
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
+        )
+        parsed = parse(self.arguments, argv, self.prog, self.required)
+        with bad_input():
+            self.check(*parsed.values)
+        return parsed
+
+    def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
+        """Trains, saves the student with its card, and pushes it where `push_to_hub` says so."""
+        with bad_input():
+            trainer = self.make_trainer(script_args, training_args, model_args, mixture)
+
+        if script_args.ignore_bias_buffers:
+            import torch
+
+            trainer.model._ddp_params_and_buffers_to_ignore = [
+                name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+            ]
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.accelerator.print("Training completed.")
+
+        trainer.save_model(training_args.output_dir)
+        dataset_name = _hub_dataset(script_args.dataset_name)
+        trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
+        trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=dataset_name)
+            trainer.accelerator.print(f"Model pushed to the Hub: https://huggingface.co/{trainer.hub_model_id}.")
+
+        # What `trainer.end()` does, but DDP goes before its process group: were its reducer the last to hold a gloo
+        # group, it would wait, with the interpreter's lock, for a thread that needs this lock
+        accelerator = trainer.accelerator
+        del trainer
+        accelerator.free_memory()
+        accelerator.end_training()
+        return 0
+
+
+def build_trainer(trainer_class: type, training_args: Any, model_args: ModelConfig, **datasets: Any) -> Any:
+    """
+    Makes a trainer of the student that the arguments name.
+
+    Args:
+        trainer_class (`type`):
+            Class of the trainer.
+        training_args (`TrainingArguments`):
+            Its settings, which get the student's `model_init_kwargs`.
+        model_args ([`~trl.ModelConfig`]):
+            The student, its quantisation and LoRA.
+        **datasets:
+            Its keyword arguments that are datasets.
+
+    Raises:
+        `InputError`: a model cannot be read; the message names its field.
+        `ValueError`: what else the trainer refuses, in its own words.
+    """
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    models = _models(training_args, model_args)
+    try:
+        return trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            **datasets,
+        )
+    except (OSError, ValueError) as error:
+        unreadable = isinstance(error, (OSError, HFValidationError)) or "Unrecognized" in str(error)
+        if not unreadable:  # the trainer's own sentence
+            raise
+        raise _explained(error, models, training_args.push_to_hub) from error
+
+
+def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """Arguments of the student's `from_pretrained`; `model_init_kwargs` wins over the fields of `ModelConfig`."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def _models(training_args: Any, model_args: ModelConfig) -> dict[str, str]:
+    """The models that are named, by their fields."""
+    named = {
+        "teacher_model_name_or_path": training_args.teacher_model_name_or_path,
+        "model_name_or_path": model_args.model_name_or_path,
+    }
+    return {field: name for field, name in named.items() if name is not None}
+
+
+def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Exception:
+    """What the trainer refused, with the field to look at where a model cannot be read."""
+    named = [field for field, name in models.items() if name in str(error)]
+    if not named and (len(models) > 1 or pushes):  # better no field than a wrong one
+        return error
+    field = (named or list(models))[0]
+    return model_error(field, models[field], error)
+
+
+def _hub_dataset(name: str | None) -> str | None:
+    """The dataset's name for the model card, which knows those of the Hub only."""
+    return None if name is None or Path(name).expanduser().exists() else name
