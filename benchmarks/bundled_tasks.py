@@ -18,7 +18,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from trl_kd.scripts.demo import NAMES as DEMO_NAMES
-from trl_kd.scripts.demo_experiment import METHODS, VERIFIED, Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo_methods import METHODS, VERIFIED
 from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, write_json

@@ -25,7 +25,7 @@ def test_import_is_lazy():
 def test_public_names_resolve():
     for name in trl_kd.__all__:
         assert getattr(trl_kd, name) is not None
-    with pytest.raises(AttributeError, match="the public names are PbKDConfig"):
+    with pytest.raises(AttributeError, match="the public names are MMPbKDConfig"):
         _ = trl_kd.NoSuchTrainer
 
 

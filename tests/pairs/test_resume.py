@@ -1,7 +1,9 @@
 """Nothing lost and nothing asked twice: exceptions, `kill -9`, changed settings."""
 
 import hashlib
+import os
 import random
+import signal
 import time
 from collections import Counter
 
@@ -11,6 +13,7 @@ from datasets import Dataset
 from tests.pairs.fakes import Longer, Source, processes
 from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
+from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.sampling.client import ServerClient
 from trl_kd.sampling.server import ServerSampler
@@ -92,6 +95,44 @@ def test_kill_9_at_20_points(tmp_path):
         assert again.total() <= 4 * 2 * AT_ONCE
         asked_again += again.total()
     assert asked_again > 0
+
+
+def several(body, number):
+    """A server that honours `n`: its choices depend on the seed of the request, and on their place."""
+    content = body["messages"][-1]["content"]
+    return chat(*(f"{content} {body['seed']} {place}" for place in range(body.get("n", 1))))
+
+
+def build_in_several(folder, url):
+    return build(folder, None, student=ServerSampler("student", ServerClient(url, max_concurrency=AT_ONCE)))
+
+
+def build_until_a_second_choice(folder, url):
+    """Is killed, as by `kill -9`, while the second choice of a reply is on its way into the database."""
+    opened = AnswerStore._open
+
+    def deadly(store):
+        opened(store)
+        store._connection.create_function("die", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        store._connection.execute(
+            "CREATE TEMP TRIGGER deadly BEFORE INSERT ON answers WHEN NEW.source = 'student' AND NEW.sample = 1 "
+            "BEGIN SELECT die(); END"
+        )
+
+    AnswerStore._open = deadly
+    build_in_several(folder, url)
+
+
+def test_kill_9_between_two_choices_of_one_reply(tmp_path):
+    with FaultServer(several) as server:
+        whole = build_in_several(tmp_path / "whole", server.url).to_list()
+        asked = Counter(body["seed"] for body in server.bodies)
+        process = processes().Process(target=build_until_a_second_choice, args=(tmp_path / "a", server.url))
+        process.start()
+        process.join()
+        assert process.exitcode == -9
+        assert build_in_several(tmp_path / "a", server.url).to_list() == whole
+        assert {body["seed"] for body in server.bodies} == set(asked)  # no answer by another seed
 
 
 @pytest.mark.parametrize("source", ["teacher", "student"])

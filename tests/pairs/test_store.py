@@ -148,6 +148,20 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     again.close()
 
 
+def test_answers_of_one_reply_are_stored_all_or_none(tmp_path):
+    store = AnswerStore(tmp_path)
+    store.check_settings(SETTINGS)
+    store.add_answers("teacher", [(KEY, 0, Answer("x")), (KEY, 1, Answer("y"))])
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="is full"):
+        store.add_answers("teacher", [(OTHER, 0, Answer("x")), (OTHER, 1, Answer("x" * 100_000))])
+    store.close()
+    again = AnswerStore(tmp_path)
+    assert again.missing("teacher", [KEY, OTHER], 2) == {OTHER: (0, 1)}
+    again.close()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_while_rows_are_written(tmp_path):
     writer = PairWriter(tmp_path)

@@ -11,6 +11,7 @@ from tests.pairs.fakes import processes
 from trl_kd.pairs.store import AnswerStore, StoreError
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
+from trl_kd.sampling.budget import Usage
 
 
 KEY, OTHER = "0" * 32, "1" * 32
@@ -73,6 +74,30 @@ def test_a_folder_that_is_not_there_holds_nothing_and_is_not_made(tmp_path):
         assert stored.missing("teacher", [KEY], 1) == {KEY: (0,)}
         assert stored.label_count() == 0
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_it_is_given_is_dropped(tmp_path, is_there):
+    if is_there:
+        store = fill(tmp_path)
+        before = store.missing("teacher", [KEY, OTHER], 2)
+    with closing(StoredAnswers(tmp_path)) as stored:
+        stored.check_settings({**SETTINGS, "preference": {"kind": "another"}}, relabel=True)
+        usage = Usage()
+        stored.count_usage("teacher", usage)
+        usage.requests += 1
+        stored.add_answers("teacher", [(OTHER, 0, Answer("x")), (OTHER, 1, Answer("y"))])
+        stored.add_labels({b"k": 0.5})
+        assert stored.note_orders(0.5, 2) == (0.5, 2)
+        stored.commit()
+        assert stored.usage("teacher") == Usage()
+        assert stored.missing("teacher", [OTHER], 2) == {OTHER: (0, 1)}
+        assert stored.labels([b"k"]) == {}
+    if is_there:
+        assert store.missing("teacher", [KEY, OTHER], 2) == before
+        store.check_settings(SETTINGS)  # as it was
+        store.close()
+    assert (tmp_path / "answers.db").exists() == is_there
 
 
 def test_a_damaged_or_foreign_file_is_said(tmp_path):

@@ -164,6 +164,13 @@ def test_missing_choices_are_asked_for_with_other_seeds(most, expected):
         }
 
 
+@pytest.mark.parametrize(("most", "expected"), [(4, [[0, 1, 2, 3]]), (3, [[0, 1, 2], [3]]), (1, [[0], [1], [2], [3]])])
+def test_the_answers_of_one_reply_come_together(most, expected):
+    with FaultServer(lambda body, number: chat(*"abcd"[: min(body.get("n", 1), most)])) as server:
+        replies = list(ServerSampler("m", server.url).sample_replies([Request("k", "hi", (0, 1, 2, 3))]))
+    assert sorted([sample for _, sample, _ in reply] for reply in replies) == expected
+
+
 def test_a_server_that_ignores_n_is_soon_not_asked_for_n():
     with FaultServer(lambda body, number: chat(str(number))) as server:
         sampler = ServerSampler("m", ServerClient(server.url, max_concurrency=1))

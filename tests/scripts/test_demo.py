@@ -2,15 +2,17 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_kd.pairs import load_pairs
-from trl_kd.scripts import demo, demo_experiment
+from trl_kd.scripts import demo, demo_experiment, demo_methods
 from trl_kd.scripts.cli import main
 from trl_kd.scripts.demo_experiment import DemoSettings
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
+from trl_kd.tasks import load_task
 
 
 # A question that even a tiny model gets right now and then, with characters that a page has to escape
@@ -86,7 +88,7 @@ def test_goes_on_where_it_stopped(interrupted_then_finished):
 
 def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_finished):
     _, results, _ = interrupted_then_finished
-    methods = [results[method] for method in demo_experiment.METHODS]
+    methods = [results[method] for method in demo_methods.METHODS]
     assert [method["steps"] for method in methods] == [TINY.steps] * 4
     curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in methods]
     assert len({curve[0] for curve in curves}) == 1
@@ -94,30 +96,32 @@ def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_fini
     assert len({tuple(method["answers"]) for method in methods}) > 1
 
 
-def test_methods_learn_from_the_rows_they_should(interrupted_then_finished):
+def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task_file):
     folder, results, _ = interrupted_then_finished
     rows = load_pairs(folder / "size/seed0/pairs").to_list()
     counts = results["pairs"]
     assert (len(rows), counts["total"]) == (TINY.prompts, TINY.prompts)
     assert 0 < counts["strict"] < TINY.prompts
 
-    seqkd = demo_experiment._recipe("seqkd", rows)[2]
+    recipe = partial(demo_methods.recipe, rows=rows, teacher=folder, task=load_task(task_file, {}))
+    length = {"max_length": 128}
+    seqkd = recipe("seqkd").data
     assert list(seqkd["completion"]) == [row[row["teacher_side"]] for row in rows]
-    pbkd = demo_experiment._recipe("pbkd", rows)
-    assert pbkd[2].to_list() == [
+    pbkd = recipe("pbkd")
+    assert pbkd.data.to_list() == [
         {name: row[name] for name in ("prompt", "chosen", "rejected", "preference", "teacher_side")} for row in rows
     ]
-    assert pbkd[3] == {}
+    assert pbkd.settings == length
     right = [row[f"score_{row['teacher_side']}"] == 1 for row in rows]
     assert 0 < sum(right) < len(rows)
-    assert len(demo_experiment._recipe("seqkd_verified", rows)[2]) == sum(right)
-    verified = demo_experiment._recipe("pbkd_verified", rows)[2].to_list()
+    assert len(recipe("seqkd_verified").data) == sum(right)
+    verified = recipe("pbkd_verified").data.to_list()
     assert [row["teacher_side"] is not None for row in verified] == right
     assert [row["preference"] for row in verified] == [row["preference"] for row in rows]
     for method, extra in (("dpo", {}), ("dpo_sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]})):
-        recipe = demo_experiment._recipe(method, rows)
-        assert len(recipe[2]) == counts["strict"]
-        assert recipe[3] == extra
+        found = recipe(method)
+        assert len(found.data) == counts["strict"]
+        assert found.settings == length | extra
 
 
 def test_student_folder_loads_and_has_an_honest_card(interrupted_then_finished):

@@ -77,6 +77,22 @@ def test_options_become_parts():
     assert student._template_options == {"x": 1}
 
 
+def test_own_prices_go_before_the_shared_ones():
+    args = PairsArguments(
+        teacher="api:t", teacher_price_in=3.0, student="api:s", student_price_in=0.0, student_price_out=0.0,
+        preference="judge:j", judge_price_out=7.0, price_in=1.0, price_out=2.0, max_cost=5.0,
+    )  # fmt: skip
+    parts = make_sampler(args, "teacher"), make_sampler(args, "student"), make_preference(args)
+    budgets = [part.client.budget for part in parts]
+    assert [(budget.price_in, budget.price_out) for budget in budgets] == [(3.0, 2.0), (0.0, 0.0), (1.0, 7.0)]
+
+
+def test_a_cap_on_money_needs_a_price_of_each(folder, trl_kd):
+    words = ("--teacher", "api:t", "--student_column", "s", "--preference", "judge:j", "--max_cost", "1")
+    said = trl_kd(*command(*words, "--teacher_price_in", "1", "--teacher_price_out", "0")).error
+    assert "`preference` is 'judge:j': `max_cost` is 1.0 without prices" in said
+
+
 def test_the_pairing_seed_draws_other_pairs_of_the_same_answers(folder, trl_kd):
     rows = [{"prompt": f"{i}", "t": [f"t{j}" for j in range(6)], "s": [f"s{j}" for j in range(6)]} for i in range(6)]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -132,6 +148,11 @@ def test_bad_json_is_one_clear_line(folder, trl_kd, words, example, value):
         ),
         ((*COLUMNS, *WINS, "--judge_base_url", "http://x/v1"), "`judge_base_url` is set, but `preference`"),
         (
+            (*COLUMNS, *WINS, "--student_price_in", "1"),
+            "`student_price_in` is set, but `student` is None: .*api:MODEL",
+        ),
+        ((*COLUMNS, *WINS, "--judge_price_out", "1"), "`judge_price_out` is set, but `preference`"),
+        (
             (*COLUMNS, *WINS, "--preference_scale", "2"),
             "`preference_scale` is set, .*verifier or reward_model or likel",
         ),
@@ -176,7 +197,19 @@ def test_caps_hold_over_runs(folder, trl_kd):
 def test_help_says_each_option_in_a_line_or_two(trl_kd):
     done = trl_kd("pairs", "--help")
     assert done.code == 0
-    for word in ("extra_body", "timeout", "max_retries", "completions"):
+    for word in ("extra_body", "timeout", "max_retries", "completions", "price_in", "price_out"):
         for who in ("teacher", "student", "judge"):
             assert f"--{who}_{word}" in done.out
     assert "null drops one" in done.out
+
+
+def test_keys_of_a_launcher_are_not_for_this_command(folder, trl_kd):
+    assert "accelerate" not in trl_kd("pairs", "--help").out
+    assert "accelerate" in trl_kd("pbkd", "--help").out
+    assert "unknown key `--num_processes`" in trl_kd(*command(*COLUMNS, *WINS, "--num_processes", "2")).error
+    said = trl_kd(*command(*COLUMNS, *WINS, "--num_proceses", "2")).error
+    assert "unknown key `--num_proceses`" in said
+    assert "num_processes" not in said
+    (folder / "pairs.yaml").write_text("num_processes: 2\n")
+    said = trl_kd(*command(*COLUMNS, *WINS, "--config", "pairs.yaml")).error
+    assert "unknown key `num_processes` in pairs.yaml" in said

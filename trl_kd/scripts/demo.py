@@ -1,4 +1,4 @@
-"""`trl-kd demo`: distils a tiny student four ways on this machine, and shows what came of it."""
+"""`trl-kd demo`: distils a tiny student several ways on this machine, and shows what came of it."""
 
 import argparse
 import os
@@ -26,6 +26,14 @@ NAMES = {
 }
 """Rows of the table, in its order."""
 
+WHITE_BOX_NAMES = {
+    "forward_kl": "Forward KL",
+    "reverse_kl": "On-policy reverse KL",
+    "mm": "MM, no preferences",
+    "mm_pbkd": "MM-PbKD (ours)",
+}
+"""Further rows of `--white_box`: these students read the teacher's distributions."""
+
 
 def main(argv: list[str]) -> int:
     """
@@ -42,7 +50,7 @@ def main(argv: list[str]) -> int:
         [`~trl_kd.scripts.errors.InputError`]: an argument was refused, or the folder holds results of other settings.
     """
     arguments = _parser().parse_args(argv)
-    run(arguments.output_dir, seeds=arguments.seeds, tasks=arguments.tasks)
+    run(arguments.output_dir, seeds=arguments.seeds, tasks=arguments.tasks, white_box=arguments.white_box)
     return 0
 
 
@@ -51,6 +59,7 @@ def run(
     seeds: int = 1,
     tasks: list[str] | tuple[str, ...] = DEFAULT_TASKS,
     settings: "DemoSettings | None" = None,
+    white_box: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """
     Runs the demo, or what is missing of it, and prints its table and the paths of its results.
@@ -64,6 +73,8 @@ def run(
             Names of bundled tasks, or one's own as `"module:attribute"` or `"file.py:attribute"`.
         settings ([`~trl_kd.scripts.demo_experiment.DemoSettings`], *optional*):
             Sizes; the default takes some minutes a seed and task.
+        white_box (`bool`, *optional*, defaults to `False`):
+            Whether to distil also in the ways that read the teacher's distributions.
 
     Returns:
         `dict[str, list[dict]]`: for each task the results of each seed, stage by stage.
@@ -74,7 +85,7 @@ def run(
     results: dict[str, list[dict[str, Any]]] = {}
     for number, cell in enumerate(cells, 1):
         print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
-        results.setdefault(cell.task.name, []).append(cell.run())
+        results.setdefault(cell.task.name, []).append(cell.run(cell.methods(white_box)))
     _finish(output_dir, cells, results, time.monotonic() - started)
     return results
 
@@ -104,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="bundled tasks (running_sums, addition), or your own as module:attribute or file.py:attribute "
         f"(default: {' '.join(DEFAULT_TASKS)})",
+    )
+    parser.add_argument(
+        "--white_box",
+        action="store_true",
+        help="distil in four more ways, which read the teacher's distributions: forward KL, on-policy reverse KL, moment "
+        "matching without preferences, and MM-PbKD. Some five minutes more",
     )
     return parser
 
@@ -150,6 +167,11 @@ def _finish(output_dir: Path, cells: list[Any], results: dict[str, list[dict[str
     print(f"This run took {seconds / 60:.1f} minutes.")
 
 
+def rows(seeds: list[dict[str, Any]]) -> dict[str, str]:
+    """The models that there are results of, and their names, in the order of the table."""
+    return {key: name for key, name in (NAMES | WHITE_BOX_NAMES).items() if key in seeds[0]}
+
+
 def text_table(seeds: list[dict[str, Any]]) -> str:
     """The table of one task, for a terminal.
 
@@ -157,11 +179,12 @@ def text_table(seeds: list[dict[str, Any]]) -> str:
         seeds (`list[dict]`):
             Results of each seed, stage by stage.
     """
-    width = max(map(len, NAMES.values()))
+    names = rows(seeds)
+    width = max(map(len, names.values()))
     columns = [18 if len(seeds) > 1 else 22] * 2
     header = f"  {'':<{width}}  {'sampled':>{columns[0]}}  {'greedy':>{columns[1]}}"
     lines = [header]
-    for key, name in NAMES.items():
+    for key, name in names.items():
         sampled, greedy = (spread(seeds, key, measure) for measure in ("sampled", "greedy"))
         lines.append(f"  {name:<{width}}  {sampled:>{columns[0]}}  {greedy:>{columns[1]}}")
     note = f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "with 95 % interval"

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from trl_kd import __version__
 from trl_kd.evaluation.callback import ExactMatchCallback
@@ -22,27 +22,16 @@ from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
+from trl_kd.scripts.demo_methods import METHODS, VERIFIED, WHITE_BOX, Recipe, recipe
 from trl_kd.scripts.demo_stage import MARKER, stage
 from trl_kd.scripts.errors import InputError
 from trl_kd.tasks import SPLITS, Question, Task
 from trl_kd.tasks.models import make_model, make_tokenizer
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
 
-METHODS = {
-    "seqkd": "SeqKD",
-    "dpo": "DPO",
-    "dpo_sft": "DPO + sft",
-    "pbkd": "PbKD",
-}
-"""The four ways to distil, and their names for readers."""
-
-VERIFIED = {
-    "seqkd_verified": "SeqKD, verified answers",
-    "pbkd_verified": "PbKD, verified answers",
-}
-"""Two of them again, imitating only those of the teacher's answers that the verifier calls right."""
+NAMES = METHODS | VERIFIED | WHITE_BOX
 
 SAVE_STEPS = 200
 """Steps between two checkpoints, from which a stage that was cut off goes on."""
@@ -125,6 +114,10 @@ class Cell:
             results[method] = stage(self.folder / method, partial(self._distil, method))
         return results
 
+    def methods(self, white_box: bool) -> list[str]:
+        """What the demo runs."""
+        return [*METHODS, *(WHITE_BOX if white_box else ())]
+
     def model_folder(self, name: str) -> Path:
         """Where the model of a stage is saved."""
         return self.folder / name / f"{self.task.name}-{name.replace('_', '-')}"
@@ -154,6 +147,7 @@ class Cell:
                 learning_rate=settings.pretraining_learning_rate,
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=50,
+                max_length=128,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -191,30 +185,33 @@ class Cell:
         settings = self.settings
         model, tokenizer = load(self.model_folder("start"))
         rows = load_pairs(self.folder / "pairs").to_list()
-        trainer_class, config_class, data, extra = _recipe(method, rows)
-        trainer = trainer_class(
+        found = self.recipe(method, rows)
+        trainer = found.trainer(
             model=model,
             args=self._arguments(
-                config_class,
+                found.config,
                 folder,
                 seed=self.seed,
-                max_steps=settings.steps,
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                **extra,
+                **{"max_steps": settings.steps, **found.settings},
             ),
-            train_dataset=data,
+            train_dataset=found.data,
             processing_class=tokenizer,
-            callbacks=self._callbacks(f"{(METHODS | VERIFIED)[method]} on {self.task.name}", tokenizer),
+            callbacks=self._callbacks(f"{NAMES.get(method, method)} on {self.task.name}", tokenizer),
+            **found.arguments,
         )
         return self._train_and_test(trainer, folder)
+
+    def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
+        """How to distil; benchmarks add ways of their own."""
+        return recipe(method, rows, self.model_folder("teacher"), self.task)
 
     # ---- What they share -------------------------------------------------------------------------------------------
 
     def _arguments(self, config_class, folder: Path, **settings) -> Any:
         return config_class(
             output_dir=str(self.model_folder(folder.name)),
-            max_length=128,
             logging_steps=10,
             save_steps=SAVE_STEPS,
             save_total_limit=1,
@@ -244,7 +241,7 @@ class Cell:
         model_folder = self.model_folder(folder.name)
         trainer.train(resume_from_checkpoint=_last_checkpoint(model_folder))
         tested = self._test(trainer.model, trainer.processing_class)
-        if isinstance(trainer, PbKDTrainer):
+        if isinstance(trainer, (PbKDTrainer, MMPbKDTrainer)):
             trainer.card_results = self._card_results(tested)
         trainer.save_model()
         trainer.create_model_card(model_name=model_folder.name)
@@ -312,26 +309,6 @@ def columns(questions: list[Question]) -> dict[str, list[str]]:
 def load(folder: Path):
     """Loads a model and its tokenizer from a folder of this experiment."""
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-def _recipe(method: str, rows: list[dict[str, Any]]) -> tuple[Any, Any, Dataset, dict[str, Any]]:
-    """Trainer, its configuration's class, its data and its own settings."""
-    verified = method in VERIFIED
-    sides = [row["teacher_side"] if not verified or row[f"score_{row['teacher_side']}"] == 1 else None for row in rows]
-    if method in ("seqkd", "seqkd_verified"):
-        texts = [
-            {"prompt": row["prompt"], "completion": row[side]} for row, side in zip(rows, sides, strict=True) if side
-        ]
-        return SFTTrainer, SFTConfig, Dataset.from_list(texts), {}
-    if method in ("pbkd", "pbkd_verified"):
-        names = ("prompt", "chosen", "rejected", "preference")
-        pairs = [
-            {name: row[name] for name in names} | {"teacher_side": side} for row, side in zip(rows, sides, strict=True)
-        ]
-        return PbKDTrainer, PbKDConfig, Dataset.from_list(pairs), {}
-    strict = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows if row["preference"] == 1]
-    extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]} if method == "dpo_sft" else {}
-    return DPOTrainer, DPOConfig, Dataset.from_list(strict), extra
 
 
 def _last_checkpoint(folder: Path) -> str | None:

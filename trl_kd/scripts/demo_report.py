@@ -12,8 +12,9 @@ from typing import Any
 from trl_kd import __version__
 from trl_kd.evaluation.charts import LineChart, Point, Series
 from trl_kd.evaluation.report import Answer, Page, Sample, Section, Table
-from trl_kd.scripts.demo import NAMES, spread
-from trl_kd.scripts.demo_experiment import METHODS, Cell
+from trl_kd.scripts.demo import rows, spread
+from trl_kd.scripts.demo_experiment import Cell
+from trl_kd.scripts.demo_methods import METHODS, WHITE_BOX
 
 
 LEARNS_FROM = {
@@ -23,9 +24,14 @@ LEARNS_FROM = {
     "dpo": "pairs with a winner",
     "dpo_sft": "pairs with a winner, and their better answer",
     "pbkd": "all teacher answers, under the constraint that the preferences are explained",
+    "forward_kl": "the teacher's distributions along its own answers",
+    "reverse_kl": "the teacher's distributions along the student's answers",
+    "mm": "as forward KL, and where an adversary tells it from its teacher",
+    "mm_pbkd": "as MM, with an adversary that explains the preferences",
 }
 
 COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "start": 4}
+WHITE_BOX_COLORS = {"mm_pbkd": 0, "forward_kl": 1, "reverse_kl": 2, "mm": 3, "teacher": 4}
 
 
 def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Page:
@@ -43,12 +49,12 @@ def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Pa
     for name, seeds in results.items():
         sections += _task_sections(firsts[name], seeds)
     return Page(
-        title="Preference-based knowledge distillation, four ways compared",
+        title="Preference-based knowledge distillation, and its rivals",
         lead=[
             "A small student model learns from a larger teacher that is good but not perfect. Both answer the same "
             "questions; a program checks the answers, and where one is right and the other wrong, that is a "
-            "preference. From the same start, with the same number of updates, the student is then distilled four "
-            "ways.",
+            "preference. From the same start, with the same number of updates, the student is then distilled in "
+            "several ways.",
             "SeqKD imitates the teacher's answers. DPO learns from the preferences alone. DPO + sft adds TRL's own "
             "loss on the preferred answers. PbKD, the method of this package, imitates the teacher under the "
             "constraint that the student explains the preferences. All models here are tiny and were made on this "
@@ -60,9 +66,11 @@ def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Pa
 
 
 def _task_sections(cell: Cell, seeds: list[dict[str, Any]]) -> list[Section]:
+    white_box = [_curves(cell, seeds, "learning from distributions", WHITE_BOX, WHITE_BOX_COLORS)]
     return [
         _results(cell, seeds),
-        _curves(cell, seeds),
+        _curves(cell, seeds, "learning", METHODS, COLORS),
+        *(white_box if "mm_pbkd" in seeds[0] else []),
         _constraint(cell, seeds),
         _samples(cell, seeds[0]),
     ]
@@ -78,12 +86,13 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
         if len(seeds) > 1
         else "in brackets the 95 % interval from the number of questions"
     )
-    rows = [
+    models = rows(seeds)
+    lines = [
         [
             f"{name}\n{LEARNS_FROM[key]}",
             *(spread(seeds, key, kind).replace(" (", "\n(") for kind in ("sampled", "greedy")),
         ]
-        for key, name in NAMES.items()
+        for key, name in models.items()
     ]
     return Section(
         title=f"{cell.task.name}: results",
@@ -99,9 +108,9 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
         tables=[
             Table(
                 ["model, and what it learned from", "sampled", "greedy"],
-                rows,
-                bars=[mean(seed[key]["sampled"] for seed in seeds) for key in NAMES],
-                highlighted=list(NAMES).index("pbkd"),
+                lines,
+                bars=[mean(seed[key]["sampled"] for seed in seeds) for key in models],
+                highlighted=list(models).index("pbkd"),
                 caption=f"Right answers to {seeds[0]['teacher']['questions']} unseen questions; {kind}. Bars: "
                 "sampled.",
             )
@@ -109,14 +118,16 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
     )
 
 
-def _curves(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
-    last = cell.settings.steps
-    lines = [Series(NAMES[key], _logged(seeds, key, "exact_match"), COLORS[key]) for key in METHODS]
+def _curves(
+    cell: Cell, seeds: list[dict[str, Any]], title: str, methods: dict[str, str], colors: dict[str, int]
+) -> Section:
+    last, names = cell.settings.steps, rows(seeds)
+    lines = [Series(names[key], _logged(seeds, key, "exact_match"), colors[key]) for key in methods]
     teacher = mean(seed["teacher"]["sampled"] for seed in seeds)
-    lines.append(Series("Teacher", [(0, teacher), (last, teacher)], COLORS["teacher"], dashed=True))
-    losses = [Series(NAMES[key], _logged(seeds, key, "loss"), COLORS[key]) for key in METHODS]
+    lines.append(Series("Teacher", [(0, teacher), (last, teacher)], colors["teacher"], dashed=True))
+    losses = [Series(names[key], _logged(seeds, key, "loss"), colors[key]) for key in methods]
     return Section(
-        title=f"{cell.task.name}: learning",
+        title=f"{cell.task.name}: {title}",
         charts=[
             LineChart(
                 "Right answers while learning",
@@ -132,7 +143,7 @@ def _curves(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
                 "updates",
                 "loss",
                 losses,
-                note="The four losses are different functions: compare their shapes, not their heights.",
+                note="The losses are different functions: compare their shapes, not their heights.",
             ),
         ],
     )
@@ -169,7 +180,7 @@ def _samples(cell: Cell, results: dict[str, Any]) -> Section:
             question.answer,
             [
                 Answer(name, text := results[key]["answers"][number], cell.task.verify(question, text))
-                for key, name in NAMES.items()
+                for key, name in rows([results]).items()
             ],
         )
         for number, question in enumerate(questions[: len(results["teacher"]["answers"])])
@@ -196,15 +207,16 @@ def _logged(seeds: list[dict[str, Any]], key: str, metric: str) -> list[Point]:
 
 def _settings(cells: list[Cell], seeds: int) -> Section:
     settings = cells[0].settings
-    rows = [[name.replace("_", " "), str(value)] for name, value in vars(settings).items()]
-    rows += [["seeds", ", ".join(str(number) for number in range(seeds))]]
+    values = [[name.replace("_", " "), str(value)] for name, value in vars(settings).items()]
+    values += [["seeds", ", ".join(str(number) for number in range(seeds))]]
     return Section(
         title="Settings, versions and hardware",
         text=[
-            "Everything that is not listed is the default of its trainer; PbKD ran with the defaults of PbKDConfig."
+            "Everything that is not listed is the default of its trainer; PbKD ran with the defaults of PbKDConfig, and "
+            "MM-PbKD with those of MMPbKDConfig on the teacher's states (lmbda = 0)."
         ],
         tables=[
-            Table(["setting", "value"], rows, caption="Settings", words=True),
+            Table(["setting", "value"], values, caption="Settings", words=True),
             Table(["what", "value"], list(environment().items()), caption="Versions and hardware", words=True),
         ],
         folded=True,

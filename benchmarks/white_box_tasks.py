@@ -1,0 +1,232 @@
+"""White-box distillation on the bundled tasks, five seeds each: divergences, moment matching, and MM-PbKD at its defaults;
+at equal updates and at equal processor time; and what becomes of MM-PbKD when its parts are changed.
+
+    python benchmarks/white_box_tasks.py                # needs runs/bundled_tasks, else trains its teachers and starts anew
+    python benchmarks/white_box_tasks.py --seeds 3 --ablations
+
+Every cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped. Teachers, starts
+and pairs are those of `bundled_tasks.py`. The settings of MM-PbKD were chosen on validation questions of other seeds (100
+and up); the numbers are of test questions, which nothing was chosen on. Processor seconds are of one thread, generation and
+the curve's evaluations included. Rows and summaries go to benchmarks/results/white_box_{tasks,ablations}.json.
+"""
+
+import argparse
+import random
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DistillationTrainer
+
+from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo_methods import Recipe
+from trl_kd.scripts.demo_quiet import quiet_libraries
+from trl_kd.scripts.demo_report import environment
+from trl_kd.scripts.demo_stage import check_settings, stage, write_json
+from trl_kd.tasks import TASKS
+from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
+
+
+SKEW = 0.1
+
+
+class SkewedKLTrainer(DistillationTrainer):
+    """On-policy skewed forward KL, KL(μ ‖ α·μ + (1 − α)·π) with α = 0.1, as in DistiLLM (arXiv 2402.03898), without its
+    schedule of who generates. In plain torch: the vocabulary has some ten words."""
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        at = slice(inputs["prompt_ids"].size(1) - 1, -1)
+        log_pi = unwrapped_student(input_ids=ids, attention_mask=mask).logits[:, at].log_softmax(-1)
+        with torch.no_grad():
+            log_mu = self.teacher_model(input_ids=ids, attention_mask=mask).logits[:, at].log_softmax(-1)
+        pi, mu = log_pi.exp(), log_mu.exp()
+        kept = inputs["completion_mask"]
+        skewed = (mu * (log_mu - torch.log(SKEW * mu + (1 - SKEW) * pi))).sum(-1) * kept
+        entropy = -(pi * log_pi).sum(-1) * kept
+        tokens = kept.sum()
+        return skewed.sum() / (num_items_in_batch or tokens), entropy.sum().detach(), tokens
+
+
+class FrozenRandomQ(MMPbKDTrainer):
+    """Q is drawn at random, with a standard deviation of about 1, and stays as it is."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with torch.no_grad():
+            self.adversary.q.outputs.normal_(generator=torch.Generator().manual_seed(self.args.seed))
+
+
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: (what readers see, the demo's method, settings)
+    "reverse_kl": ("On-policy reverse KL", "reverse_kl", {}),
+    "skewed_kl": ("On-policy skewed KL (DistiLLM's)", "reverse_kl", {}),
+    "forward_kl": ("Forward KL on the teacher's states", "forward_kl", {}),
+    "mm": ("MM, no preferences", "mm", {}),
+    "mm_pbkd": ("MM-PbKD", "mm_pbkd", {}),
+    "mm_on_policy": ("MM, no preferences, on-policy", "mm", {"lmbda": 1.0}),
+    "mm_pbkd_on_policy": ("MM-PbKD, on-policy", "mm_pbkd", {"lmbda": 1.0}),
+}
+SAME_TIME = {
+    "forward_kl_time": ("Forward KL, as long as MM-PbKD takes", "forward_kl", "mm_pbkd"),
+    "mm_time": ("MM, as long as MM-PbKD takes", "mm", "mm_pbkd"),
+    "reverse_kl_time": ("On-policy reverse KL, as long as MM-PbKD takes", "reverse_kl", "mm_pbkd"),
+}
+FIXED = {"dual_learning_rate": 0.0, "dual_max": 100.0}
+ABLATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{f"lambda_{x:g}": (f"λ = {x:g}, fixed", "mm_pbkd", FIXED | {"dual_init": x}) for x in (0.0, 0.1, 1.0, 10.0)},
+    **{f"tau_{x:g}": (f"τ = {x:g}", "mm_pbkd", {"kl_coef": x}) for x in (0.3, 3.0)},
+    "lmbda_0.5": ("half of the states on-policy", "mm_pbkd", {"lmbda": 0.5}),
+    "q_frozen": ("Q random and frozen", "mm_pbkd", {"q_learning_rate": 0.0, "q_warmup_steps": 0}),
+    "shuffled": ("preferences shuffled", "mm_pbkd", {}),
+    "mle": ("ζ = 0: the maximum-likelihood Q", "mm_pbkd", {"confidence_radius": 0.0}),
+}
+ALL = METHODS | ABLATIONS
+
+
+class WhiteBoxCell(Cell):
+    """With the methods of this file; those of equal time have as many steps as their name says after the colon."""
+
+    def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
+        name, _, steps = method.partition(":")
+        base, settings = (SAME_TIME[name][1], {"max_steps": int(steps)}) if steps else ALL[name][1:]
+        found = super().recipe(base, rows)
+        if name == "skewed_kl":
+            found = found._replace(trainer=SkewedKLTrainer)
+        if name == "q_frozen":
+            found = found._replace(trainer=FrozenRandomQ)
+        if name == "shuffled":
+            found.arguments["preference_dataset"] = shuffled(found.arguments["preference_dataset"], self.seed)
+        return found._replace(settings=found.settings | settings)
+
+
+def shuffled(pairs: Dataset, seed: int) -> Dataset:
+    """Preferences that say nothing: chosen and rejected change places by the toss of a coin."""
+    rng = random.Random(seed)
+    rows = pairs.to_list()
+    for row in rows:
+        if rng.random() < 0.5:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    return Dataset.from_list(rows)
+
+
+def run(cell: WhiteBoxCell, cells: Path, method: str) -> dict[str, Any]:
+    """One cell: what the demo finds, and the processor time of its training and test."""
+
+    def timed(folder: Path) -> dict[str, Any]:
+        started = time.process_time()
+        found = cell._distil(method, folder)
+        return found | {"processor_seconds": round(time.process_time() - started, 1)}
+
+    return stage(cells / cell.task.name / f"seed{cell.seed}" / method.replace(":", "_"), timed)
+
+
+def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "sampled": round(found["sampled"], 5),
+        "greedy": round(found["greedy"], 5),
+        "steps": found["steps"],
+        "processor_seconds": found.get("processor_seconds"),
+    }
+
+
+def main() -> None:
+    arguments = _arguments()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    settings = DemoSettings(curve_every=150)
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        for task in (TASKS[name] for name in arguments.tasks):
+            shared = arguments.bundled / task.name
+            check_settings(shared, fingerprint(task, DemoSettings()))
+            cell = WhiteBoxCell(task, seed, settings, shared / f"seed{seed}")
+            results = cell.run([])
+            rows += [row(task.name, seed, name, results[name]) for name in ("teacher", "start")]
+            for method in METHODS if not arguments.ablations else ABLATIONS:
+                results[method] = run(cell, arguments.cells, method)
+                rows.append(row(task.name, seed, method, results[method]))
+                print(task.name, seed, method, rows[-1]["sampled"], rows[-1]["processor_seconds"], flush=True)
+            for name, (_, base, other) in SAME_TIME.items() if not arguments.ablations else ():
+                ratio = results[other]["processor_seconds"] / results[base]["processor_seconds"]
+                steps = round(settings.steps * ratio / 10) * 10
+                if steps > settings.steps:
+                    rows.append(row(task.name, seed, name, run(cell, arguments.cells, f"{name}:{steps}")))
+                    print(task.name, seed, name, rows[-1]["sampled"], steps, flush=True)
+            write(arguments.output, rows, settings)
+    print_summary(summarise(rows))
+
+
+def write(path: Path, rows: list[dict[str, Any]], settings: DemoSettings) -> None:
+    write_json(
+        path,
+        {
+            "what": "exact match on unseen questions, in [0, 1]: mean and standard deviation over seeds",
+            "summary": summarise(rows),
+            "rows": rows,
+            "settings": asdict(settings),
+            "environment": environment(),
+        },
+    )
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By task and method: mean and standard deviation of sampled and greedy exact match, and of MM-PbKD's lead."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(partial(defaultdict, dict))
+    for line in rows:
+        found[line["task"]][line["method"]][line["seed"]] = line
+    summary = {}
+    for task, methods in found.items():
+        summary[task] = {
+            method: {measure: spread([line[measure] for line in seeds.values()]) for measure in ("sampled", "greedy")}
+            | {"steps": spread([line["steps"] for line in seeds.values()])}
+            for method, seeds in methods.items()
+        }
+        ours = methods.get("mm_pbkd", {})
+        for method, seeds in methods.items():
+            if method != "mm_pbkd" and ours:
+                leads = [ours[seed]["sampled"] - line["sampled"] for seed, line in seeds.items() if seed in ours]
+                summary[task][method]["lead of MM-PbKD"] = spread(leads)
+    return summary
+
+
+def spread(values: list[float]) -> list[float]:
+    return [round(mean(values), 4), round(stdev(values), 4) if len(values) > 1 else 0.0]
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    names = {"teacher": "Teacher", "start": "Student, start"} | {k: v[0] for k, v in (ALL | SAME_TIME).items()}
+    for task, methods in summary.items():
+        print(f"\n{task}: sampled and greedy exact match, mean ± standard deviation over seeds; MM-PbKD's lead")
+        for method, values in methods.items():
+            cells = [f"{100 * m:6.1f} ± {100 * s:4.1f}" for m, s in (values[key] for key in ("sampled", "greedy"))]
+            lead = values.get("lead of MM-PbKD")
+            print(f"  {names[method]:<48}", *cells, f"{100 * lead[0]:+6.1f} ± {100 * lead[1]:.1f}" if lead else "")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--ablations", action="store_true", help="the changed forms of MM-PbKD in place of the rivals")
+    parser.add_argument("--bundled", type=Path, default=Path("runs/bundled_tasks"), help="teachers, starts and pairs")
+    parser.add_argument("--cells", type=Path, default=Path("runs/white_box_tasks"), help="where cells are kept")
+    parser.add_argument("--output", type=Path, default=None, help="results")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        name = "white_box_ablations.json" if arguments.ablations else "white_box_tasks.json"
+        arguments.output = Path(__file__).parent / "results" / name
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
