@@ -85,9 +85,8 @@ def _white_box(method: str, rows: list[dict[str, Any]], teacher: Path, task: Tas
     arguments: dict[str, Any] = {"teacher_model": str(teacher)}
     if method == "reverse_kl":
         return Recipe(DistillationTrainer, DistillationConfig, Dataset.from_list(states), settings, arguments)
-    settings["lmbda"] = 0.0
     if method == "forward_kl":
-        settings["moment_coef"] = 0.0
+        settings |= {"lmbda": 0.0, "moment_coef": 0.0}
     if method == "mm_pbkd":
         names = ("prompt", "chosen", "rejected", "preference")
         arguments["preference_dataset"] = Dataset.from_list([{name: row[name] for name in names} for row in rows])

@@ -26,7 +26,7 @@ LEARNS_FROM = {
     "pbkd": "all teacher answers, under the constraint that the preferences are explained",
     "forward_kl": "the teacher's distributions along its own answers",
     "reverse_kl": "the teacher's distributions along the student's answers",
-    "mm": "as forward KL, and where an adversary tells it from its teacher",
+    "mm": "as on-policy reverse KL, and where an adversary tells it from its teacher",
     "mm_pbkd": "as MM, with an adversary that explains the preferences",
 }
 
@@ -213,7 +213,7 @@ def _settings(cells: list[Cell], seeds: int) -> Section:
         title="Settings, versions and hardware",
         text=[
             "Everything that is not listed is the default of its trainer; PbKD ran with the defaults of PbKDConfig, and "
-            "MM-PbKD with those of MMPbKDConfig on the teacher's states (lmbda = 0)."
+            "MM-PbKD with those of MMPbKDConfig."
         ],
         tables=[
             Table(["setting", "value"], values, caption="Settings", words=True),

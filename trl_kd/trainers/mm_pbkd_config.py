@@ -51,7 +51,7 @@ class MMPbKDConfig(DistillationConfig):
             "linear", "mlp" (a hidden layer as wide as the student) or "adapter" (a hidden layer of 64 units).
         q_bound (`float`, *optional*, defaults to `5.0`):
             B > 0: Q lies in [−B, B], in nats of preference a token.
-        q_learning_rate (`float`, *optional*, defaults to `0.05`):
+        q_learning_rate (`float`, *optional*, defaults to `0.5`):
             ≥ 0. In units of Q: about the most that one step changes Q at one state and word, whatever the model's width.
         q_steps (`int`, *optional*, defaults to `1`):
             Steps of Q, each with pairs of its own, for a step of the student; at least 1.
@@ -110,7 +110,7 @@ class MMPbKDConfig(DistillationConfig):
     q_head: str = field(default="linear", metadata={"help": "Form of Q.", "choices": list(Q_HEADS)})
     q_bound: float = field(default=5.0, metadata={"help": "Bound B of |Q|; above 0."})
     q_learning_rate: float = field(
-        default=0.05, metadata={"help": "About the most that one step changes Q at a state and word; at least 0."}
+        default=0.5, metadata={"help": "About the most that one step changes Q at a state and word; at least 0."}
     )
     q_steps: int = field(default=1, metadata={"help": "Steps of Q for a step of the student; at least 1."})
     q_warmup_steps: int = field(
