@@ -158,8 +158,8 @@ class Adversary:
     def _likelihoods(self, states: PairStates, baseline: int, train_trunk: bool) -> tuple[torch.Tensor, tuple]:
         """NLL `[2, b]` of adversary and twin under one baseline; and of the Q that the student meets the number of strict
         pairs ordered rightly, of strict pairs, of tokens, and the sums of its advantages and of their squares."""
-        held = self.q(states.hidden_NH, [ADVERSARY], train_trunk=False)
         twin = self.q(states.hidden_NH, [1 + baseline], train_trunk=train_trunk)
+        held = twin.detach() if self._follows_twins else self.q(states.hidden_NH, [ADVERSARY], train_trunk=False)
         advantage_2N = advantages(
             states.baselines[baseline],
             torch.cat([held, twin]),

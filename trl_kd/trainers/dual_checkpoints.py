@@ -1,12 +1,13 @@
-"""Checkpoints of a trainer that has a dual variable."""
+"""What a trainer with a dual variable writes: its checkpoints and its model card."""
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.logging import get_logger
 
-from trl_kd.losses.dual import DualVariable
+from trl_kd.losses.dual import DualVariable, theory_radius
 
 
 logger = get_logger(__name__)
@@ -14,11 +15,34 @@ logger = get_logger(__name__)
 DUAL_FILE = "pbkd_dual.json"
 
 
+def make_dual(args: Any, pairs: int, target: float = 0.0) -> DualVariable:
+    """λ as the fields `dual_*` and `confidence_*` of a config describe it, for so many training pairs."""
+    radius: Any = args.confidence_radius
+    if radius == "theory":
+        radius = theory_radius(pairs, args.confidence_constant, args.confidence_delta)
+    return DualVariable(
+        value=min(args.dual_init, args.dual_max),
+        learning_rate=args.dual_learning_rate,
+        maximum=args.dual_max,
+        target=target,
+        radius=float(radius),
+    )
+
+
 class DualCheckpoints:
-    """Mixin before a TRL trainer: `self.dual` is saved beside the optimizer's state, and goes on from there."""
+    """Mixin before a TRL trainer: `self.dual` is saved beside the optimizer's state, and goes on from there; TRL's model
+    card gets the sections that `_add_card_sections(path, trainer)` writes."""
 
     dual: DualVariable
     args: Any
+    is_world_process_zero: Any
+    _add_card_sections: Callable[[str, Any], None]
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)  # type: ignore[misc]
+        if self.is_world_process_zero():
+            self._add_card_sections(os.path.join(self.args.output_dir, "README.md"), self)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

@@ -38,7 +38,8 @@ class MixedStates:
 
     _teacher_rows: dict[int, dict[str, Any]] = {}
     """Of the generation batch under way: the rows whose completion is the teacher's."""
-    _on_policy_anywhere = True
+    _sources_anywhere: frozenset[bool] = frozenset({True})
+    """Whether any process has on-policy rows (`True`), and rows of the teacher's (`False`)."""
     _evaluated_rows = 0
 
     def _generate_and_score_completions(self, inputs):
@@ -51,7 +52,7 @@ class MixedStates:
         mine = first + rows * self.accelerator.process_index
         on_policy = [is_on_policy(mine + i, self.args.lmbda) for i in range(rows)]
         self._teacher_rows = {i: row for i, row in enumerate(inputs) if not on_policy[i]}
-        self._on_policy_anywhere = any(is_on_policy(first + i, self.args.lmbda) for i in range(rows * world))
+        self._sources_anywhere = frozenset(is_on_policy(first + i, self.args.lmbda) for i in range(rows * world))
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
 
         # Every source's mean is over its tokens in the global batch, weighted by its share of the rows
@@ -67,12 +68,12 @@ class MixedStates:
         return output
 
     def _generate(self, prompts):
-        if not self._teacher_rows:
+        if False not in self._sources_anywhere:
             return super()._generate(prompts)  # type: ignore[misc]
         prompt_ids: list[list[int]] = [[] for _ in prompts]
         completion_ids: list[list[int]] = [[] for _ in prompts]
         theirs = [i for i in range(len(prompts)) if i not in self._teacher_rows]
-        if self._on_policy_anywhere:
+        if True in self._sources_anywhere:
             # A process without on-policy rows takes part in what the others do together, for nothing
             generated = super()._generate([prompts[i] for i in theirs] or prompts[:1])  # type: ignore[misc]
             for i, prompt, completion in zip(theirs, *generated[:2], strict=False):
@@ -89,7 +90,7 @@ class MixedStates:
     def _teacher_states(self) -> dict[int, tuple[list[int], list[int]]]:
         """`(prompt_ids, completion_ids)` of the rows whose completion is the teacher's: given, or sampled now."""
         rows = list(self._teacher_rows.values())
-        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in rows])
+        prompt_ids = self._tokenize_prompts([row["prompt"] for row in rows])[0] if rows else []
         found, unsaid = {}, {}
         for i, row, prompt in zip(self._teacher_rows, rows, prompt_ids, strict=True):
             if row.get("completion") is None:
@@ -98,9 +99,12 @@ class MixedStates:
             template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
             prompt, ids = tokenize_completion(prompt, row, self.processing_class, self.eos_token_ids, **template)
             found[i] = prompt, ids[: self.max_completion_length]
-        if unsaid:
+        wanted = self.accelerator.reduce(torch.tensor(len(unsaid), device=self.accelerator.device), reduction="sum")
+        if wanted > 0:
+            # Again all processes together, one that wants nothing with a prompt of a single token
             with self._teacher_speaks():
-                sampled = self._generate_single_turn(list(unsaid.values()), None, {})
+                prompts = list(unsaid.values()) or [[self.eos_token_ids[0]]]
+                sampled = self._generate_single_turn(prompts, None, {})[: len(unsaid)]
             found |= dict(zip(unsaid, zip(unsaid.values(), sampled, strict=True), strict=True))
         return found
 

@@ -1,6 +1,7 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from trl import is_conversational
 
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
@@ -94,9 +96,35 @@ def tokenize_completion(
 
 
 def upto_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Without what a chat template writes after the last end token."""
-    last = max((i for i, token in enumerate(ids) if token in ends), default=len(ids) - 1)
-    return ids[: last + 1]
+    """Without what follows the first end token: what a chat template writes there, or another turn."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
+
+
+class EpochOrder(Sampler[int]):
+    """
+    TRL's order of the prompts, also where a training goes on in a later epoch: its generator would begin anew there.
+
+    Args:
+        sampler (`RepeatSampler`):
+            TRL's.
+        epoch (`Callable`):
+            Returns the epoch that begins or goes on.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]):
+        self._sampler, self._epoch = sampler, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self._sampler
+        if sampler.shuffle:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(self._epoch()):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return iter(sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 # ---- Pairs -------------------------------------------------------------------------------------------------------------

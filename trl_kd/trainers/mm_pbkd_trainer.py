@@ -6,13 +6,14 @@ steps Q.
 """
 
 import inspect
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import nn
@@ -20,14 +21,16 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd._trl import get_config_model_id
-from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.losses.dual import DualVariable
+from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
-from trl_kd.trainers.dual_checkpoints import DualCheckpoints
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.mixed_states import MixedStates
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, as_mm_pbkd_config
 from trl_kd.trainers.mm_pbkd_data import (
+    EpochOrder,
     PairBatches,
     check_prompts,
     prepare_pairs,
@@ -36,6 +39,9 @@ from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.teacher import Teacher
+
+
+logger = get_logger(__name__)
 
 
 class MMPbKDTrainer(DualCheckpoints, MixedStates, DistillationTrainer):
@@ -87,6 +93,7 @@ quantization_config, peft_config, tools:
     _tag_names = ["trl", "distillation", "trl-kd", "mm-pbkd", "knowledge-distillation"]
     _name = "MM-PbKD"
     _paper = PAPER
+    _add_card_sections = staticmethod(add_mm_pbkd_sections)
 
     model_wrapped: Any
     use_vllm: bool
@@ -139,6 +146,7 @@ quantization_config, peft_config, tools:
             peft_config=peft_config,
             tools=tools,
         )
+        _warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
         self._settings: dict[str, Any] = {"temperature": self.temperature, "vocab_size": teacher.shared_tokens}
@@ -168,15 +176,7 @@ quantization_config, peft_config, tools:
         batches = None
         if pairs is not None:
             batches = PairBatches(pairs, args, self.accelerator, self._tokenizer.pad_token_id)
-            radius = args.confidence_radius
-            if radius == "theory":
-                radius = theory_radius(len(batches), args.confidence_constant, args.confidence_delta)
-            self.dual = DualVariable(
-                value=min(args.dual_init, args.dual_max),
-                learning_rate=args.dual_learning_rate,
-                maximum=args.dual_max,
-                radius=radius,
-            )
+            self.dual = make_dual(args, len(batches))
         weight = self.model.get_output_embeddings().weight
         with _whole([weight]):
             rows = weight.detach()[: self._settings["vocab_size"]]
@@ -227,6 +227,9 @@ quantization_config, peft_config, tools:
         images = {name: inputs[name] for name in known & inputs.keys()}
         student_BTH = self._get_last_hidden_state(unwrapped_student, input_ids, attention_mask, keep, **images)
         teacher_BTH = self._hidden_states(self.teacher_model, input_ids, attention_mask, keep, **images)
+        # Once, whatever sources there are: all processes together make weights whole that are sharded
+        student = output_head(unwrapped_student, student_BTH)
+        teacher = output_head(self.accelerator.unwrap_model(self.teacher_model), teacher_BTH)
 
         learning = torch.is_grad_enabled() and self.adversary is not None
         scale = torch.zeros((), device=student_BTH.device, requires_grad=learning)
@@ -236,7 +239,7 @@ quantization_config, peft_config, tools:
             rows = [i for i, on_policy in enumerate(inputs["on_policy"]) if on_policy == (who == "teacher")]
             if not mask_BT[rows].any():
                 continue
-            states = self._states(unwrapped_student, student_BTH, teacher_BTH, inputs, mask_BT, rows, baseline)
+            states = self._states(student, teacher, inputs, mask_BT, rows, baseline)
             features = None if self.adversary is None else self.adversary.features
             part = play(states, features, self.args, self._settings)
             # The mean over processes and micro-batches that `Trainer` takes is undone; Q's gradients are summed instead
@@ -245,19 +248,19 @@ quantization_config, peft_config, tools:
             played.append(part)
             if learning and self.args.q_steps > 1:
                 self._kept.append(states.detached())
+        if not played:
+            loss = loss + student.weight_VH.sum() * 0.0
         self._sums_4 = sum((part.sums_4 for part in played), torch.zeros(4, device=loss.device))
         if learning:
             self._played, self._scale = played, scale
         return loss, entropy, mask_BT.sum()
 
-    def _states(self, student, student_BTH, teacher_BTH, inputs, mask_BT, rows, baseline) -> States:
+    def _states(self, student: Head, teacher: Head, inputs, mask_BT, rows, baseline) -> States:
         mask_RT = mask_BT[rows]
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        head = output_head(student, student_BTH[rows][mask_RT])
-        device = head.hidden_NH.device
+        device = student.hidden_NH.device
         return States(
-            student=head,
-            teacher=output_head(teacher, teacher_BTH[rows][mask_RT].to(device)),
+            student=replace(student, hidden_NH=student.hidden_NH[rows][mask_RT.to(device)]),
+            teacher=replace(teacher, hidden_NH=teacher.hidden_NH[rows][mask_RT.to(teacher.hidden_NH.device)]),
             actions_N=inputs["completion_ids"][rows][mask_RT].to(device),
             mask_RT=mask_RT.to(device),
             weight=inputs["token_weight"][rows[0]],
@@ -342,6 +345,9 @@ quantization_config, peft_config, tools:
 
     # ---- Checkpoints and the model card --------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, dataset=None):
+        return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.adversary is not None and self.args.should_save:
@@ -352,11 +358,17 @@ quantization_config, peft_config, tools:
         if self.adversary is not None and checkpoint is not None:
             self.adversary.load(checkpoint)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            add_mm_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
+
+def _warn_if_approximate(args: MMPbKDConfig) -> None:
+    """On-policy, the moments are expectations over what softmax(logits / temperature) samples."""
+    neutral = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+    given: Any = {name: getattr(args, name) for name in neutral} | dict(args.generation_kwargs or {})  # type: ignore
+    changed = [f"{name}={given[name]}" for name, values in neutral.items() if given[name] not in values]
+    if changed and args.lmbda > 0:
+        logger.warning(
+            f"With {' and '.join(changed)} the student samples otherwise than from softmax(logits / temperature), "
+            "which the losses are about: on-policy, their expectations are approximate."
+        )
 
 
 def _whole(weights: list[nn.Parameter]) -> AbstractContextManager:

@@ -4,7 +4,6 @@ It reads as follows. Everything before the weights load is in `pbkd_data`; the m
 micro-batch goes forward once, through `DPOTrainer`'s own loss, and what that forward computed is reused for our terms.
 """
 
-import os
 from collections import defaultdict
 from typing import Any
 
@@ -14,10 +13,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
-from trl_kd.trainers.dual_checkpoints import DualCheckpoints
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
 from trl_kd.trainers.pbkd_data import (
@@ -87,6 +86,7 @@ optimizers, quantization_config, peft_config:
     _tag_names = ["trl", "dpo", "trl-kd", "pbkd", "knowledge-distillation"]
     _name = "PbKD"
     _paper = PAPER
+    _add_card_sections = staticmethod(add_pbkd_sections)
 
     data_collator: Any
     precompute_ref_logps: bool
@@ -190,22 +190,14 @@ optimizers, quantization_config, peft_config:
         self._signature_columns += [c for c in LABEL_COLUMNS if c not in self._signature_columns]
 
     def _make_dual(self, args: PbKDConfig) -> DualVariable:
-        radius: Any = args.confidence_radius
-        if radius == "theory":
-            counts = self.row_counts.get("train")
-            if counts is None or counts.known == 0:
-                raise ValueError(
-                    "`confidence_radius` is 'theory', which needs the number of training rows with a known preference, and "
-                    f"there is {'none' if counts else 'no telling from a stream'}: give a number of nats per pair."
-                )
-            radius = theory_radius(counts.known, args.confidence_constant, args.confidence_delta)
-        return DualVariable(
-            value=args.dual_init,
-            learning_rate=args.dual_learning_rate,
-            maximum=args.dual_max,
-            target=args.preference_nll_target or 0.0,
-            radius=float(radius),
-        )
+        counts = self.row_counts.get("train")
+        known = counts.known if counts is not None else 0
+        if args.confidence_radius == "theory" and not known:
+            raise ValueError(
+                "`confidence_radius` is 'theory', which needs the number of training rows with a known preference, and "
+                f"there is {'none' if counts else 'no telling from a stream'}: give a number of nats per pair."
+            )
+        return make_dual(args, known, args.preference_nll_target or 0.0)
 
     # ---- One optimizer step ----------------------------------------------------------------------------------------
 
@@ -401,11 +393,3 @@ optimizers, quantization_config, peft_config:
         metrics["pbkd/preference_nll"].append(nll)
         metrics["pbkd/violation"].append(violation)
         return violation
-
-    # ---- The model card ---------------------------------------------------------------------------------------------
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            add_pbkd_sections(os.path.join(self.args.output_dir, "README.md"), self)
