@@ -3,15 +3,17 @@
 import re
 import shlex
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+from trl_kd import MMPbKDConfig
+from trl_kd.scripts import mm_pbkd, pbkd
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.pairs_arguments import PairsArguments
-from trl_kd.scripts.pbkd import DATACLASSES
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ PAGES = [
 ]
 
 
-COMMANDS = {"pbkd": DATACLASSES, "pairs": (PairsArguments,)}
+COMMANDS = {"pbkd": pbkd.DATACLASSES, "mm-pbkd": mm_pbkd.DATACLASSES, "pairs": (PairsArguments,)}
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
@@ -37,7 +39,7 @@ def blocks(language: str) -> list:
 
 
 def commands() -> list:
-    """Every `trl-kd pbkd` and `trl-kd pairs` line of the bash blocks, as words, without a launcher in front."""
+    """Every `trl-kd pbkd`, `mm-pbkd` and `pairs` line of the bash blocks, as words, without a launcher in front."""
     found = []
     for block in blocks("bash"):
         (code,) = block.values
@@ -52,7 +54,7 @@ def commands() -> list:
 
 def parsed(command: str, words: list[str]) -> Parsed:
     """What the command's own parser reads. Training defaults to bfloat16, for which the parser looks for a GPU."""
-    return parse(COMMANDS[command], words + (ON_CPU if command == "pbkd" else []), f"trl-kd {command}")
+    return parse(COMMANDS[command], words + ([] if command == "pairs" else ON_CPU), f"trl-kd {command}")
 
 
 def run(code: str, folder: str, **names) -> dict:
@@ -109,7 +111,8 @@ def test_yaml_blocks_are_understood(code, tmp_path):
     path = tmp_path / "page.yaml"
     path.write_text(code)
     keys = set(re.findall(r"^(\w+):", code, re.MULTILINE))
-    values = parsed("pbkd", ["--config", str(path)]).values
+    command = "mm-pbkd" if code.startswith("# mm_") else "pbkd"
+    values = parsed(command, ["--config", str(path)]).values
     assert keys
     for key in keys:
         assert any(getattr(found, key, None) not in (None, []) for found in values), key
@@ -123,6 +126,22 @@ def test_there_are_commands_and_a_wrong_one_is_noticed():
     for command in COMMANDS:
         with pytest.raises(InputError, match="unknown key `--output_dri`: did you mean `output_dir`"):
             parsed(command, ["--output_dri", "student"])
+
+
+def test_the_white_box_page_has_every_setting_with_its_default():
+    text = (ROOT / "docs/white_box.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("| `")]
+    told = {}
+    for names, defaults in rows:
+        names = re.findall(r"`(\w+)`", names)
+        values = defaults.split(", ") if ", " in defaults else [defaults] * len(names)
+        told |= {name: value.strip('`"') for name, value in zip(names, values, strict=True)}
+    ours = {
+        f.name: str(f.default)
+        for f in fields(MMPbKDConfig)
+        if f.name not in MMPbKDConfig.__base__.__dataclass_fields__
+    }
+    assert ours == {name: value for name, value in told.items() if not name.startswith("teacher_model_")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

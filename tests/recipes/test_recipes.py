@@ -10,16 +10,16 @@ import yaml
 
 from trl_kd.pairs import load_pairs
 from trl_kd.preferences.reward_function import load_function
-from trl_kd.scripts import cli
+from trl_kd.scripts import cli, mm_pbkd, pbkd
 from trl_kd.scripts.arguments import parse
 from trl_kd.scripts.pairs_arguments import PairsArguments
-from trl_kd.scripts.pbkd import DATACLASSES
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
 PAIRS = [path for path in ALL if path.stem == "pairs"]
 FILES = [path for path in ALL if path not in PAIRS]
+MATCHING = [path for path in FILES if path.stem.startswith("mm_pbkd")]
 
 pytestmark = pytest.mark.skipif("WORLD_SIZE" in os.environ, reason="runs in this process")
 
@@ -46,7 +46,8 @@ def chats(pairs, tmp_path) -> str:
 
 
 def test_there_are_recipes():
-    assert {"running_sums", "qwen2.5", "gsm8k"} <= {path.parent.name for path in FILES}
+    for paths in (MATCHING, [path for path in FILES if path not in MATCHING]):
+        assert {"running_sums", "qwen2.5", "gsm8k"} <= {path.parent.name for path in paths}
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -67,7 +68,6 @@ class TestRecipe:
             "dataset_name": chats,
             "output_dir": tmp_path / "out",
             "max_steps": 2,
-            "max_length": 64,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
             "use_cpu": True,
@@ -75,28 +75,43 @@ class TestRecipe:
             "save_strategy": "no",
             "disable_tqdm": True,
         }
+        if path in MATCHING:
+            command = "mm-pbkd"
+            words |= {"preference_dataset": chats, "pair_max_length": 64, "max_completion_length": 4}
+            words["q_warmup_steps"] = 2
+        else:
+            command, words["max_length"] = "pbkd", 64
         if "teacher_model_name_or_path" in recipe:
-            pytest.importorskip("bitsandbytes")
             words["teacher_model_name_or_path"] = teacher_dir
+        if "load_in_4bit" in recipe.get("teacher_model_init_kwargs", {}):
+            pytest.importorskip("bitsandbytes")
         argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-        assert cli.main(["pbkd", "--config", str(path), *argv, "--dry_run"]) == 0, capfd.readouterr().err
-        assert cli.main(["pbkd", "--config", str(path), *argv]) == 0, capfd.readouterr().err
+        assert cli.main([command, "--config", str(path), *argv, "--dry_run"]) == 0, capfd.readouterr().err
+        assert cli.main([command, "--config", str(path), *argv]) == 0, capfd.readouterr().err
         saved = "adapter_model" if recipe.get("use_peft") else "model"
         assert (tmp_path / "out" / f"{saved}.safetensors").is_file()
 
 
-def test_the_running_sums_recipe_is_what_the_demo_does():
+@pytest.mark.parametrize("method", ["pbkd", "mm_pbkd"])
+def test_the_running_sums_recipe_is_what_the_demo_does(method):
     from trl_kd.scripts.demo_experiment import Cell, DemoSettings
+    from trl_kd.scripts.demo_methods import recipe as demo_recipe
     from trl_kd.tasks import TASKS
 
-    settings = DemoSettings()
-    recipe = yaml.safe_load((RECIPES / "running_sums" / "pbkd.yaml").read_text(encoding="utf-8"))
-    cell = Cell(TASKS["running_sums"], 0, settings, Path("runs/demo/running_sums/seed0"))
+    settings, task = DemoSettings(), TASKS["running_sums"]
+    recipe = yaml.safe_load((RECIPES / "running_sums" / f"{method}.yaml").read_text(encoding="utf-8"))
+    cell = Cell(task, 0, settings, Path("runs/demo/running_sums/seed0"))
     assert recipe["model_name_or_path"] == str(cell.model_folder("start"))
     assert recipe["dataset_name"] == str(cell.folder / "pairs")
     assert recipe["max_steps"] == settings.steps
     assert recipe["per_device_train_batch_size"] == settings.batch_size
     assert recipe["learning_rate"] == settings.learning_rate
+    row = {"prompt": "1=", "chosen": "1", "rejected": "2", "preference": 1.0, "teacher_side": "chosen"}
+    done = demo_recipe(method, [row], cell.model_folder("teacher"), task)
+    assert {name: recipe[name] for name in done.settings} == done.settings
+    if method == "mm_pbkd":
+        assert recipe["teacher_model_name_or_path"] == done.arguments["teacher_model"]
+        assert recipe["preference_dataset"] == recipe["dataset_name"]
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -131,13 +146,13 @@ def test_who_is_right_on_gsm8k():
 
 
 def test_commands_in_headers_are_understood():
-    classes = {"pbkd": DATACLASSES, "pairs": (PairsArguments,)}
+    classes = {"pbkd": pbkd.DATACLASSES, "mm-pbkd": mm_pbkd.DATACLASSES, "pairs": (PairsArguments,)}
     for path in ALL:
         header = "\n".join(line[1:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        found = re.findall(r"trl-kd (pbkd|pairs) ((?:.*\\\n)*.*)", header)
+        found = re.findall(r"trl-kd (pbkd|mm-pbkd|pairs) ((?:.*\\\n)*.*)", header)
         assert found, path
         for command, words in found:
             argv = words.replace("\\\n", " ").split()
             argv = [str(RECIPES.parent / word) if word.startswith("recipes/") else word for word in argv]
-            on_cpu = ["--use_cpu", "true", "--bf16", "false"] if command == "pbkd" else []
+            on_cpu = [] if command == "pairs" else ["--use_cpu", "true", "--bf16", "false"]
             parse(classes[command], argv + on_cpu, f"trl-kd {command}")

@@ -67,3 +67,26 @@ def base(tiny_dir, jsonl, pairs, tmp_path) -> list[str]:
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "out"
+
+
+@pytest.fixture
+def mm_base(tiny_dir, teacher_dir, jsonl, pairs, tmp_path) -> list[str]:
+    """A command line that matches a student to its teacher for two steps."""
+    prompts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    return [
+        "mm-pbkd",
+        *("--model_name_or_path", tiny_dir),
+        *("--teacher_model_name_or_path", teacher_dir),
+        *("--dataset_name", jsonl(prompts, "prompts.jsonl")),
+        *("--preference_dataset", jsonl(pairs)),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--bf16", "false", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"),
+        *("--max_steps", "2", "--per_device_train_batch_size", "4", "--gradient_checkpointing", "false"),
+        *("--max_completion_length", "4", "--q_warmup_steps", "2"),
+    ]
+
+
+def replaced(words: list[str], key: str, *values: str) -> list[str]:
+    """`words` with other values for `key`, or without it."""
+    index = words.index(key)
+    return [*words[:index], *([key, *values] if values else []), *words[index + 2 :]]

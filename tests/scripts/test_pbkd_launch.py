@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from trl_kd.scripts import launch, pbkd
+from trl_kd.scripts import launch, pbkd, training
 from trl_kd.scripts.errors import InputError, report
 
 
@@ -125,7 +125,7 @@ def test_who_needs_the_launcher(monkeypatch, tmp_path):
 
 def test_launch_options_go_to_the_launcher(base, monkeypatch, tmp_path, cpu_config, trl_kd):
     seen = []
-    monkeypatch.setattr(pbkd, "launch", lambda *args: seen.append(args) or 0)
+    monkeypatch.setattr(training, "launch", lambda *args: seen.append(args) or 0)
     config = tmp_path / "run.yaml"
     config.write_text("num_processes: 4\nmixed_precision: no\nmulti_gpu: true\ncpu: false\ngradient_clipping: 1.0\n")
     words = ["--num_processes", "2", "--config", str(config), "--accelerate_config", cpu_config, "--gpu_ids=0,1"]
@@ -143,13 +143,13 @@ def test_launch_options_go_to_the_launcher(base, monkeypatch, tmp_path, cpu_conf
 
 def test_a_launched_process_takes_the_file_of_both_and_no_launch_options(base, monkeypatch, tmp_path):
     trained = []
-    monkeypatch.setattr(pbkd, "train", lambda *args: trained.append(args) or 0)
+    monkeypatch.setattr(training.TrainingCommand, "train", lambda self, *args: trained.append(args) or 0)
     config = tmp_path / "run.yaml"
     config.write_text("num_processes: 4\nbeta: 0.3\n")
-    assert pbkd._train_here([*base[1:], "--config", str(config)]) == 0
+    assert pbkd.COMMAND.train_here([*base[1:], "--config", str(config)]) == 0
     assert trained[0][1].beta == 0.3
     with pytest.raises(InputError, match="`--num_processes` is for a launcher"):
-        pbkd._train_here([*base[1:], "--num_processes", "2"])
+        pbkd.COMMAND.train_here([*base[1:], "--num_processes", "2"])
 
 
 @pytest.mark.slow

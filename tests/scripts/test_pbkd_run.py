@@ -204,7 +204,7 @@ def test_help_lists_every_field(trl_kd):
     done = ok(trl_kd("pbkd", "--help"))
     for name in ("imitation_weight", "model_name_or_path", "dataset_name", "dry_run", "accelerate_config", "use_peft"):
         assert f"--{name}" in done.out
-    assert pbkd.PROG in done.out
+    assert pbkd.COMMAND.prog in done.out
 
 
 def test_a_damaged_file_of_weights(trl_kd, base, tiny_dir, tmp_path):

@@ -15,6 +15,10 @@ from trl_kd.scripts.errors import InputError, report
 COMMANDS = {
     "pairs": ("trl_kd.scripts.pairs", "make preference pairs from teacher's and student's answers"),
     "pbkd": ("trl_kd.scripts.pbkd", "distil a student from preference pairs and teacher responses"),
+    "mm-pbkd": (
+        "trl_kd.scripts.mm_pbkd",
+        "match a student to the weights of a teacher where preferences say it matters",
+    ),
     "demo": ("trl_kd.scripts.demo", "see the method at work on a small task, on this machine"),
 }
 

@@ -1,8 +1,10 @@
 """Where a command's rows come from: the Hub, a saved folder, a folder of files, or one file."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import datasets as hf_datasets
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
@@ -94,6 +96,51 @@ def load_split(
     return _split(splits, split, split_field, source)
 
 
+def load_prompts(
+    script_args: ScriptArguments, mixture: DatasetMixtureConfig, with_eval: bool, with_completions: bool
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """As `load_datasets`, for prompts. Pairs will do; `with_completions`, their `completion` is what the teacher wrote."""
+    train_dataset, eval_dataset = load_datasets(script_args, mixture, with_eval)
+    if with_completions:
+        train_dataset = _teacher_texts(train_dataset)
+        eval_dataset = None if eval_dataset is None else _teacher_texts(eval_dataset)
+    return train_dataset, eval_dataset
+
+
+def _teacher_texts(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    first: dict[str, Any] = next(iter(dataset), {})
+    if "completion" in first or not {"chosen", "rejected", "teacher_side"} <= first.keys():
+        return dataset
+    features = dataset.features
+    if features is not None:  # said outright, since the first rows may hold nothing but nulls
+        features = features.copy()
+        features["completion"] = features["chosen"]
+    return dataset.map(_teacher_text, features=features)
+
+
+def _teacher_text(row: dict[str, Any]) -> dict[str, Any]:
+    side = row["teacher_side"]
+    return {"completion": row.get("teacher") if side is None else row.get(side)}
+
+
+def load_preferences(script_args: Any) -> Dataset | None:
+    """Loads the pairs that `preference_dataset` and its companions name, where they do.
+
+    Raises:
+        `InputError`: no such source, no such split, or a file that cannot be read.
+    """
+    if script_args.preference_dataset is None:
+        return None
+    return load_split(
+        script_args.preference_dataset,
+        script_args.preference_dataset_config,
+        script_args.preference_dataset_split,
+        streaming=False,
+        field="preference_dataset",
+        split_field="preference_dataset_split",
+    )
+
+
 def _unreadable(source: str, error: Exception) -> InputError:
     cause = error.__cause__ if error.__cause__ is not None else error
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
@@ -122,7 +169,7 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
                 f"`{field}` is the folder {name!r}, which holds neither a saved dataset nor "
                 f"{', '.join(BUILDERS)} files."
             )
-        return load_dataset(str(path), name=config, **options)
+        return load_dataset(str(path), name=config, cache_dir=_cache_of(path), **options)
     if looks_like_path(name) or path.suffix in BUILDERS:
         raise InputError(f"`{field}` is {name!r}: no such file or folder.")
     try:
@@ -132,6 +179,19 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
             f"`{field}` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "
             f"be loaded: {one_line(error)}"
         ) from error
+
+
+def _cache_of(path: Path) -> str:
+    """
+    Where `datasets` shall cache a folder as it is now. By itself it tells folders that have a card apart by their last names
+    and cards alone, and hands out the rows of another folder of that name, or those from before a change.
+    """
+    state = [str(path.resolve())]
+    for file in sorted(path.rglob("*")):
+        if file.suffix in BUILDERS:
+            state += [str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)]
+    name = hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
+    return str(Path(hf_datasets.config.HF_DATASETS_CACHE) / "trl-kd" / name)
 
 
 def _load_saved(path: Path, streaming: bool, field: str) -> Any:

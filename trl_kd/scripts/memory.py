@@ -8,8 +8,13 @@ import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trl_kd.rewards.q_function import ADAPTER_WIDTH
+
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Q_BYTES = 16
+"""Of each parameter of Q: in float32 itself, its gradient, and Adam's two moments."""
 
 # bitsandbytes keeps linear layers in 4 or 8 bits; the scales of each block of 64 weights add an eighth of the 4 bits
 _QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}
@@ -83,6 +88,23 @@ def trainable_parameters(model: PreTrainedModel, peft_config: Any) -> int:
     with init_empty_weights():
         adapted = get_peft_model(model, peft_config)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def q_parameters(head: str, width: int, count: int) -> int:
+    """
+    How many parameters [`~trl_kd.rewards.q_function.QFunction`] has.
+
+    Args:
+        head (`str`):
+            Its kind.
+        width (`int`):
+            Of the student's hidden states and embeddings.
+        count (`int`):
+            Q-functions that share its trunk: the adversary and, with preferences, a twin for each source of states.
+    """
+    hidden = {"linear": None, "mlp": width, "adapter": min(ADAPTER_WIDTH, width)}[head]
+    trunk = 0 if hidden is None else hidden * (width + 1)
+    return trunk + count * width * ((width if hidden is None else hidden) + 1)
 
 
 def readable(size: float) -> str:

@@ -23,16 +23,9 @@ from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import parse
 from trl_kd.scripts.errors import InputError, bad_input, one_line
-from trl_kd.scripts.pairs_arguments import (
-    SOURCES,
-    PairsArguments,
-    check,
-    load_prompts,
-    make_preference,
-    make_sampler,
-    parse_shard,
-)
+from trl_kd.scripts.pairs_arguments import SOURCES, PairsArguments, check, parse_shard
 from trl_kd.scripts.pairs_dry_run import dry_run
+from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
 
 
 PROG = "trl-kd pairs"
@@ -47,15 +40,14 @@ def main(argv: list[str]) -> int:
     if args.push_to_hub:
         _check_hub(args)
     if args.merge is not None:
-        if args.dry_run:
-            raise InputError("`dry_run` is set, but `merge` asks nobody: drop one of them.")
         with bad_input():
             merge_shards(args.merge, args.output_dir)
     else:
         with bad_input():
             prompts = load_prompts(args)
             sources = {source: make_sampler(args, source) for source in SOURCES}
-            preference = make_preference(args)
+            load_tokenizers(args, sources)
+            preference = make_preference(args, sources["student"])
             seed = args.seed if args.pairing_seed is None else args.pairing_seed
             pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed)
         with _said():
@@ -72,6 +64,7 @@ def main(argv: list[str]) -> int:
                 **pairing.describe(),
                 shard=parse_shard(args.shard),
                 relabel=args.relabel,
+                prompts_from=describe_prompts(args),
             )
     _report(args.output_dir)
     if args.push_to_hub:
@@ -111,6 +104,13 @@ def _said() -> Iterator[None]:
 def _report(output_dir: str) -> None:
     summary = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))
     print(format_summary(summary))
+    if not summary["pairs"]["total"]:
+        print(
+            f"\nWarning: there is not a single pair in {output_dir}, and nothing to train on. Each needs an answer of both: "
+            "look at the answers above that were refused, truncated (and dropped), or null in their column.",
+            file=sys.stderr,
+        )
+        return
     print(f"\nPairs: {output_dir}   (trl-kd pbkd --dataset_name {output_dir}, or trl_kd.pairs.load_pairs)")
     print(f"Page:  {Path(output_dir) / 'pairs.html'}")
 

@@ -1,4 +1,4 @@
-"""Arguments of `trl-kd pairs`, and the parts that they name: prompts, samplers and a preference function."""
+"""Arguments of `trl-kd pairs`, and what does not go together among them."""
 
 # ruff: noqa: RUF009 (`_field` is `dataclasses.field`)
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from trl_kd.sampling import SamplingSettings
-from trl_kd.scripts.checks import check_model_source, check_output_dir, model_error
-from trl_kd.scripts.data import load_split
-from trl_kd.scripts.errors import InputError
+from trl_kd.pairs.folder import check_folder
+from trl_kd.scripts.checks import check_output_dir
+from trl_kd.scripts.errors import InputError, bad_input
 
 
 def _field(default: Any, told: str) -> Any:
@@ -94,6 +93,9 @@ class PairsArguments:
     preference_scale: float | None = _field(
         None, "Scale of scores for Bradley-Terry labels; by default hard labels (reward models: 1)."
     )
+    preference_tokenizer: str | None = _field(
+        None, "Tokenizer for the `completion_ids` of a verifier; by default that of a local student."
+    )
     preference_model_init_kwargs: str | None = _field(None, "JSON: options of loading the reward model or teacher.")
     judge_base_url: list[str] | None = _field(None, "Servers that serve the judge, used side by side.")
     judge_api_key_env: str = _field("OPENAI_API_KEY", "Environment variable with the key of the judge's server.")
@@ -135,16 +137,17 @@ class PairsArguments:
 SOURCES = ("teacher", "student")
 
 # What an option is for; set in vain it is refused
-_PRICES = ("price_in", "price_out")
+PRICES = ("price_in", "price_out")
 _OF_SERVER = (
     *("base_url", "api_key_env", "timeout", "max_retries", "completions", "extra_body", "system_prompt"),
-    *_PRICES,
+    *PRICES,
 )
 _OF_LOADING = ("adapter", "model_init_kwargs")
 _OF_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "chat_template_kwargs", "seed")
-_OF_ASKING = ("max_concurrency", "max_requests", "max_tokens", "max_cost", *_PRICES)
+OF_ASKING = ("max_concurrency", "max_requests", "max_tokens", "max_cost", *PRICES)
 _OF_PREFERENCES = {
     "preference_scale": ("verifier", "reward_model", "likelihood"),
+    "preference_tokenizer": ("verifier",),
     "preference_model_init_kwargs": ("reward_model", "likelihood"),
     **{f.name: ("judge",) for f in fields(PairsArguments) if f.name.startswith("judge_")},
 }
@@ -161,13 +164,24 @@ def check(args: PairsArguments) -> None:
     if args.output_dir is None:
         raise InputError("`output_dir` is not set: give a folder for answers and pairs.")
     check_output_dir(args.output_dir)
+    with bad_input():
+        check_folder(args.output_dir)
     if args.merge is not None:
+        others = {f.name for f in fields(args)} - {"merge", "output_dir"}
+        others = {name for name in others if not name.startswith(("push_to_hub", "hub_"))}
+        _refuse_set(args, sorted(others), "`merge` asks nobody and takes the pieces as they are: drop one of them.")
         for folder in args.merge:
             if not Path(folder).is_dir():
                 raise InputError(f"`merge` names {folder!r}: no such folder.")
         return
     if args.dataset_name is None:
         raise InputError("`dataset_name` is not set: give the prompts, a Hub id, a folder or a file.")
+    prompts = Path(args.dataset_name).expanduser()
+    if prompts.is_dir() and Path(args.output_dir).resolve().is_relative_to(prompts.resolve()):
+        raise InputError(
+            f"`output_dir` is {args.output_dir!r}, in the folder {args.dataset_name!r} that `dataset_name` names: what is "
+            "written there would be read as prompts the next time. Give a folder outside of it, or name the file of prompts."
+        )
     for source in SOURCES:
         _check_source(args, source)
     if args.preference is None:
@@ -180,10 +194,10 @@ def check(args: PairsArguments) -> None:
         if kind not in kinds:
             _refuse_set(args, [name], f"`preference` is {args.preference!r}: it is for {' or '.join(kinds)}, drop it.")
     if kind != "judge" and not any(is_server(getattr(args, source)) for source in SOURCES):
-        _refuse_set(args, _OF_ASKING, "no server is asked: drop it.")
+        _refuse_set(args, OF_ASKING, "no server is asked: drop it.")
     for name in (f.name for f in fields(args)):
         if name.endswith(tuple(_JSON)):
-            _json(args, name)
+            read_json(args, name)
     parse_shard(args.shard)
 
 
@@ -231,158 +245,8 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     return int(index), int(count)
 
 
-def load_prompts(args: PairsArguments) -> Any:
-    """The prompts, with their column named `prompt`."""
-    assert args.dataset_name is not None
-    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split, args.dataset_streaming)
-    columns = next(iter(dataset), None)
-    if columns is None:
-        raise InputError(f"`dataset_name` is {args.dataset_name!r}, which is empty: it needs at least one row.")
-    for name in ("prompt_column", "teacher_column", "student_column"):
-        column = getattr(args, name)
-        if column is not None and column not in columns:
-            raise InputError(f"`{name}` is {column!r}: the dataset has {', '.join(map(repr, columns))}.")
-        if name != "prompt_column" and column in ("prompt", args.prompt_column):
-            raise InputError(f"`{name}` is {column!r}, the column of the prompts: name one with answers.")
-    if args.prompt_column != "prompt":
-        if "prompt" in columns:
-            dataset = dataset.remove_columns("prompt")
-        dataset = dataset.rename_column(args.prompt_column, "prompt")
-    if args.as_messages:
-        if not isinstance(columns[args.prompt_column], str):
-            raise InputError(f"`as_messages` is true, but the column {args.prompt_column!r} holds messages: drop it.")
-        dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
-    if args.max_prompts is not None:
-        if args.max_prompts < 1:
-            raise InputError(f"`max_prompts` is {args.max_prompts}: it must be at least 1.")
-        streamed = args.dataset_streaming
-        dataset = (
-            dataset.take(args.max_prompts) if streamed else dataset.select(range(min(args.max_prompts, len(dataset))))
-        )
-    return dataset
-
-
-def make_sampler(args: PairsArguments, source: str) -> Any:
-    """The sampler that the arguments of a source describe; nothing is loaded yet."""
-    column = getattr(args, f"{source}_column")
-    if column is not None:
-        from trl_kd.sampling.column import ColumnSampler
-
-        return ColumnSampler(column)
-    model = getattr(args, source)
-    try:
-        return _model_sampler(args, source, model)
-    except ValueError as error:
-        raise InputError(f"`{source}` is {model!r}: {error}") from error
-
-
-def _model_sampler(args: PairsArguments, source: str, model: str) -> Any:
-    given = {name: getattr(args, f"{source}_{name}") for name in ("temperature", "top_p", "max_new_tokens", "stop")}
-    seed = getattr(args, f"{source}_seed")
-    if seed is None:
-        seed = 2 * args.seed + SOURCES.index(source)  # the two draw apart, also where they are one model
-    settings = SamplingSettings(**given | {"stop": tuple(given["stop"] or ())}, seed=seed)
-    template = _json(args, f"{source}_chat_template_kwargs") or None
-    if is_server(model):
-        from trl_kd.sampling.server import ServerSampler
-
-        return ServerSampler(
-            model.removeprefix("api:"),
-            _client(args, source),
-            settings,
-            system_prompt=getattr(args, f"{source}_system_prompt"),
-            completions=getattr(args, f"{source}_completions"),
-            chat_template_kwargs=template,
-            extra=_json(args, f"{source}_extra_body"),
-        )
-    kwargs = _json(args, f"{source}_model_init_kwargs")
-    adapter = getattr(args, f"{source}_adapter")
-    if model.startswith("vllm:"):
-        from trl_kd.sampling.vllm import VLLMSampler
-
-        name = model.removeprefix("vllm:")
-        return VLLMSampler(name, settings, adapter=adapter, chat_template_kwargs=template, **kwargs)
-    from trl_kd.sampling.local import LocalSampler
-
-    check_model_source(source, model, adapters=True)
-    return LocalSampler(model, settings, model_init_kwargs=kwargs, adapter=adapter, chat_template_kwargs=template)
-
-
-def make_preference(args: PairsArguments) -> Any:
-    """The preference function that the arguments describe; configs and tokenizers are read, weights are not."""
-    from trl_kd.preferences.reward_function import RewardFunctionPreference, load_function
-    from trl_kd.preferences.simple import LabelColumn, TeacherWins
-
-    assert args.preference is not None
-    kind, _, name = args.preference.partition(":")
-    if kind == "teacher_wins":
-        return TeacherWins()
-    makers = {
-        "column": lambda: LabelColumn(name),
-        "verifier": lambda: RewardFunctionPreference(load_function(name), scale=args.preference_scale),
-        "function": lambda: load_function(name),
-        "reward_model": lambda: _reward_model(args, name),
-        "likelihood": lambda: _likelihood(args, name),
-        "judge": lambda: _judge(args, name),
-    }
-    if kind not in makers or not name:
-        raise InputError(
-            f"`preference` is {args.preference!r}: it is teacher_wins, or one of {', '.join(makers)} with "
-            "a name after a colon."
-        )
-    try:
-        return makers[kind]()
-    except (ValueError, OSError) as error:
-        if kind in ("reward_model", "likelihood") and isinstance(error, OSError):
-            raise model_error("preference", name, error) from error
-        raise InputError(f"`preference` is {args.preference!r}: {error}") from error
-
-
-def _reward_model(args: PairsArguments, name: str) -> Any:
-    from trl_kd.preferences.reward_model import RewardModelPreference
-
-    check_model_source("preference", name)
-    scale = 1.0 if args.preference_scale is None else args.preference_scale
-    return RewardModelPreference(name, scale, model_init_kwargs=_json(args, "preference_model_init_kwargs"))
-
-
-def _likelihood(args: PairsArguments, name: str) -> Any:
-    from trl_kd.preferences.likelihood import TeacherLikelihood
-
-    check_model_source("preference", name)
-    kwargs = _json(args, "preference_model_init_kwargs")
-    return TeacherLikelihood(name, args.preference_scale, model_init_kwargs=kwargs)
-
-
-def _judge(args: PairsArguments, name: str) -> Any:
-    from trl_kd.preferences.judge import DEFAULT_TEMPLATE, LLMJudge
-
-    template = DEFAULT_TEMPLATE
-    if args.judge_template is not None:
-        if not Path(args.judge_template).is_file():
-            raise InputError(f"`judge_template` is {args.judge_template!r}: no such file.")
-        template = Path(args.judge_template).read_text(encoding="utf-8")
-    return LLMJudge(
-        name,
-        _client(args, "judge"),
-        template=template,
-        max_new_tokens=args.judge_max_new_tokens,
-        temperature=args.judge_temperature,
-        completions=args.judge_completions,
-        extra=_json(args, "judge_extra_body"),
-    )
-
-
-def _client(args: PairsArguments, who: str) -> Any:
-    from trl_kd.sampling.client import ServerClient
-
-    own = {name: getattr(args, f"{who}_{name}") for name in ("base_url", "api_key_env", "timeout", "max_retries")}
-    prices = {name: getattr(args, f"{who}_{name}") for name in _PRICES}
-    shared = {name: getattr(args, name) for name in _OF_ASKING if prices.get(name) is None}
-    return ServerClient(**{**prices, **shared, **own})
-
-
-def _json(args: PairsArguments, name: str) -> dict[str, Any]:
+def read_json(args: PairsArguments, name: str) -> dict[str, Any]:
+    """An option that is a JSON object."""
     value = getattr(args, name)
     if value is None or isinstance(value, dict):
         return value or {}

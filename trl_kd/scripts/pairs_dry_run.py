@@ -83,7 +83,8 @@ def dry_run(
     check_parts(next(read_prompts(prompts, batch_size=CHECKED_ROWS)), sources, preference)
     settings = {source: sampler.describe() for source, (sampler, _) in sources.items()}
     with closing(StoredAnswers(output_dir)) as stored:
-        stored.check_settings({**settings, "preference": describe_preference(preference)}, relabel)
+        settings |= {"preference": describe_preference(preference), "shard": None if shard is None else list(shard)}
+        stored.check_settings(settings, relabel)
         work = _Work(prompts, sources, shard, stored)
         table: Table = [("prompts", work.told), ("shown", f"row {work.row.index}: {_short(work.row.prompt)}")]
         costs, answers = [], {}

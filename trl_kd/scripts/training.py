@@ -83,9 +83,7 @@ class TrainingCommand:
 
     def _parse(self, argv: list[str]) -> Parsed:
         # transformers renames an argument that TRL sets; whoever trains can do nothing about it
-        warnings.filterwarnings(
-            "ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning
-        )
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
         parsed = parse(self.arguments, argv, self.prog, self.required)
         with bad_input():
             self.check(*parsed.values)
