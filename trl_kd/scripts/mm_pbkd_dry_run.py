@@ -1,6 +1,5 @@
 """`trl-kd mm-pbkd --dry_run`: vocabularies first, then prompts, states, pairs and sizes."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +29,12 @@ from trl_kd.scripts.memory import Q_BYTES, q_parameters
 from trl_kd.trainers.mm_pbkd_data import (
     LEAST_HELD_OUT,
     PairBatches,
-    _pair_settings,
     check_prompts,
-    prepare_pairs,
+    read_pairs,
     tokenize_completion,
+    tokenize_pairs,
 )
-from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, prepare_rows
+from trl_kd.trainers.pbkd_data import check_tokenizer, has_images
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:
@@ -170,13 +169,11 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
     table = [
         ("pairs columns", columns({c: dataset[0][c] for c in ("prompt", "chosen", "rejected") if c in dataset[0]}))
     ]
-    known = _known_preferences(dataset, args)
-    # Without a known one the first row is refused, with the sentence of the run itself
-    sample = prepare_pairs(dataset.select(list(known)[:SAMPLE] or [0]), processor, args)
+    known = read_pairs(dataset, args)
+    sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
-    labels = Dataset.from_dict({"preference": list(known.values())})
-    batches = PairBatches(labels, args, world, pad_token_id=0)
-    strict = sum(preference != 0.5 for preference in known.values())
+    batches = PairBatches(known.select_columns("preference"), args, world, pad_token_id=0)
+    strict = sum(preference != 0.5 for preference in known["preference"])
     held_out = len(known) - len(batches)
     limit = args.pair_max_length
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in sample]
@@ -195,15 +192,6 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
         ),
         ("warm-up", _warm_up(batches.strict, args)),
     ]
-
-
-def _known_preferences(dataset: Dataset, args: Any) -> dict[int, float]:
-    """The preferences that are known, by their rows; every row is checked."""
-    unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]
-    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", _pair_settings(args, args.pair_max_length))
-    if "preference" not in dataset.column_names:
-        return dict.fromkeys(range(len(dataset)), 1.0)
-    return {i: p for i, p in enumerate(dataset["preference"]) if p is not None and not math.isnan(p)}
 
 
 def _warm_up(strict: int, args: Any) -> str:

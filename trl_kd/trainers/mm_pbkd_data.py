@@ -130,28 +130,25 @@ class EpochOrder(Sampler[int]):
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 
-def _pair_settings(args: MMPbKDConfig, max_length: int | None) -> Any:
+def _pair_settings(args: MMPbKDConfig) -> Any:
     """What the readers of pairs ask of a `PbKDConfig`: Q's likelihood is Bradley–Terry's, so every label will do."""
     return SimpleNamespace(
         loss_type=["sigmoid"],
         use_weighting=False,
         f_divergence_type="reverse_kl",
-        max_length=max_length,
+        max_length=args.pair_max_length,
         truncation_mode="keep_start",
         dataset_num_proc=None,
     )
 
 
-def prepare_pairs(dataset: Any, processing_class: Any, args: MMPbKDConfig) -> Dataset:
+def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     """
-    Reads preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference.
+    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference.
 
     Args:
         dataset (`Dataset`):
             Pairs in TRL's preference format, `preference` being P(chosen ≻ rejected), by default 1.
-
-    Returns:
-        `Dataset` with the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`.
 
     Raises:
         `ValueError`: a stream, images, a wrong label, or no pair that is left.
@@ -164,8 +161,7 @@ def prepare_pairs(dataset: Any, processing_class: Any, args: MMPbKDConfig) -> Da
     if has_images(next(iter(dataset), {})):
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
-    settings = _pair_settings(args, args.pair_max_length)
-    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", settings)
+    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", _pair_settings(args))
     if "preference" in dataset.column_names:
         known = [p is not None and not math.isnan(p) for p in dataset["preference"]]
         dataset = dataset.select([i for i, is_known in enumerate(known) if is_known])
@@ -173,9 +169,17 @@ def prepare_pairs(dataset: Any, processing_class: Any, args: MMPbKDConfig) -> Da
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
     if not len(dataset):
         raise ValueError("`preference_dataset` has no row with a known `preference`: Q would learn nothing from it.")
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    check_tokenizer(tokenizer, dataset, "preference")
-    dataset = tokenize_rows(dataset, processing_class, settings, "preference")
+    return dataset
+
+
+def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) -> Dataset:
+    """What `read_pairs` returned, as the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`.
+
+    Raises:
+        `ValueError`: the tokenizer cannot render them, or `pair_max_length` leaves no response token.
+    """
+    check_tokenizer(getattr(processing_class, "tokenizer", processing_class), dataset, "preference")
+    dataset = tokenize_rows(dataset, processing_class, _pair_settings(args), "preference", limit="pair_max_length")
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
 
 
@@ -185,7 +189,7 @@ class PairBatches:
 
     Args:
         dataset (`Dataset`):
-            From `prepare_pairs`.
+            From `tokenize_pairs`.
         args (`MMPbKDConfig`):
             Settings.
         accelerator (`Accelerator`):

@@ -33,11 +33,12 @@ from trl_kd.trainers.mm_pbkd_data import (
     EpochOrder,
     PairBatches,
     check_prompts,
-    prepare_pairs,
+    read_pairs,
+    tokenize_pairs,
 )
 from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_head, play
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
-from trl_kd.trainers.pbkd_data import each_dataset
+from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -126,12 +127,16 @@ quantization_config, peft_config, tools:
         if train_dataset is not None:
             check_prompts(train_dataset, "train", args, tools)
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
+        pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
         if processing_class is None:
             processing_class = _load_processing_class(model, args)
-        teacher.check_vocabulary(getattr(processing_class, "tokenizer", processing_class), model)
-        pairs = None
-        if preference_dataset is not None:
-            pairs = prepare_pairs(preference_dataset, processing_class, args)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        teacher.check_vocabulary(tokenizer, model)
+        if train_dataset is not None:
+            check_tokenizer(tokenizer, train_dataset, "train")
+        each_dataset(eval_dataset, lambda dataset, name: check_tokenizer(tokenizer, dataset, name))
+        if pairs is not None:
+            pairs = tokenize_pairs(pairs, processing_class, args)
             self.preference_rows = len(pairs)
 
         super().__init__(

@@ -311,10 +311,10 @@ def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: st
 
 
 def tokenize_rows(
-    dataset: Dataset | IterableDataset, processing_class: Any, args: PbKDConfig, name: str
+    dataset: Dataset | IterableDataset, processing_class: Any, args: PbKDConfig, name: str, limit: str = "max_length"
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes as `DPOTrainer` does, without a model, and says what `max_length` takes away.
+    Tokenizes as `DPOTrainer` does, without a model, and says what `args.max_length` takes away, which users know as `limit`.
 
     Returns:
         The dataset with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -328,11 +328,11 @@ def tokenize_rows(
         return dataset
     if before > len(dataset):
         said = (
-            f"In {before - len(dataset)} of {before} rows of the {name} dataset the prompt alone fills `max_length` = "
+            f"In {before - len(dataset)} of {before} rows of the {name} dataset the prompt alone fills `{limit}` = "
             f"{args.max_length}, which leaves no response token"
         )
         if not len(dataset):
-            raise ValueError(f"{said}: raise `max_length` or shorten the prompts.")
+            raise ValueError(f"{said}: raise `{limit}` or shorten the prompts.")
         logger.warning(f"{said}: they are left out.")
     responses = dataset.select_columns(["chosen_ids", "rejected_ids"])
     if not any(row["chosen_ids"] or row["rejected_ids"] for row in responses):
