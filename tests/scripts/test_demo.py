@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,6 +123,21 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
         found = recipe(method)
         assert len(found.data) == counts["strict"]
         assert found.settings == length | extra
+
+
+def test_white_box_adds_its_rows(interrupted_then_finished, task_file, tmp_path, capsys):
+    finished, results, _ = interrupted_then_finished
+    folder = shutil.copytree(finished, tmp_path / "demo")
+    (more,) = demo.run(folder, tasks=[task_file], settings=TINY, white_box=True)["size"]
+    assert {name: more[name] for name in results} == results
+    added = [more[name] for name in demo.WHITE_BOX_NAMES]
+    assert [method["steps"] for method in added] == [TINY.steps] * 4
+    assert len({tuple(method["answers"]) for method in added}) > 1
+    assert any("mmpbkd/violation" in entry for entry in more["mm_pbkd"]["log"])
+    assert not any("mmpbkd/violation" in entry for entry in more["mm"]["log"])
+    shown = capsys.readouterr().out + (folder / "report.html").read_text()
+    assert all(shown.count(name) > 2 for name in demo.WHITE_BOX_NAMES.values())
+    assert "MM-PbKD" in (folder / "size/seed0/mm_pbkd/size-mm-pbkd/README.md").read_text()
 
 
 def test_student_folder_loads_and_has_an_honest_card(interrupted_then_finished):

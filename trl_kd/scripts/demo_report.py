@@ -66,11 +66,12 @@ def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Pa
 
 
 def _task_sections(cell: Cell, seeds: list[dict[str, Any]]) -> list[Section]:
-    white_box = [_curves(cell, seeds, "learning from distributions", WHITE_BOX, WHITE_BOX_COLORS)]
+    curves = [_curves(cell, seeds, "learning", METHODS, COLORS)]
+    if "mm_pbkd" in seeds[0]:
+        curves.append(_curves(cell, seeds, "learning from distributions", WHITE_BOX, WHITE_BOX_COLORS))
     return [
         _results(cell, seeds),
-        _curves(cell, seeds, "learning", METHODS, COLORS),
-        *(white_box if "mm_pbkd" in seeds[0] else []),
+        *curves,
         _constraint(cell, seeds),
         _samples(cell, seeds[0]),
     ]
