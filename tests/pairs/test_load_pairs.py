@@ -6,7 +6,7 @@ import re
 import pytest
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
-from trl.trainer import dpo_trainer
+from trl.trainer import dpo_trainer, reward_trainer
 
 from tests.pairs.fakes import Column, Pairwise
 from trl_kd import PbKDConfig, PbKDTrainer
@@ -61,17 +61,17 @@ def test_pbkd_trains_on_it(tmp_path, tiny_dir, settings, conversational, policy)
 def test_dpo_trains_on_the_strict_rows(tmp_path, tiny_dir, settings, conversational, policy):
     build(tmp_path / "pairs", conversational, policy)
     strict = load_pairs(tmp_path / "pairs", strict_only=True)
-    assert set(strict["preference"]) == {1.0}
+    assert set(strict["preference"]) == {0.75, 1.0}
     trainer = DPOTrainer(model=tiny_dir, args=DPOConfig(**{**settings, "max_steps": 1}), train_dataset=strict)
     assert trainer.train().global_step == 1
 
 
-def test_strict_only_drops_ties_soft_labels_and_nulls(tmp_path):
+def test_strict_only_drops_ties_and_nulls(tmp_path):
     pairs = build(tmp_path, False, "teacher_vs_student")
     assert sorted({str(preference) for preference in pairs["preference"]}) == ["0.5", "0.75", "1.0", "None"]
     strict = load_pairs(tmp_path, strict_only=True)
-    assert strict.to_list() == [row for row in pairs if row["preference"] == 1]
-    assert {row["rejected"] for row in strict} == {"c"}
+    assert strict.to_list() == [row for row in pairs if row["preference"] not in (0.5, None)]
+    assert {row["rejected"]: row["preference"] for row in strict} == {"a": 0.75, "c": 1.0}
 
 
 def test_what_cannot_be_loaded(tmp_path):
@@ -85,7 +85,7 @@ def test_what_cannot_be_loaded(tmp_path):
         "show_progress": False,
     }
     assert len(build_pairs(data, output_dir=tmp_path, **options)) == 1
-    with pytest.raises(ValueError, match="No row of .* has a strict preference"):
+    with pytest.raises(ValueError, match="No row of .* has a winner"):
         load_pairs(tmp_path, strict_only=True)
 
 
@@ -96,8 +96,13 @@ def test_a_dataset_written_anew_is_read_anew(tmp_path):
     assert load_pairs(tmp_path).to_list() == second.to_list()
 
 
-def test_every_column_that_dpo_reads_is_reserved():
+@pytest.mark.parametrize("module", [dpo_trainer, reward_trainer])
+def test_every_column_that_trl_reads_is_reserved(module):
     """From the installed source: names that its dataset preparation or its collators read from a row."""
-    read = set(re.findall(r'example(?:s\[0\])?(?:\.pop|\.get)?[\[(]"(\w+)"', inspect.getsource(dpo_trainer)))
-    assert {"prompt_ids", "image", "images", "ref_chosen_logps"} <= read
+    read = set(re.findall(r'example(?:s\[0\])?(?:\.pop|\.get)?[\[(]"(\w+)"', inspect.getsource(module)))
+    some = {
+        dpo_trainer: {"prompt_ids", "image", "images", "ref_chosen_logps"},
+        reward_trainer: {"margin", "chosen_ids"},
+    }
+    assert some[module] <= read
     assert read - RESERVED <= {"prompt", "tools", "chat_template_kwargs"}

@@ -1,5 +1,6 @@
 """What a judge is paid for is kept at once and asked once: with a real client, and a server that counts."""
 
+import asyncio
 import re
 
 import pytest
@@ -57,3 +58,27 @@ def test_equal_comparisons_are_judged_once_whatever_other_columns_say(tmp_path):
         assert server.count == 8
         build(prompts(4, repeats=3).add_column("more", list(range(12))), tmp_path, server)
         assert server.count == 8
+
+
+def test_a_slow_reply_keeps_nobody_waiting_and_what_is_stored_opens_no_connection(tmp_path, monkeypatch):
+    asked = []
+    run = ServerClient.run
+
+    def counted(self, *args):
+        asked.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(ServerClient, "run", counted)
+    with FaultServer(prefers_yes) as server:
+        for _ in range(2):
+            assert len(build(prompts(130), tmp_path, server)) == 130
+        assert server.count == 260
+    assert len(asked) == 1  # and not once for each 64, each of which ends with its slowest
+
+
+def test_a_judge_inside_an_event_loop(tmp_path):
+    async def cell():
+        with FaultServer(prefers_yes) as server:
+            return build(prompts(3), tmp_path, server)
+
+    assert asyncio.run(cell())["preference"] == [1.0] * 3

@@ -148,6 +148,27 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     again.close()
 
 
+def test_what_a_full_network_disk_has_lost_is_said(tmp_path, monkeypatch):
+    """SQLite gives up a transaction that several answers share."""
+    monkeypatch.setattr("trl_kd.pairs.store.is_network_folder", lambda folder: True)
+    store = AnswerStore(tmp_path)
+    store.check_settings(SETTINGS)
+    store.add_answer("teacher", KEY, 0, Answer("x"))
+    store.commit()
+    for sample in (1, 2):
+        store.add_answer("teacher", KEY, sample, Answer("x"))
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(
+        StoreError, match=r"stored is kept, but for 2 of the last second, which will be asked for again"
+    ):
+        store.add_answer("teacher", KEY, 3, Answer("x" * 100_000))
+    store.close()
+    again = AnswerStore(tmp_path)
+    assert again.missing("teacher", [KEY], 4) == {KEY: (1, 2, 3)}
+    again.close()
+
+
 def test_answers_of_one_reply_are_stored_all_or_none(tmp_path):
     store = AnswerStore(tmp_path)
     store.check_settings(SETTINGS)

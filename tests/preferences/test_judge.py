@@ -300,3 +300,18 @@ def test_slow_replies_are_asked_for_side_by_side():
     with FaultServer(lambda b, n: Reply(verdict("A").body, delay=0.1)) as server:
         judge(server, client={"max_concurrency": 5})(["q"] * 20, ["a"] * 20, ["b"] * 20)
     assert server.most_at_once == 5
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_a_comparison_that_is_refused_by_itself_has_no_verdict(logprobs, caplog):
+    def script(body, number):
+        asked = body["messages"][0]["content"]
+        if asked == "Say yes.":  # asked to see whose fault it was
+            return chat("Yes.")
+        return error(400, "it is bad") if "a bad one" in asked else prefers_longer(body, number)
+
+    with FaultServer(script) as server:
+        made = judge(server, logprobs=logprobs)
+        assert made(["?"] * 2, ["a bad one", "longer"], ["x", "x"]) == [None, 1.0]
+    assert made.unparseable == 1
+    assert "refuses a comparison" in caplog.text

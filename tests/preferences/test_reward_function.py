@@ -212,10 +212,9 @@ def test_functions_of_trl_work_as_they_are():
 def test_describe():
     described = RewardFunctionPreference(functools.partial(right, answer=["secret"]), scale=2.0).describe()
     assert described["functions"][0]["name"] == f"{__name__}.right"
-    assert described == RewardFunctionPreference(right, scale=2.0).describe()
     assert "secret" not in json.dumps(described)
     other = RewardFunctionPreference(length, scale=2.0).describe()
-    assert other["functions"][0]["source"] != described["functions"][0]["source"]
+    assert other["functions"][0]["name"] != described["functions"][0]["name"]
 
     class Described(AsyncJudge):
         def describe(self):

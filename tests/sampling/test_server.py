@@ -1,5 +1,6 @@
 """The client and the sampler against a server that fails as scripted."""
 
+import asyncio
 import itertools
 import logging
 import subprocess
@@ -268,14 +269,14 @@ def test_retry_after_is_waited_for():
     ("fault", "tries", "said"),
     [
         (error(429, "slow down", Retry_After="0.05"), 2, r"status 429: slow down — 2 attempts .*`max_concurrency`"),
-        (error(503, "down", Retry_After="0.05"), 2, r"status 503: down — 2 attempts .*log"),
+        (error(503, "down", Retry_After="0.05"), 2, r"status 503: down — 2 attempts .*log.* The prompt begins 'hi'"),
         (Reply({}, cut=True), 2, r"cut the connection, in 2 attempts .*check `base_url`"),
         (Reply(b"{"), 2, r"answered 2 times what is not a completion in JSON, e.g. '\{'"),
         (Reply({}, delay=1), 2, r"no answer within `timeout` = 0.5 seconds .*raise `timeout`"),
         (error(401, "who are you"), 1, r"status 401: who are you — Put a valid key .* OPENAI_API_KEY"),
         (error(404, "no model"), 1, r"status 404: no model — Check `model` and `base_url`"),
-        (error(400, "top_p is bad"), 1, r"status 400: top_p is bad — Change the setting .* begins 'hi'"),
-        (Reply({"detail": "pinned"}, 422), 1, r"status 422: pinned"),
+        (error(400, "top_p is bad"), 2, r"status 400: top_p is bad — Change the setting .* begins 'hi'"),
+        (Reply({"detail": "pinned"}, 422), 2, r"status 422: pinned"),
     ],
 )
 def test_a_fault_that_stays_is_one_clear_sentence(fault, tries, said):
@@ -286,6 +287,40 @@ def test_a_fault_that_stays_is_one_clear_sentence(fault, tries, said):
         ask(server, client={"timeout": 0.5, "max_retries": 1})
     assert server.url in str(raised.value)
     assert server.count == tries
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_prompt_that_is_refused_by_itself_gets_no_answer(as_text, caplog):
+    def script(body, number):
+        asked = body["prompt"] if as_text else body["messages"][-1]["content"]
+        return error(400, "it is bad") if asked == "bad" else chat({"text": "x"} if as_text else "x")
+
+    columns = {} if as_text else {"tools": [{"type": "function"}]}
+    message = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "bad"}]
+    with FaultServer(script) as server:
+        sampler = ServerSampler("m", ServerClient(server.url), completions=as_text)
+        prompts = {"0": "good", "1": "bad"} if as_text else {"0": [{**message[1], "content": "good"}], "1": message}
+        asked = [Request(key, prompt, (0,), columns) for key, prompt in prompts.items()]
+        answers = {request.key: answer for request, _, answer in sampler.sample(asked)}
+    assert answers["1"] == Answer(None, "bad_request")
+    assert answers["0"].text == "x"
+    assert "refuses the prompt that begins 'bad'" in caplog.text
+    probe = next(body for body in server.bodies if "Say yes." in str(body))
+    refused = next(body for body in server.bodies if "bad" in str(body))
+    if not as_text:  # the same in all but words, or a role that it never takes would be the prompt's fault
+        assert probe["tools"] == refused["tools"]
+        assert [m["role"] for m in probe["messages"]] == ["system", "user"]
+        assert [m["content"] for m in probe["messages"]] == ["Say yes."] * 2
+
+
+def test_a_refusal_of_all_conversations_of_a_kind_is_an_error():
+    """A template without system messages, or tools without a parser for them."""
+
+    def script(body, number):
+        return error(400, "no system role") if body["messages"][0]["role"] == "system" else chat("x")
+
+    with FaultServer(script) as server, pytest.raises(ServerError, match=r"no system role.* begins 'hi'"):
+        ask(server, system_prompt="be brief")
 
 
 def test_nobody_there():
@@ -363,6 +398,17 @@ def test_stopping_early_ends_the_thread(how):
             answers.close()
         assert time.monotonic() - started < 4
         assert not [t for t in threading.enumerate() if "trl-kd-server" in t.name]
+
+
+def test_a_caller_inside_an_event_loop_of_its_own():
+    """A notebook is one."""
+
+    async def cell():
+        with FaultServer(echo) as server:
+            return ask(server)
+
+    assert asyncio.run(cell()) == {0: Answer("hi 0", "stop", 10)}
+    assert "trl-kd-server-client" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_consumer_that_fails_does_not_keep_the_interpreter_from_ending():
@@ -630,6 +676,22 @@ def test_no_secret_is_said_anywhere(status, credentials, caplog, capfd):
     said += f"{sampler.client!r} {sampler!r} {sampler.describe()} {vars(sampler)} {caplog.text} {capfd.readouterr()}"
     said += " ".join(str(vars(record)) for record in caplog.records)
     assert not [secret for secret in secrets if secret in said]
+
+
+@pytest.mark.parametrize("key", ["sk-12345", 'a"quoted/key\\'])
+def test_a_key_that_a_server_echoes_is_in_no_answer(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with FaultServer(lambda *_: chat(f"your key is {key}.")) as server:
+        assert ask(server)[0].text == "your key is ***."
+
+
+@pytest.mark.parametrize("extra", [{"api_key": "x"}, {"a": {"Authorization": "x"}}, {"a": [{"apiKey": "x"}]}])
+def test_a_key_among_the_fields_of_a_request_is_refused(extra):
+    with pytest.raises(ValueError, match="so that no key may be among") as raised:
+        ServerSampler("m", "http://127.0.0.1/v1", extra=extra)
+    assert "'x'" not in str(raised.value)
+    fine = {"max_tokens": 3, "stop_token_ids": [1], "skip_special_tokens": False}
+    assert ServerSampler("m", "http://127.0.0.1/v1", extra=fine).extra == fine
 
 
 def test_a_password_that_breaks_the_url_is_not_shown():

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import trl_kd.scripts.pairs as pairs_script
 from trl_kd.pairs import load_pairs
-from trl_kd.scripts.pairs_arguments import PairsArguments, make_preference, make_sampler
+from trl_kd.scripts.pairs_arguments import PairsArguments
+from trl_kd.scripts.pairs_parts import make_preference, make_sampler
 
 
 REWARD = """

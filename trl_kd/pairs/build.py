@@ -1,20 +1,21 @@
 """From prompts to pairs: answers, labels, rows. Each step reads all prompts, and does what is not done yet."""
 
-import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
-from tqdm.auto import tqdm
 
+from trl_kd.pairs.asking import MissingRequests, look_up, together
 from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
+from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import PairingSettings, Policy, PromptPairs, choose_pairs, make_candidates, make_rows
-from trl_kd.pairs.prompts import PromptRow, read_prompts
+from trl_kd.pairs.progress import Bar, rare_collection, show_cost
+from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.report import PairReport
 from trl_kd.pairs.seen import SeenPairs
 from trl_kd.pairs.store import AnswerStore
@@ -39,6 +40,7 @@ def build_pairs(
     shard: tuple[int, int] | None = None,
     relabel: bool = False,
     label_batch_size: int = 64,
+    prompts_from: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> Dataset:
     """
@@ -70,7 +72,10 @@ def build_pairs(
         relabel (`bool`, *optional*, defaults to `False`):
             Whether to accept another preference than before for the stored answers.
         label_batch_size (`int`, *optional*, defaults to `64`):
-            Comparisons given to the preference at once. Their labels are stored together.
+            Comparisons given to the preference at once. Their labels are stored together. (A judge's are stored one by one,
+            and asked for in larger batches.)
+        prompts_from (`Mapping[str, Any]`, *optional*):
+            Where the prompts come from, as JSON, for the settings and the card: `{"dataset": …, "split": …}`.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar for each step.
 
@@ -88,8 +93,8 @@ def build_pairs(
               prefix `source_`.
 
     Raises:
-        `ValueError`: an option outside its range, prompts that cannot be read, or answers or labels in the folder that were
-        made with other settings.
+        `ValueError`: an option outside its range, prompts that cannot be read, a folder that holds files of somebody else's,
+        or answers or labels in it that were made with other settings.
         `StoreError`: the folder is in use, damaged, or its disk full.
     """
     for name, value in (("num_teacher_samples", num_teacher_samples), ("num_student_samples", num_student_samples)):
@@ -104,6 +109,7 @@ def build_pairs(
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
     pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
+    check_folder(output_dir)
     first = next(read_prompts(prompts, batch_size=CHECKED_ROWS), None)
     if not first:
         raise ValueError("There are no prompts: the dataset is empty.")
@@ -114,15 +120,17 @@ def build_pairs(
         "student": student.describe(),
         "preference": describe_preference(preference),
     }
+    place = {"shard": None if shard is None else list(shard)}
     store = AnswerStore(output_dir)
     try:
-        store.check_settings(settings, relabel)
+        store.check_settings(settings | place, relabel)
         settings["pairing"] = {
             "num_teacher_samples": num_teacher_samples,
             "num_student_samples": num_student_samples,
             **pairing.describe(),
         }
-        settings["shard"] = None if shard is None else list(shard)
+        settings["prompts"] = dict(prompts_from or {})
+        settings |= place
         build = _Build(prompts, sources, preference, pairing, store, shard, show_progress)
         for source in sources:
             build.ask(source)
@@ -171,17 +179,17 @@ class _Build:
         if sampler.is_lookup:
             return
         with self._bar(f"{source} answers", samples) as bar:
-            requests = _Requests(self, source, samples, bar)
+            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar)
             reading = iter(requests)
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
                 self._count(source)
-                for answers in _together(sampler, itertools.chain([first], reading)):
+                for answers in together(sampler, itertools.chain([first], reading)):
                     self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers])
                     for request, sample, _ in answers:
                         requests.answered(request.key, sample)
                     bar.update(len(answers))
-                    _show_cost(bar, sampler)
+                    show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
                 _free(sampler)
@@ -192,11 +200,18 @@ class _Build:
         asked_in_all = 0
         self._count("judge")
         with self._bar("labels of prompts") as bar:
-            for rows in read_prompts(self.prompts, self.shard, batch_size):
-                asked = labeller.label(rows, self._pairs(rows, self._answers(rows)))
+            # Of a stream the slowest label of a batch is waited for, while nothing else is asked: few batches, then
+            for rows in read_prompts(self.prompts, self.shard, BATCH_SIZE if labeller.streams else batch_size):
+                start, count = bar.n, len(rows)
+
+                def advance(done: int, of: int, start: int = start, count: int = count) -> None:
+                    show_cost(bar, self.preference)
+                    bar.update(start + count * done // of - bar.n)
+
+                asked = labeller.label(rows, self._pairs(rows, self._answers(rows)), advance)
                 asked_in_all += asked
-                (bar.update if asked else bar.skip)(len(rows))
-                _show_cost(bar, self.preference)
+                if not asked:
+                    bar.skip(count)
         self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
         self.store.commit()
         _free(self.preference)
@@ -209,10 +224,10 @@ class _Build:
         known = self.prompts.features or {}
         features = {new: known[old] for old, new in {"prompt": "prompt", **names}.items() if old in known}
         writer = PairWriter(folder, features)
-        report, seen = PairReport(self.pairing.seed), SeenPairs()
+        report, seen, fingerprint = PairReport(self.pairing.seed), SeenPairs(), Fingerprint()
         try:
-            with self._bar("prompts paired") as bar, _rare_collection() as collect:
-                for rows in read_prompts(self.prompts, self.shard):
+            with self._bar("prompts paired") as bar, rare_collection() as collect:
+                for rows in read_prompts(self.prompts, self.shard, fingerprint=fingerprint):
                     collect()
                     answers = self._answers(rows)
                     report.prompts += len(rows)
@@ -233,7 +248,7 @@ class _Build:
             report.unparseable = self.store.null_labels()
             report.orders = self.store.note_orders(None, 0)
         report.usage = {name: self.store.usage(name) for name in self.usages}
-        report.write(folder, settings)
+        report.write(folder, settings | {"prompts": settings["prompts"] | fingerprint.describe()})
 
     def _rows(
         self, rows: list[PromptRow], prompts: list[PromptPairs], seen: SeenPairs
@@ -260,7 +275,7 @@ class _Build:
                 # Equal prompts may have different answers in the rows of a dataset
                 numbers = tuple(range(samples))
                 requests[samples] = [Request(f"{r.key}/{r.index}", r.prompt, numbers, r.columns) for r in rows]
-            answers[source] = _look_up(source, sampler, samples, requests[samples])
+            answers[source] = look_up(source, sampler, samples, requests[samples])
         return answers
 
     def _recall(self, source: str, samples: int, rows: list[PromptRow]) -> list[list[Answer]]:
@@ -285,115 +300,17 @@ class _Build:
         return [sampler.column for sampler, _ in self.sources.values() if hasattr(sampler, "column")]
 
     @contextmanager
-    def _bar(self, name: str, times: int = 1) -> Iterator["_Bar"]:
+    def _bar(self, name: str, times: int = 1) -> Iterator[Bar]:
         total = len(self.prompts) * times if isinstance(self.prompts, Dataset) else None
         if total is not None and self.shard is not None:
             total = total // self.shard[1]  # about so many
-        with _Bar(desc=name, total=total, unit="", disable=not self.show_progress, smoothing=0.05) as bar:
+        with Bar(desc=name, total=total, unit="", disable=not self.show_progress, smoothing=0.05) as bar:
             yield bar
-
-
-def _together(sampler: Any, requests: Iterator[Request]) -> Iterator[list[tuple[Request, int, Answer]]]:
-    """Answers as they arrive, in lists of those that are stored all or none."""
-    replies = getattr(sampler, "sample_replies", None)
-    return replies(requests) if callable(replies) else ([answer] for answer in sampler.sample(requests))
-
-
-def _look_up(source: str, sampler: Sampler, samples: int, requests: list[Request]) -> list[list[Answer]]:
-    given = list(sampler.sample(requests))
-    if samples == 1 and [request for request, _, _ in given] == requests:  # in order, as most do: the fast way
-        return [[answer] for _, _, answer in given]
-    found: dict[str, dict[int, Answer]] = {request.key: {} for request in requests}
-    for request, sample, answer in given:
-        found[request.key][sample] = answer
-    for answers in found.values():
-        if len(answers) < samples:
-            raise RuntimeError(f"The {source} gave {len(answers)} answers where {samples} were asked for.")
-    return [[answers[sample] for sample in range(samples)] for answers in found.values()]
-
-
-@contextmanager
-def _rare_collection() -> Iterator[Callable[[], int]]:
-    """Takes the search for garbage in cycles into its own hands: many small objects live for a moment here, and the search
-    would take 40 % of the time. Yields a function to call for each batch; at every 20th it looks at what is new since the
-    start."""
-    was_enabled, batches = gc.isenabled(), itertools.count(1)
-    gc.disable()
-    gc.freeze()
-    try:
-        yield lambda: gc.collect() if next(batches) % 20 == 0 else 0
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
-
-
-class _Requests:
-    """The requests for what is not stored of a source's answers, in the order of the prompts and each once, and which of
-    them are still without an answer."""
-
-    def __init__(self, build: _Build, source: str, samples: int, bar: "_Bar"):
-        self._build, self._source, self._samples, self._bar = build, source, samples, bar
-        self._under_way: dict[str, set[int]] = {}
-        self._is_read = False
-
-    def __iter__(self) -> Iterator[Request]:
-        for rows in read_prompts(self._build.prompts, self._build.shard):
-            # Under way first, stored second: an answer that arrives between the two is seen by the second
-            fresh: dict[str, PromptRow] = {}
-            for row in rows:
-                if row.key not in self._under_way:
-                    fresh.setdefault(row.key, row)
-            missing = self._build.store.missing(self._source, list(fresh), self._samples)
-            self._under_way |= {key: set(samples) for key, samples in missing.items()}
-            self._bar.skip(len(rows) * self._samples - sum(map(len, missing.values())))
-            for key, samples in missing.items():
-                yield Request(key, fresh[key].prompt, samples, fresh[key].columns)
-        self._is_read = True
-
-    def answered(self, key: str, sample: int) -> None:
-        waiting = self._under_way.get(key, set())
-        waiting.discard(sample)
-        if not waiting:
-            self._under_way.pop(key, None)
-
-    def check(self) -> None:
-        """Raises a `RuntimeError` if the source ended before it had answered everything."""
-        if self._under_way or not self._is_read:
-            missing = sum(map(len, self._under_way.values()))
-            raise RuntimeError(
-                f"The {self._source} ended without {missing} of the answers that it was asked for. Those that came are "
-                "stored: run the same command again for the rest."
-            )
-
-
-class _Bar(tqdm):
-    """Safe for threads: a sampler may read its requests, and so skip what is stored, in another than ours."""
-
-    def update(self, n: float | None = 1) -> bool | None:
-        with self.get_lock():
-            return super().update(n)
-
-    def skip(self, count: int) -> None:
-        """Moves on without counting it as progress of this run, which would flatter the rate."""
-        with self.get_lock():
-            if self.disable:
-                return
-            self.initial += count
-            self.n += count
-            self.last_print_n += count
-            self.refresh()
 
 
 def _usages(parts: dict[str, Any]) -> dict[str, Usage]:
     found = {name: getattr(part, "usage", None) for name, part in parts.items()}
     return {name: usage for name, usage in found.items() if isinstance(usage, Usage)}
-
-
-def _show_cost(bar: _Bar, source: Any) -> None:
-    cost = getattr(getattr(source, "usage", None), "cost", None)
-    if cost:
-        bar.set_postfix_str(f"cost so far {cost:.4g}", refresh=False)
 
 
 def _free(source: Any) -> None:

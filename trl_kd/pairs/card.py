@@ -86,7 +86,8 @@ from trl_kd.pairs import load_pairs
 # This folder; the student is yours to choose
 trainer = PbKDTrainer(model=student, args=PbKDConfig("student-pbkd"), train_dataset=load_pairs(folder))
 
-# TRL's own trainers read `chosen` as the better of the two, whatever `preference` says: ties and nulls have to go
+# TRL's own trainers read `chosen` as the better of the two, whatever `preference` says: ties and nulls have to go, and
+# soft labels count as hard ones
 trainer = DPOTrainer(model=student, args=DPOConfig("student-dpo"), train_dataset=load_pairs(folder, strict_only=True))
 ```
 

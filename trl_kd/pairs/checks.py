@@ -1,6 +1,7 @@
 """What is wrong with prompts, sources or a preference, found before anything is loaded, asked or paid for."""
 
 import json
+import logging
 from typing import Any
 
 from trl_kd.pairs.labels import Labeller
@@ -9,6 +10,8 @@ from trl_kd.pairs.prompts import PromptRow
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Request, Sampler
 
+
+logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 100
 """Rows, from the start of the prompts, that are looked at."""
@@ -32,7 +35,14 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
 
     Raises:
         `ValueError`: the sentence names the row, where it is a row's fault.
+        `TypeError`: something that is no sampler or preference function.
     """
+    for source, (sampler, samples) in sources.items():
+        _check_kind(
+            source, sampler, ("is_lookup", "describe", "sample"), "ServerSampler(MODEL, URL) or ColumnSampler(NAME)"
+        )
+        _warn_of_greedy(source, sampler, samples)
+    _check_kind("preference", preference, ("__call__",), "TeacherWins() or RewardFunctionPreference(FUNCTION)")
     for row in rows:
         _check_tools(row)
     for source, (sampler, samples) in sources.items():
@@ -42,6 +52,27 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
             except ValueError as error:
                 raise ValueError(f"Row {row.index} of the prompts, for the {source}: {error}") from error
     Labeller(preference).check(rows)
+
+
+def _check_kind(name: str, part: Any, needed: tuple[str, ...], example: str) -> None:
+    missing = [attribute for attribute in needed if not hasattr(part, attribute)]
+    if isinstance(part, str):
+        raise TypeError(f"`{name}` is the text {part!r}: give an object, such as {example}.")
+    if missing:
+        lacking = ", ".join(f"`{attribute}`" for attribute in missing)
+        raise TypeError(
+            f"`{name}` is a {type(part).__name__}, which has no {lacking}: give an object that does, such as {example}."
+        )
+
+
+def _warn_of_greedy(source: str, sampler: Any, samples: int) -> None:
+    if samples > 1 and getattr(getattr(sampler, "settings", None), "temperature", None) == 0:
+        logger.warning(
+            "The %s is asked for %d answers to each prompt at temperature 0, where all of them are equal: raise its "
+            "temperature, or ask for one.",
+            source,
+            samples,
+        )
 
 
 def _check_source(source: str, sampler: Any, samples: int, row: PromptRow) -> None:

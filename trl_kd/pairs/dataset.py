@@ -37,7 +37,8 @@ RESERVED = {
     *("messages", "completion", "completions", "text", "label", "labels", "conversations", "image", "images"),
     *("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "input_ids", "attention_mask", "completion_mask"),
     *("assistant_masks", "position_ids", "token_type_ids", "mm_token_type_ids", "pixel_values", "seq_lengths"),
-    *("ref_chosen_logps", "ref_rejected_logps"),
+    *("ref_chosen_logps", "ref_rejected_logps", "margin"),
+    *("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
 }
 """Names that TRL's trainers or ours read, or that are written here: the source's own columns of these names are renamed."""
 
@@ -274,15 +275,16 @@ def load_pairs(output_dir: str | os.PathLike, strict_only: bool = False) -> Data
         output_dir (`str` or `Path`):
             The folder.
         strict_only (`bool`, *optional*, defaults to `False`):
-            Whether to leave out ties, soft labels and rows without a preference. TRL's own `DPOTrainer` needs it: it does
-            not know the column `preference`, and takes every row's chosen response for better. `PbKDTrainer` uses all rows.
+            Whether to leave out ties and rows without a preference. TRL's own `DPOTrainer` needs it: it does not know the
+            column `preference`, and takes every row's chosen response for better. A soft label is as good as a hard one to
+            it. `PbKDTrainer` uses all rows, each by its label.
 
     Returns:
         `Dataset`: Rows as described in [`build_pairs`].
 
     Raises:
         `FileNotFoundError`: the folder holds no finished pairs.
-        `ValueError`: `strict_only`, and no row has a strict preference.
+        `ValueError`: `strict_only`, and no row has a winner.
     """
     files = data_files(output_dir)
     if sum(pq.read_metadata(file).num_rows for file in files):
@@ -291,11 +293,11 @@ def load_pairs(output_dir: str | os.PathLike, strict_only: bool = False) -> Data
     else:  # a piece without pairs, which the other way of reading refuses
         dataset = Dataset(pq.read_table(files[0]))
     if strict_only:
-        is_strict = pc.fill_null(pc.equal(dataset.data.column("preference"), 1.0), False)
+        is_strict = pc.fill_null(pc.greater(dataset.data.column("preference"), 0.5), False)
         strict = np.flatnonzero(is_strict.to_numpy())
         if not len(strict):
             raise ValueError(
-                f"No row of `{output_dir}` has a strict preference (`preference` = 1): DPO has nothing to learn."
+                f"No row of `{output_dir}` has a winner (`preference` above ½): DPO has nothing to learn."
             )
         dataset = dataset.select(strict)
     return dataset

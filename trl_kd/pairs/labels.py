@@ -1,15 +1,20 @@
 """Labels and scores of a batch of prompts: each is asked for once, and kept where it cost something."""
 
 import hashlib
+import inspect
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from trl_kd.pairs.pairing import Candidate, PromptPairs
-from trl_kd.pairs.prompts import PromptRow, to_json
+from trl_kd.pairs.prompts import PromptRow
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference, function_name
+from trl_kd.preferences.description import describe_function, naming
 from trl_kd.preferences.preference import check_call
-from trl_kd.preferences.reward_function import describe_function
+from trl_kd.preferences.reward_function import wait
+from trl_kd.sampling.as_json import to_json
 
 
 _OURS = {
@@ -21,6 +26,8 @@ _OURS = {
 
 _Item = tuple[PromptRow, tuple[Candidate, ...]]
 """A score or a label to be had: of one candidate, or of two."""
+
+Advance = Callable[[int, int], None]
 
 
 class Labeller:
@@ -38,6 +45,9 @@ class Labeller:
             for each time.
         batch_size (`int`, *optional*, defaults to `64`):
             Comparisons given to the preference function, and then stored, at once.
+
+    Attributes:
+        streams (`bool`): Whether labels arrive one by one.
     """
 
     def __init__(self, preference: Preference, store: AnswerStore | None = None, batch_size: int = 64):
@@ -45,6 +55,7 @@ class Labeller:
         self.store = store
         self.batch_size = batch_size
         self.is_scored = callable(getattr(preference, "score", None))
+        self.streams = callable(getattr(preference, "stream", None))
 
     def check(self, rows: list[PromptRow]) -> None:
         """Raises a `ValueError` if the preference cannot work with such rows: by its `check_rows`, or by its signature."""
@@ -57,8 +68,11 @@ class Labeller:
         else:
             check_call(self.preference, ("prompts", "first", "second"), columns)
 
-    def label(self, rows: list[PromptRow], prompts: list[PromptPairs]) -> int:
-        """Fills in `scores` or `labels` of `prompts`, which are those of `rows`. Returns how many were not known before."""
+    def label(
+        self, rows: list[PromptRow], prompts: list[PromptPairs], advance: Advance = lambda done, of: None
+    ) -> int:
+        """Fills in `scores` or `labels` of `prompts`, which are those of `rows`. Returns how many were not known before.
+        Whenever some of these have come, `advance` is told how many there are now, and of how many."""
         items: list[_Item] = []
         places: list[tuple[PromptPairs, Any]] = []
         for row, prompt in zip(rows, prompts, strict=True):
@@ -74,7 +88,7 @@ class Labeller:
                     if first.text != second.text:
                         items.append((row, (first, second)))
                         places.append((prompt, pair))
-        values, asked = self._values(items)
+        values, asked = self._values(items, advance)
         for (prompt, place), value in zip(places, values, strict=True):
             if prompt.scores is not None:
                 prompt.scores[place] = value
@@ -82,7 +96,7 @@ class Labeller:
                 prompt.labels[place] = value
         return asked
 
-    def _values(self, items: list[_Item]) -> tuple[list[float | None], int]:
+    def _values(self, items: list[_Item], advance: Advance) -> tuple[list[float | None], int]:
         if self.store is None:
             return (self._ask(items) if items else []), len(items)
         columns = {id(row): to_json(self._read_by_preference(row.columns)) for row, _ in items}
@@ -90,12 +104,13 @@ class Labeller:
         known = self.store.labels(list(dict.fromkeys(keys)))
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         waiting = list(missing.items())
-        if callable(getattr(self.preference, "stream", None)):  # each label is paid for, and kept at once
+        if waiting and self.streams:  # each label is paid for, and kept at once
             (prompts, first, second), _ = self._arguments([item for _, item in waiting])
-            for place, value in self.preference.stream(prompts, first, second):
+            for done, (place, value) in enumerate(self.preference.stream(prompts, first, second), 1):
                 label = {waiting[place][0]: self._read(value)}
                 self.store.add_labels(label)
                 known |= label
+                advance(done, len(waiting))
             return [known[key] for key in keys], len(missing)
         for start in range(0, len(waiting), self.batch_size):
             some = waiting[start : start + self.batch_size]
@@ -103,6 +118,7 @@ class Labeller:
             labels = {key: value for (key, _), value in zip(some, values, strict=True)}
             self.store.add_labels(labels)
             known |= labels
+            advance(start + len(some), len(waiting))
         return [known[key] for key in keys], len(missing)
 
     def _read_by_preference(self, columns: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +142,12 @@ class Labeller:
 
     def _ask(self, items: list[_Item]) -> list[float | None]:
         texts, columns = self._arguments(items)
-        values = (self.preference.score if self.is_scored else self.preference)(*texts, **columns)
+        ask = self.preference.score if self.is_scored else self.preference
+        with nullcontext() if function_name(ask).startswith("trl_kd.") else naming(self.preference):
+            values = ask(*texts, **columns)
+            if inspect.isawaitable(values):
+                (values,) = wait([values])
+            values = list(values)
         if len(values) != len(items):
             raise ValueError(
                 f"The preference function {function_name(self.preference)} returned {len(values)} values for {len(items)} "

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 from trl_kd.pairs.dataset import FIXED, TEXTS, PairWriter, data_files, load_pairs
+from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.report import SETTINGS, PairReport
 from trl_kd.pairs.store import lock_folder
 
@@ -36,7 +37,9 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
         `Dataset`: The rows that one run without `shard` writes, in its order.
 
     Raises:
-        `ValueError`: a piece is missing or there twice, or was built with other settings than the first.
+        `ValueError`: a piece is missing or there twice, or was built with other settings than the first, or from
+        other prompts; or `output_dir`
+        holds files of somebody else's.
         `FileNotFoundError`: a piece is not finished.
     """
     pieces = [Path(folder) for folder in folders]
@@ -47,6 +50,7 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
         raise ValueError(
             f"`output_dir` is {str(output_dir)!r}, which holds the answers of a build: give another folder."
         )
+    check_folder(output_dir)
     report = PairReport(settings["pairing"]["seed"])
     for piece in pieces:
         report.add_counts(piece)
@@ -82,8 +86,15 @@ def _common_settings(folders: list[Path]) -> dict[str, Any]:
             raise ValueError(f"`{folder}` is not a piece: it was built without `shard`.")
         if not found:
             first, count = settings, shard[1]
-        if settings != first or shard[1] != count:
-            different = [name for name in settings if settings[name] != first.get(name)] or ["number of pieces"]
+        if _fingerprint(settings) != _fingerprint(first):
+            raise ValueError(
+                f"`{folder}` was built from other prompts than `{folders[0]}` (`prompts` in `{SETTINGS}` of both): build "
+                "all pieces from the same dataset."
+            )
+        if settings | {"prompts": None} != first | {"prompts": None} or shard[1] != count:
+            different = [name for name in settings if name != "prompts" and settings[name] != first.get(name)] or [
+                "number of pieces"
+            ]
             raise ValueError(
                 f"`{folder}` was built with other settings than `{folders[0]}`: {', '.join(different)} (see `{SETTINGS}` in "
                 "both)."
@@ -97,6 +108,12 @@ def _common_settings(folders: list[Path]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"Of the {count} pieces, {', '.join(map(str, missing))} (counted from 0) are not named.")
     return {**first, "shard": None}
+
+
+def _fingerprint(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Which prompts a piece is of. Not where they were: two machines may have one dataset at two places."""
+    prompts = settings.get("prompts", {})
+    return prompts.get("rows"), prompts.get("keys")
 
 
 def _largest(folders: list[Path]) -> str:

@@ -1,7 +1,6 @@
 """Prompts as they are read: in batches, each with the key under which its answers are stored."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_kd.sampling import Text
+from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.nulls import without_nulls
 
 
@@ -25,8 +25,26 @@ class PromptRow:
     columns: dict[str, Any]
 
 
+class Fingerprint:
+    """Which prompts there are, whatever shard of them is read: their number, and a digest of all keys in order."""
+
+    def __init__(self):
+        self._rows = 0
+        self._keys = hashlib.blake2b(digest_size=16)
+
+    def add(self, keys: list[str]) -> None:
+        self._rows += len(keys)
+        self._keys.update("".join(keys).encode())
+
+    def describe(self) -> dict[str, Any]:
+        return {"rows": self._rows, "keys": self._keys.hexdigest()}
+
+
 def read_prompts(
-    prompts: Dataset | IterableDataset, shard: tuple[int, int] | None = None, batch_size: int = BATCH_SIZE
+    prompts: Dataset | IterableDataset,
+    shard: tuple[int, int] | None = None,
+    batch_size: int = BATCH_SIZE,
+    fingerprint: Fingerprint | None = None,
 ) -> Iterator[list[PromptRow]]:
     """
     Reads prompts in order.
@@ -38,9 +56,12 @@ def read_prompts(
             `(i, n)`: only the prompts whose key is `i` modulo `n`, so that equal prompts stay together.
         batch_size (`int`, *optional*, defaults to `1000`):
             Rows read at once.
+        fingerprint (`Fingerprint`, *optional*):
+            To which the keys of all rows are added.
 
     Raises:
-        `ValueError`: no column `prompt`, or one that is neither text nor messages, or not of the first one's kind.
+        `ValueError`: no column `prompt`, or one that is neither text nor messages, or not of the first one's kind;
+        or a message that says nothing.
     """
     start, kind = 0, None
     for batch in prompts.with_format(None).iter(batch_size=batch_size):
@@ -51,6 +72,7 @@ def read_prompts(
         texts = batch.pop("prompt")
         names = list(batch)
         rows = []
+        keys = []
         others = zip(*batch.values(), strict=True) if names else [()] * len(texts)
         for index, (prompt, values) in enumerate(zip(texts, others, strict=True), start):
             kind = kind or type(prompt)
@@ -58,11 +80,20 @@ def read_prompts(
                 raise ValueError(_refusal(prompt, index))
             if kind is not str:
                 prompt = without_nulls(prompt)
+                for number, message in enumerate(prompt):
+                    if "content" not in message and not message.get("tool_calls"):
+                        raise ValueError(
+                            f"Row {index} of the prompts: message {number} of `prompt`, of the role {message['role']!r}, "
+                            "has neither `content` nor `tool_calls`: fill it in, or leave the row out."
+                        )
             columns = dict(zip(names, values, strict=True))
             key = prompt_key(prompt, columns)
+            keys.append(key)
             if shard is None or int(key[:15], 16) % shard[1] == shard[0]:
                 rows.append(PromptRow(index, key, prompt, columns))
         start += len(texts)
+        if fingerprint is not None:
+            fingerprint.add(keys)
         yield rows
 
 
@@ -74,18 +105,6 @@ def prompt_key(prompt: Text, columns: dict[str, Any]) -> str:
     else:
         data = "json" + to_json([prompt, without_nulls(tools) or None, without_nulls(kwargs) or None])
     return hashlib.blake2b(data.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def to_json(value: Any) -> str:
-    """JSON of anything, to be hashed: what JSON has no word for by its bytes, or by its type."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_plain)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.hex()
-    # Dates and decimals read well; the default of most other objects holds an address, which changes with every run
-    return str(value) if type(value).__str__ is not object.__str__ else type(value).__qualname__
 
 
 def _is_messages(prompt: Any) -> bool:

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
+from trl_kd.pairs.network import is_network_folder
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
@@ -21,25 +22,6 @@ from trl_kd.sampling.budget import Usage
 DATABASE = "answers.db"
 LOCK = ".lock"
 
-# Besides every `fuse.*`. Some of these do support shared memory, which WAL needs; a rollback journal is right on all of them
-_NETWORK = {
-    *(
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "glusterfs",
-        "afs",
-        "panfs",
-        "pvfs2",
-    ),
-    *("orangefs", "wekafs", "9p", "virtiofs", "vboxsf"),
-}
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (
@@ -121,7 +103,7 @@ class AnswerStore:
     def _said(self, error: sqlite3.DatabaseError) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
-            return disk_full(self.path.parent)
+            return disk_full(self.path.parent, self._pending)
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return self._damaged(str(error))
         return StoreError(f"`{self.path}` cannot be read or written: {error}. What it holds was left as it is.")
@@ -143,6 +125,7 @@ class AnswerStore:
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk: what came before may still fit
                     self._connection.execute("COMMIT")
+                    self._pending = 0
                 raise
             self._pending += len(rows)
             if not self._is_grouped or self._pending >= 64:
@@ -157,12 +140,13 @@ class AnswerStore:
         with self._guard():
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._pending = None, 0
+            self._timer = None
             try:
                 self._write_usage()
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("COMMIT")
+            self._pending = 0
 
     def close(self) -> None:
         """Commits, closes the database and lets other processes in."""
@@ -180,19 +164,25 @@ class AnswerStore:
 
         Args:
             settings (`dict[str, dict]`):
-                What `"teacher"`, `"student"` and `"preference"` say of themselves, as JSON.
+                What `"teacher"`, `"student"` and `"preference"` say of themselves, and `"shard"`, as JSON.
             relabel (`bool`, *optional*, defaults to `False`):
                 Whether the preference may be another than before. Answers stay, and labels of the former one too: they are
                 found again if it comes back.
 
         Raises:
-            `ValueError`: settings of something stored differ. The message names each difference.
+            `ValueError`: settings of something stored differ, which the message names, or the folder is another shard's.
         """
         settings = json.loads(json.dumps(settings))
         self._preference = _digest(settings["preference"])
         with self._guard():
             rows = self._connection.execute("SELECT name, value FROM settings").fetchall()
         before = {name: json.loads(value) for name, value in rows}
+        shard, former_shard = settings.get("shard"), before.get("shard")
+        if shard and former_shard and shard != former_shard:
+            raise ValueError(
+                f"`{self.path.parent}` is the folder of shard {former_shard[0]}/{former_shard[1]}, and this is "
+                f"{shard[0]}/{shard[1]}: give each piece an `output_dir` of its own."
+            )
         for source in ("teacher", "student"):
             changes = list(_differences(before.get(source, settings[source]), settings[source], source))
             if changes and self._holds("answers", "source", source):
@@ -343,26 +333,11 @@ def lock_folder(folder: str | Path) -> TextIO:
     return file
 
 
-def is_network_folder(folder: str | Path, mounts: str | Path = "/proc/mounts") -> bool:
-    """Whether a folder lies on a network or user-space file system, by the kernel's list of mounts (`False` without one)."""
-    path = os.path.realpath(folder)
-    try:
-        lines = Path(mounts).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    longest, kind = "", ""
-    for line in lines:
-        point, filesystem = (part.encode().decode("unicode_escape") for part in line.split()[1:3])
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(longest):  # of two mounts at one point the later is on top
-            longest, kind = point, filesystem
-    return kind in _NETWORK or kind.startswith("fuse.")
-
-
-def disk_full(folder: str | Path) -> StoreError:
-    """The error of a full disk, in words."""
+def disk_full(folder: str | Path, lost: int = 0) -> StoreError:
+    """The error of a full disk, in words, by which `lost` answers or labels that were not committed are gone."""
+    but = f", but for {lost} of the last second, which will be asked for again" if lost else ""
     return StoreError(
-        f"The disk of `{folder}` is full. What was stored is kept: free some space and run the same command again."
+        f"The disk of `{folder}` is full. What was stored is kept{but}: free some space and run the same command again."
     )
 
 

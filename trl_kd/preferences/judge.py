@@ -11,7 +11,8 @@ from typing import Any
 from trl_kd.sampling import Text
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient
-from trl_kd.sampling.server_errors import ServerError
+from trl_kd.sampling.server import REFUSALS, other_words
+from trl_kd.sampling.server_errors import ServerError, check_extra
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class LLMJudge:
 
     Raises:
         `ImportError`: `openai` is not installed.
-        `ValueError`: a template that lacks a placeholder, or a number outside its range.
+        `ValueError`: a template that lacks a placeholder, a key in `extra`, or a number outside its range.
     """
 
     reads: tuple[str, ...] = ()  # no columns
@@ -117,7 +118,7 @@ class LLMJudge:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.completions = completions
-        self.extra = dict(extra or {})
+        self.extra = check_extra(extra)
         self.asked = 0
         self.unparseable = 0
         self._agreed = 0
@@ -208,11 +209,27 @@ class LLMJudge:
         wants_logprobs = self.logprobs and not self._refuses_logprobs
         if wants_logprobs:
             body |= {"logprobs": 5} if self.completions else {"logprobs": True, "top_logprobs": 5}
-        reply = await self._ask(ask, body | self.extra, wants_logprobs)
+        try:
+            reply = await self._ask(ask, body | self.extra, wants_logprobs)
+        except ServerError as error:
+            if error.code not in REFUSALS and not await self._takes_others(ask, error, body | self.extra):
+                raise
+            logger.warning("%r refuses a comparison, which gets no verdict: %s", self.model, error.said)
+            return None
         if not reply["choices"]:
             return None
         choice = reply["choices"][0]
         return read_verdict(_as_chat(choice) if self.completions else choice)
+
+    async def _takes_others(self, ask: Ask, error: ServerError, body: dict[str, Any]) -> bool:
+        """Whether a request that was refused is answered with other texts, so that no setting is at fault."""
+        if error.status not in (400, 422):
+            return False
+        try:
+            await self._ask(ask, other_words(body), "logprobs" in body)
+        except ServerError:
+            return False
+        return True
 
     async def _ask(self, ask: Ask, body: dict[str, Any], has_logprobs: bool) -> dict[str, Any]:
         body = {name: value for name, value in body.items() if value is not None}

@@ -2,23 +2,26 @@
 
 import asyncio
 import functools
-import hashlib
 import inspect
+import logging
 import math
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trl_kd.preferences.description import describe_function, naming
 from trl_kd.preferences.preference import ScoredPreference, check_call, function_name, unwrapped
 from trl_kd.preferences.tokens import match_format, template_options, tokenize_response
 from trl_kd.sampling import Text
 
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Iterable[float | None] | Awaitable[Iterable[float | None]]]
 
@@ -81,10 +84,14 @@ class RewardFunctionPreference(ScoredPreference):
     def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         """The weighted sum of what the functions return for each completion."""
         keywords = self._keywords(prompts, completions, columns)
-        results: list[Any] = [function(**keywords) for function in self.functions]
+        results: list[Any] = []
+        for function in self.functions:
+            with naming(function):
+                results.append(function(**keywords))
         waiting = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
-            for index, result in zip(waiting, _wait([results[index] for index in waiting]), strict=True):
+            named = [_named(self.functions[index], results[index]) for index in waiting]
+            for index, result in zip(waiting, wait(named), strict=True):
                 results[index] = result
         read = [
             _read_scores(result, len(prompts), function_name(unwrapped(function)))
@@ -97,6 +104,12 @@ class RewardFunctionPreference(ScoredPreference):
         keywords = self._keywords(prompts[:1], [""] * len(prompts[:1]), {name: v[:1] for name, v in columns.items()})
         for function in self.functions:
             check_call(function, (), keywords)
+            if self.tokenizer is None and _asks_for_tokens(function):
+                logger.warning(
+                    "The reward function %s takes `completion_ids`, which are None without a tokenizer: give a "
+                    "`processing_class` (`--preference_tokenizer`).",
+                    function_name(unwrapped(function)),
+                )
 
     def _keywords(self, prompts: list[Text], completions: list[Text], columns: dict[str, list[Any]]) -> dict[str, Any]:
         from transformers import TrainerState  # here, since it brings torch with it
@@ -126,8 +139,7 @@ class RewardFunctionPreference(ScoredPreference):
         return sum(known) if known else None
 
     def describe(self) -> dict[str, Any]:
-        """Names, weights and a digest of the source of each function. What a function is closed over, or calls, is not
-        seen; one that depends on more has a method `describe` of its own."""
+        """Names, weights, and what [`~trl_kd.preferences.description.describe_function`] sees of each function."""
         return {
             "preference": "reward_function",
             "functions": [describe_function(function) for function in self.functions],
@@ -137,16 +149,11 @@ class RewardFunctionPreference(ScoredPreference):
         }
 
 
-def describe_function(function: Any) -> dict[str, Any]:
-    """What a function says of itself, or its name and a hash of its source."""
-    function = unwrapped(function)
-    if hasattr(function, "describe"):
-        return function.describe()
+def _asks_for_tokens(function: Any) -> bool:
     try:
-        source = inspect.getsource(function if hasattr(function, "__qualname__") else type(function))
-    except (OSError, TypeError):  # typed into a shell, or compiled
-        source = ""
-    return {"name": function_name(function), "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
+        return "completion_ids" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _read_scores(result: Any, expected: int, name: str) -> list[float | None]:
@@ -187,7 +194,14 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _wait(awaitables: list[Awaitable[Any]]) -> list[Any]:
+async def _named(function: Any, awaitable: Awaitable[Any]) -> Any:
+    with naming(function):
+        return await awaitable
+
+
+def wait(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Waits for coroutines, side by side, whether or not the caller is inside an event loop."""
+
     async def gather() -> list[Any]:
         return await asyncio.gather(*awaitables)
 
@@ -224,6 +238,8 @@ def load_function(name: str) -> Callable[..., Any]:
         function = functools.reduce(getattr, attributes.split("."), import_named(module_name))
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise ValueError(f"cannot load the function {name!r}: {error}.") from error
+    except Exception as error:  # whatever the module's own lines do
+        raise ValueError(f"cannot load the function {name!r}: {type(error).__name__}: {error}.") from error
     if not callable(function):
         raise ValueError(f"{name!r} is a {type(function).__name__}, not a function.")
     return function

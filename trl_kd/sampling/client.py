@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from trl_kd.sampling.budget import Budget, Usage
 from trl_kd.sampling.reading import Read, Reader
-from trl_kd.sampling.server_errors import ServerError, explain, hide, redact
+from trl_kd.sampling.server_errors import ServerError, explain, hide_in, redact
 
 
 Item = TypeVar("Item")
@@ -209,11 +209,16 @@ class _Run:
     def __enter__(self) -> "_Run":
         self.loop = asyncio.new_event_loop()
         self.slots = asyncio.Semaphore(self.client.capacity)
-        self.thread = threading.Thread(target=self.loop.run_forever, name="trl-kd-server-client", daemon=True)
+        self.thread = threading.Thread(target=self._spin, name="trl-kd-server-client", daemon=True)
         self.thread.start()
         # A generator that nobody has closed is finalised when the thread is dead already, and would wait for it forever
         atexit.register(self.close)
         return self
+
+    def _spin(self) -> None:
+        self.loop.run_forever()
+        # Here, since the caller's thread may be inside a loop of its own, as in a notebook
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -226,7 +231,6 @@ class _Run:
         asyncio.run_coroutine_threadsafe(self._close(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
-        self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
 
     async def _close(self) -> None:
@@ -280,7 +284,7 @@ class _Run:
                     return await self.ask(body, completions)
                 raise failure
             # A server that echoes the key in an answer would get it into the dataset
-            answer = _parse(hide(text, self.client.secrets, 16))
+            answer = hide_in(_parse(text), self.client.secrets, 8)
             if answer is not None:
                 self.client.budget.count(answer["usage"], retries)
                 return answer

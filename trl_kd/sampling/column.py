@@ -1,9 +1,13 @@
 """Answers that a dataset holds already."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trl_kd.sampling.sampler import Answer, Request
+
+
+logger = logging.getLogger(__name__)
 
 
 class ColumnSampler:
@@ -36,6 +40,7 @@ class ColumnSampler:
 
     def __init__(self, column: str):
         self.column = column
+        self._warned = False
 
     def describe(self) -> dict[str, Any]:
         return {"sampler": "column", "column": self.column}
@@ -50,6 +55,16 @@ class ColumnSampler:
                     f"{', '.join(map(repr, sorted(request.columns))) or 'none'}."
                 ) from None
             texts = value if isinstance(value, list) and not _is_messages(value) else [value]
+            wanted = max(request.samples, default=-1) + 1
+            if len(texts) > wanted and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The column %r has a row with %d answers, of which %d are used: ask for more samples "
+                    "(`num_teacher_samples`, `num_student_samples`).",
+                    self.column,
+                    len(texts),
+                    wanted,
+                )
             for sample in request.samples:
                 text = texts[sample] if sample < len(texts) else None
                 if not (text is None or isinstance(text, str) or _is_messages(text)):

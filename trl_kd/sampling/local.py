@@ -147,9 +147,13 @@ class LocalSampler:
             encode_prompt(self.tokenizer, request, self._template_options)
 
     def _load(self) -> Any:
-        model: Any = load_model(self.name, self._options)
-        if self.adapter is not None:
-            model = PeftModel.from_pretrained(model, self.adapter)
+        try:
+            model: Any = load_model(self.name, self._options)
+            if self.adapter is not None:
+                model = PeftModel.from_pretrained(model, self.adapter)
+        except OSError as error:
+            adapted = f" with the adapter {self.adapter!r}" if self.adapter else ""
+            raise OSError(f"The model {self.name!r}{adapted} cannot be loaded: {error}") from error
         return model.eval()
 
     def close(self) -> None:

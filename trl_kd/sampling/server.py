@@ -11,13 +11,15 @@ from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient
 from trl_kd.sampling.nulls import without_nulls
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text
-from trl_kd.sampling.server_errors import ServerError
+from trl_kd.sampling.server_errors import ServerError, check_extra
 
 
 logger = logging.getLogger(__name__)
 
 REFUSALS = ("content_filter", "content_policy_violation")
 """Codes of errors that are a server's last word on one prompt, and no fault of the settings."""
+
+_HARMLESS = "Say yes."
 
 Reply = list[tuple[Request, int, Answer]]
 """The answers of one reply of a server: those to the samples that one request was for."""
@@ -31,6 +33,10 @@ class ServerSampler:
 
     The samples of a prompt are asked for in one request where the server honours `n`; what is missing is asked for again,
     each with its own seed. A request for several carries the seed of its first sample.
+
+    A prompt that the server refuses for good gets an answer without a text, whose `finish_reason` says why:
+    `"content_filter"` and the like, `"prompt_too_long"`, or `"bad_request"` where the same request with other words is
+    answered. Any other refusal is an error.
 
     Args:
         model (`str`):
@@ -53,8 +59,8 @@ class ServerSampler:
 
     Raises:
         `ImportError`: `openai` is not installed.
-        `ValueError`: a system prompt or variables of the chat template without a chat, or an argument of [`ServerClient`]
-        outside its range.
+        `ValueError`: a system prompt or variables of the chat template without a chat, a key in `extra`, or an argument
+        of [`ServerClient`] outside its range.
     """
 
     is_lookup = False
@@ -79,7 +85,7 @@ class ServerSampler:
         self.system_prompt = system_prompt
         self.completions = completions
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.extra = dict(extra or {})
+        self.extra = check_extra(extra)
         self._most_choices: int | None = None  # that the server gave where more were asked for
         self._warned = False
 
@@ -192,8 +198,29 @@ class ServerSampler:
         if failure.status in (400, 422):
             if len(samples) > 1:
                 return []  # it may refuse `n`; if not, asking for one says what is wrong
+            if await self._takes_other_words(ask, whole):
+                logger.warning(
+                    "%r refuses the prompt that begins %r, and is not asked for it again: %s",
+                    self.model,
+                    _beginning(request.prompt),
+                    failure.said,
+                )
+                return [Answer(None, "bad_request")]
             raise ServerError(f"{failure} The prompt begins {_beginning(request.prompt)!r}.", failure.status)
+        if (failure.status or 0) >= 500:  # the same object, which the client has already
+            failure.args = (f"{failure} The prompt begins {_beginning(request.prompt)!r}.",)
         raise failure
+
+    async def _takes_other_words(self, ask: Ask, body: dict[str, Any]) -> bool:
+        """Whether a request that was refused is answered when only its texts are others, so that these are at fault: no
+        setting, no tool and no role, for which all prompts would be refused."""
+        try:
+            await ask(other_words(body), completions=self.completions)
+        except ServerError as error:
+            if error.status in (400, 422):
+                return False
+            raise
+        return True
 
     def _body(self, request: Request) -> dict[str, Any]:
         """What does not differ between the samples of a request."""
@@ -252,6 +279,21 @@ def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
             arguments = json.loads(arguments)
         calls.append({"type": "function", "function": {"name": function.get("name"), "arguments": arguments}})
     return calls
+
+
+def other_words(body: dict[str, Any]) -> dict[str, Any]:
+    """A request with the same settings, tools and roles, and with other, harmless texts."""
+    if "prompt" in body:
+        return body | {"prompt": _HARMLESS}
+    messages = []
+    for message in body["messages"]:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = _HARMLESS
+        elif isinstance(content, list):
+            content = [{**part, "text": _HARMLESS} if "text" in part else part for part in content]
+        messages.append({**message, "content": content} if "content" in message else message)
+    return body | {"messages": messages}
 
 
 def _beginning(prompt: Text) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -28,6 +28,37 @@ def hide(text: str, secrets: list[str], shortest: int) -> str:
         if len(secret) >= shortest:
             text = text.replace(secret, "***")
     return text
+
+
+def hide_in(value: Any, secrets: list[str], shortest: int) -> Any:
+    """`hide` in all texts of parsed JSON, where no escape hides a secret from it."""
+    if isinstance(value, str):
+        return hide(value, secrets, shortest)
+    if isinstance(value, dict):
+        return {key: hide_in(item, secrets, shortest) for key, item in value.items()}
+    return [hide_in(item, secrets, shortest) for item in value] if isinstance(value, list) else value
+
+
+_SECRET_NAME = re.compile(r"(?i)api.?key|authori[sz]ation|secret|password|credential|bearer|(access|auth).?token")
+
+
+def check_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    Further fields of a request, which are stored with the settings and shown in the card.
+
+    Raises:
+        `ValueError`: one has the name of a key or password, at any depth.
+    """
+    for name, value in (extra or {}).items():
+        if _SECRET_NAME.search(name):
+            raise ValueError(
+                f"`extra` (`extra_body`) has the field {name!r}: fields are stored and shown, so that no key may be among "
+                "them. It is read from the environment, see `api_key_env`."
+            )
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Mapping):
+                check_extra(item)
+    return dict(extra or {})
 
 
 def redact(text: str, secrets: list[str]) -> str:

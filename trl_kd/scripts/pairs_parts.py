@@ -74,7 +74,7 @@ def load_tokenizers(args: PairsArguments, samplers: dict[str, Any]) -> None:
             getattr(sampler, "tokenizer", None)
         except (OSError, ValueError, ImportError) as error:
             model = getattr(args, source)
-            raise model_error(source, model.removeprefix("vllm:"), error) from error
+            raise model_error(source, model, error) from error
 
 
 def make_sampler(args: PairsArguments, source: str) -> Any:

@@ -23,6 +23,11 @@ def output_head(model: Any, hidden_NH: torch.Tensor) -> Head:
     return Head(hidden_NH.to(weight.device), weight, bias, logit_scale(model.config), cap)
 
 
+def output_layer(model: Any) -> Head:
+    """The same at no state."""
+    return output_head(model, torch.empty(0, dtype=model.get_output_embeddings().weight.dtype))
+
+
 @dataclass
 class States:
     """
@@ -54,10 +59,27 @@ class States:
     on_policy: bool
     baseline: int
 
-    def detached(self) -> "States":
-        """Without a gradient to the student, for a further step of Q."""
-        hidden, weight, bias = (None if t is None else t.detach() for t in self.student.tensors)
-        return replace(self, student=replace(self.student, hidden_NH=hidden, weight_VH=weight, bias_V=bias))
+    def hidden_alone(self) -> "States":
+        """Without a gradient, and without the output layers: where they are sharded, they are whole for a time only."""
+        nothing = self.student.weight_VH.new_empty(0)
+        heads = (replace(head, weight_VH=nothing, bias_V=None) for head in (self.student, self.teacher))
+        return self.with_layers(*heads)
+
+    def with_layers(self, student: Head, teacher: Head) -> "States":
+        """Without a gradient, and with the output layers of these heads."""
+        return replace(self, student=_with_layer(self.student, student), teacher=_with_layer(self.teacher, teacher))
+
+
+def _with_layer(states: Head, layer: Head) -> Head:
+    weight, bias = layer.weight_VH.detach(), None if layer.bias_V is None else layer.bias_V.detach()
+    return replace(states, hidden_NH=states.hidden_NH.detach(), weight_VH=weight, bias_V=bias)
+
+
+def reshard(model: Any) -> None:
+    """Between a backward and the optimizer's step FSDP2 keeps whole what a pass has made so, and would not see the step."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 class Played(NamedTuple):

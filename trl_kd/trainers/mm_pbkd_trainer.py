@@ -36,7 +36,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     read_pairs,
     tokenize_pairs,
 )
-from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_head, play
+from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_head, output_layer, play, reshard
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
 from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset
 from trl_kd.trainers.teacher import Teacher
@@ -252,7 +252,7 @@ quantization_config, peft_config, tools:
             entropy = entropy + part.entropy.detach()
             played.append(part)
             if learning and self.args.q_steps > 1:
-                self._kept.append(states.detached())
+                self._kept.append(states.hidden_alone())
         if not played:
             loss = loss + student.weight_VH.sum() * 0.0
         self._sums_4 = sum((part.sums_4 for part in played), torch.zeros(4, device=loss.device))
@@ -307,8 +307,11 @@ quantization_config, peft_config, tools:
         seen = adversary.step()
         if adversary.pairs is not None:
             self._record("train", {**seen, "dual": dual})
+        models = [self.accelerator.unwrap_model(model) for model in (self.model_wrapped, self.teacher_model)]
         for _ in range(self.args.q_steps - 1):
-            for states in self._kept:
+            layers = [output_layer(model) for model in models]
+            for kept in self._kept:
+                states = kept.with_layers(*layers)
                 features = adversary.features(states.student.hidden_NH, states.baseline)
                 if features.requires_grad:
                     embedding = states.student.weight_VH
@@ -316,6 +319,7 @@ quantization_config, peft_config, tools:
                     adversary_loss(parts, states).backward()
             adversary.step()
         self._kept = []
+        reshard(models[0])
 
     def _read_pairs(self, batch: dict[str, torch.Tensor]) -> PairStates:
         device = self.accelerator.device

@@ -1,0 +1,110 @@
+"""Two processes of a row or two equal one process of all rows: really two, under DDP and FSDP2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers.mm_cases import PAIRS, ROWS
+from tests.trainers.mm_two_processes import train
+
+
+ROOT = Path(__file__).parents[2]
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+LABELS = [1.0, 0.5, 0.7, 1.0, 0.0]
+COMMON = {
+    # Exact and quiet
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "learning_rate": 0.1,
+    # Short
+    "max_steps": 3,
+    "max_completion_length": 5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "lmbda": 0.5,
+    "pair_held_out": 0.2,
+    "q_warmup_steps": 2,
+}
+JOBS = {
+    "two rows each": {"q_head": "mlp", "q_steps": 2, "imitation_weight": 0.1, "state_gradient": True},
+    "a row each": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},  # of one source alone
+    "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "lmbda": 0.25},
+    "no preferences": {"q_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_dir, teacher_dir, tmp_path_factory) -> list[dict]:
+    """Each with the file that holds what one process makes of it."""
+    folder = tmp_path_factory.mktemp("jobs")
+    rows = [{**row, "completion": row["completion"] if i % 3 else None} for i, row in enumerate(ROWS)]
+    pairs = [{**row, "preference": LABELS[i % 5]} for i, row in enumerate(PAIRS)]
+    jobs = []
+    for name, more in JOBS.items():
+        settings = {**COMMON, "output_dir": str(folder / name), **more}
+        job = {"model": tiny_dir, "teacher": teacher_dir, "rows": rows, "given_samples": True, "settings": settings}
+        job |= {"pairs": None if name == "no preferences" else pairs, "out": str(folder / f"{name}.pt")}
+        whole = {key: 2 * settings[key] for key in BATCH_SIZES}
+        train("single", {**job, "settings": {**settings, **whole}, "out": job["out"] + ".single"})
+        jobs.append(job)
+    return jobs
+
+
+def launch(kind: str, jobs: list[dict]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    if kind == "fsdp2":
+        wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **wrap}
+    script = str(Path(__file__).with_name("mm_two_processes.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, script, kind, json.dumps(jobs)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(kind, jobs):
+    # Under FSDP2 TRL's own generation takes as many tokens on every process, or hangs
+    same_length = {**jobs[0]["settings"], "generation_kwargs": {"min_new_tokens": 5}}
+    real = {**jobs[0], "settings": same_length, "given_samples": False, "out": f"{jobs[0]['out']}.{kind}"}
+    launch(kind, [*jobs, real])
+    assert Path(real["out"]).exists()  # both processes have sampled from both models
+    for job in jobs:
+        one, two = torch.load(job["out"] + ".single"), torch.load(job["out"])
+        for part in ("weights", "q"):
+            assert one[part].keys() == two[part].keys()
+            for name, weight in one[part].items():
+                torch.testing.assert_close(two[part][name], weight, rtol=1e-4, atol=1e-6)
+        assert two["dual"] == pytest.approx(one["dual"], rel=1e-5)
+        assert len(one["logs"]) == len(two["logs"]) == 4
+        for ones, twos in zip(one["logs"], two["logs"], strict=True):
+            names = [name for name in ones if name.endswith("loss") or "mmpbkd/" in name]
+            assert len(names) > 3
+            for name in names:
+                if ones[name] is None:  # the held-out accuracy of few pairs
+                    assert twos[name] is None
+                else:
+                    assert twos[name] == pytest.approx(ones[name], rel=1e-4, abs=1e-6), name

@@ -1,0 +1,257 @@
+"""Which states `MMPbKDTrainer` trains on: whose completions, how they are tokenized, and what each token weighs."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import CHAT_TEMPLATE, make_tokenizer
+from tests.trainers.mm_cases import (
+    ANSWERS,
+    PAIRS,
+    PROMPTS,
+    QUESTIONS,
+    ROWS,
+    equal,
+    logs_of,
+    make,
+    that_says,
+    unpadded,
+    weights_of,
+)
+from trl_kd.trainers.mm_pbkd_data import is_on_policy, tokenize_completion
+
+
+EOS = 1
+SEVEN = make_tokenizer().convert_tokens_to_ids("7")
+
+
+# ---- Whose ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
+def test_on_policy_rows_are_spread_evenly(lmbda):
+    chosen = [is_on_policy(i, lmbda) for i in range(600)]
+    for count in range(601):
+        assert sum(chosen[:count]) == math.floor(count * lmbda + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lmbda", "on_policy"),
+    [(0.0, [[False] * 4] * 3), (0.5, [[False, True] * 2] * 3), (1.0, [[True] * 4] * 3)],
+)
+def test_a_batch_has_its_share_of_on_policy_rows(lmbda, on_policy, tiny_dir, teacher_dir, settings):
+    options = {"lmbda": lmbda, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    trainer = make(tiny_dir, teacher_dir, settings, **options)
+    trainer.train()
+    # Once for each generation batch, not for each of its two micro-batches
+    assert [batch["on_policy"] for batch in trainer.batches] == on_policy
+    encode = trainer.processing_class
+    known = dict(zip(QUESTIONS, ANSWERS, strict=True))
+    for batch in trainer.batches:
+        prompts, completions = unpadded(batch, "prompt"), unpadded(batch, "completion")
+        for prompt, completion, theirs in zip(prompts, completions, batch["on_policy"], strict=True):
+            said = known[encode.decode(prompt)]
+            assert (completion == [*encode(said)["input_ids"], EOS]) != theirs  # a sample is hardly ever right
+
+
+def test_the_share_holds_across_batches(tiny_dir, teacher_dir, settings):
+    trainer = make(tiny_dir, teacher_dir, settings, lmbda=0.3)
+    trainer.train()
+    flat = [on for batch in trainer.batches for on in batch["on_policy"]]
+    assert [i for i, on in enumerate(flat) if on] == [3, 6, 9]
+
+
+def test_null_completions_are_sampled_from_the_teacher(tiny_dir, settings):
+    """And from nobody else: its words are not the student's."""
+    rows = [{**row, "completion": row["completion"] if i % 2 else None} for i, row in enumerate(ROWS)]
+    teacher = that_says({SEVEN: 50.0})
+    for dataset in (rows, PROMPTS):  # the latter has no such column
+        trainer = make(tiny_dir, teacher, settings, dataset, lmbda=0.5, shuffle_dataset=False, max_steps=2)
+        student = weights_of(trainer.model)
+        trainer.train()
+        assert not equal(student, weights_of(trainer.model))
+        for completions, batch in zip(trainer.completions, trainer.batches, strict=True):
+            assert [row == [SEVEN] * 6 for row in completions] == [not on for on in batch["on_policy"]]
+
+
+def test_a_sampled_completion_ends_with_the_end_token(tiny_dir, settings):
+    trainer = make(tiny_dir, that_says({EOS: 50.0}), settings, PROMPTS, lmbda=0.0, max_steps=1)
+    trainer.train()
+    assert trainer.completions == [[[EOS]] * 4]
+
+
+def test_given_completions_leave_the_student_alone(tiny_dir, teacher_dir, settings, monkeypatch):
+    """Off-policy nothing is generated."""
+    trainer = make(tiny_dir, teacher_dir, settings, lmbda=0.0)
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args: pytest.fail("something was generated"))
+    trainer.train()
+    assert [entry["num_tokens"] for entry in logs_of(trainer)] == sorted(
+        entry["num_tokens"] for entry in logs_of(trainer)
+    )
+    tokens = sum(len(q) + len(a) + 1 for q, a in zip(QUESTIONS, ANSWERS, strict=True))
+    assert logs_of(trainer)[1]["num_tokens"] == tokens  # two batches of four are all rows, once
+
+
+# ---- Tokens ---------------------------------------------------------------------------------------------------------
+
+
+def completion_of(tokenizer, row, ends=(EOS,), **template) -> tuple[list[int], list[int]]:
+    if isinstance(row["prompt"], str):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+    else:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True)["input_ids"]
+    return tokenize_completion(prompt, row, tokenizer, list(ends), **template)
+
+
+def said_by(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def test_text_ends_with_the_end_token_once():
+    tokenizer = make_tokenizer()
+    for completion in ("42", "42<eos>", "42<eos>!"):
+        prompt, ids = completion_of(tokenizer, {"prompt": "40+2=", "completion": completion})
+        assert tokenizer.decode(prompt) == "40+2="
+        assert tokenizer.decode(ids) == "42<eos>"
+
+
+@pytest.mark.parametrize(
+    ("written_after", "answers"),
+    [("", ["42"]), ("\n", ["42"]), ("\n", ["42", "43"])],
+    ids=["nothing", "a line break", "another turn"],
+)
+def test_messages_end_with_the_end_token(written_after, answers):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token + '" + written_after + "' }}")
+    turns = [m for text in answers for m in (*said_by("user", "and?"), *said_by("assistant", text))][1:]
+    prompt, ids = completion_of(tokenizer, {"prompt": said_by("user", "40+2="), "completion": turns})
+    assert tokenizer.decode(prompt) == "u?40+2=a?"
+    assert tokenizer.decode(ids) == "42<eos>"
+
+
+def test_a_template_that_writes_no_end_token_keeps_its_text():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ '\n' }}")
+    row = {"prompt": said_by("user", "1"), "completion": said_by("assistant", "2")}
+    assert tokenizer.decode(completion_of(tokenizer, row)[1]) == "2\n"
+
+
+def test_any_of_the_models_end_tokens_ends():
+    tokenizer = make_tokenizer()
+    ends = tokenizer.convert_tokens_to_ids(["<eos>", "!"])
+    ids = completion_of(tokenizer, {"prompt": "1", "completion": "4!"}, ends)[1]
+    assert tokenizer.decode(ids) == "4!"
+
+
+def test_where_prompt_and_completion_merge_the_completion_begins_earlier():
+    """Numbers are one token here, so that "1" and "2" become "12"."""
+    words = ["<pad>", "<eos>", "<unk>", "+", *map(str, range(100))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|\D"), behavior="isolated")
+    merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    prompt, ids = completion_of(merging, {"prompt": "5+1", "completion": "2"})
+    assert merging.convert_ids_to_tokens(prompt) == ["5", "+"]
+    assert merging.convert_ids_to_tokens(ids) == ["12", "<eos>"]
+
+
+def test_max_completion_length_cuts_and_then_there_is_no_end_token(tiny_dir, teacher_dir, settings):
+    rows = [{"prompt": "1", "completion": text} for text in ("1", "12", "123", "1234")]
+    options = {"lmbda": 0.0, "max_completion_length": 3, "max_steps": 1, "shuffle_dataset": False}
+    trainer = make(tiny_dir, teacher_dir, settings, rows, **options)
+    trainer.train()
+    tokens = [trainer.processing_class.convert_ids_to_tokens(ids) for ids in trainer.completions[0]]
+    assert tokens == [["1", "<eos>"], ["1", "2", "<eos>"], ["1", "2", "3"], ["1", "2", "3"]]
+
+
+def test_conversations(tiny_dir, teacher_dir, settings):
+    rows = [
+        {"prompt": said_by("user", r["prompt"]), "completion": said_by("assistant", r["completion"])} for r in ROWS
+    ]
+    trainer = make(tiny_dir, teacher_dir, settings, rows, lmbda=0.5, shuffle_dataset=False, max_steps=1)
+    trainer.train()
+    decode = trainer.processing_class.decode
+    batch = trainer.batches[0]
+    prompts = [decode(ids) for ids in unpadded(batch, "prompt")]
+    assert prompts == [f"u?{q}a?" for q in QUESTIONS[:4]]
+    completions = [decode(ids) for ids in trainer.completions[0]]
+    for said, answer, on_policy in zip(completions, ANSWERS, batch["on_policy"], strict=False):
+        assert (said == f"{answer}<eos>") != on_policy
+
+
+# ---- Weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lmbda", [0.25, 0.5])
+def test_each_source_has_its_share_and_each_token_of_it_the_same(lmbda, tiny_dir, teacher_dir, settings):
+    """Whatever the lengths, and however the rows fall into micro-batches."""
+    options = {"lmbda": lmbda, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = make(tiny_dir, teacher_dir, settings, **options)
+    trainer.train()
+    for batch in trainer.batches:
+        lengths = batch["completion_mask"].sum(1).tolist()
+        assert len(set(lengths)) > 1
+        for source in (True, False):
+            rows = [i for i in range(8) if batch["on_policy"][i] == source]
+            weights = {batch["token_weight"][i] for i in rows}
+            assert len(weights) == 1
+            total = sum(lengths[i] for i in rows) * weights.pop()
+            assert total == pytest.approx(lmbda if source else 1 - lmbda)
+        assert batch["row_weight"] == [1 / 8] * 8
+
+
+def nats(model, batch: dict) -> torch.Tensor:
+    """log-probabilities `[B, T, V]` of the completions' words."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits.double()
+    return logits[:, :-1][:, -batch["completion_ids"].size(1) :].log_softmax(-1)
+
+
+@pytest.mark.parametrize("imitation_weight", [0.0, 0.3])
+def test_the_first_loss_is_a_mean_over_the_tokens_of_each_source(imitation_weight, tiny_dir, teacher_dir, settings):
+    options = {"lmbda": 0.25, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 1}
+    options |= {"imitation_weight": imitation_weight, "kl_coef": 0.7, "learning_rate": 0.0}
+    trainer = make(tiny_dir, teacher_dir, settings, **options)
+    trainer.train()
+    batch = trainer.batches[0]
+    ours, theirs = nats(trainer.model, batch), nats(trainer.teacher_model, batch)
+    sums, tokens, imitation = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0.0
+    for row, on_policy in enumerate(batch["on_policy"]):
+        for t in range(int(batch["completion_mask"][row].sum())):
+            p, q = (ours, theirs) if on_policy else (theirs, ours)  # reverse on-policy, else forward
+            sums[on_policy] += float((p[row, t].exp() * (p[row, t] - q[row, t])).sum())
+            tokens[on_policy] += 1
+            if not on_policy:
+                imitation -= float(ours[row, t, batch["completion_ids"][row, t]])
+    kl = 0.25 * sums[True] / tokens[True] + 0.75 * sums[False] / tokens[False]
+    logged = logs_of(trainer)[0]
+    assert logged["mmpbkd/kl"] == pytest.approx(kl, rel=1e-5)
+    loss = 0.7 * kl + imitation_weight * 0.75 * imitation / tokens[False]  # Q is zero still
+    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+# ---- The student's random stream ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lmbda", [0.5, 1.0])
+def test_a_q_function_leaves_the_students_samples_alone(lmbda, tiny_dir, teacher_dir, settings):
+    """With a student that stays as it is: the same samples without Q, with one, and with preferences and a warm-up."""
+    frozen = {**settings, "learning_rate": 0.0}
+    runs = [{"moment_coef": 0.0}, {"q_head": "mlp"}, {"pairs": PAIRS, "q_warmup_steps": 3, "q_head": "mlp"}]
+    found = []
+    for run in runs:
+        trainer = make(tiny_dir, teacher_dir, frozen, lmbda=lmbda, **run)
+        trainer.train()
+        found.append(trainer.completions)
+    assert found[0] == found[1] == found[2]
+    assert len({str(row) for batch in found[0] for row in batch}) > 6
+
+
+def test_the_data_may_have_other_columns(tiny_dir, teacher_dir, settings):
+    rows = Dataset.from_list(ROWS).add_column("source", list(range(8)))
+    make(tiny_dir, teacher_dir, settings, rows, lmbda=0.5, max_steps=1, remove_unused_columns=True).train()
