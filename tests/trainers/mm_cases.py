@@ -41,17 +41,18 @@ def unpadded(batch: dict, which: str) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
 
 
-def make(
-    model, teacher, settings: dict, rows=ROWS, pairs=None, eval_rows=None, trainer_class=Recording, peft=None, **more
-):
-    keywords = {} if peft is None else {"peft_config": peft}
-    return trainer_class(
+def make(model, teacher, settings: dict, rows=ROWS, pairs=None, eval_rows=None, peft=None, **more) -> Recording:
+    """Keywords of the constructor that are not settings: `processing_class` and `tools`."""
+    keywords = {name: more.pop(name) for name in ("processing_class", "tools") if name in more}
+    datasets = [Dataset.from_list(given) if isinstance(given, list) else given for given in (rows, eval_rows, pairs)]
+    return Recording(
         model=model,
         teacher_model=teacher,
         args=MMPbKDConfig(**{**settings, **SHORT, **more}),
-        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        eval_dataset=Dataset.from_list(eval_rows) if isinstance(eval_rows, list) else eval_rows,
-        preference_dataset=Dataset.from_list(pairs) if isinstance(pairs, list) else pairs,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        preference_dataset=datasets[2],
+        peft_config=peft,
         **keywords,
     )
 

@@ -1,14 +1,16 @@
 """Which states `MMPbKDTrainer` trains on: whose completions, how they are tokenized, and what each token weighs."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import CHAT_TEMPLATE, make_tokenizer
+from tests.conftest import CHARACTERS, CHAT_TEMPLATE, make_tokenizer, save_tiny
 from tests.trainers.mm_cases import (
     ANSWERS,
     PAIRS,
@@ -250,6 +252,66 @@ def test_a_q_function_leaves_the_students_samples_alone(lmbda, tiny_dir, teacher
         found.append(trainer.completions)
     assert found[0] == found[1] == found[2]
     assert len({str(row) for batch in found[0] for row in batch}) > 6
+
+
+def test_the_order_of_every_epoch_is_that_of_trl(tiny_dir, teacher_dir, settings):
+    """Also where a training begins in that epoch."""
+    trainer = make(tiny_dir, teacher_dir, settings)
+    theirs = trl.DistillationTrainer._get_train_sampler(trainer)
+    orders = [list(theirs) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch in (2, 0, 1):
+        trainer.state.epoch = float(epoch)
+        sampler = trainer._get_train_sampler()
+        assert list(sampler) == orders[epoch]
+        assert len(sampler) == 8
+
+
+# ---- Tools ----------------------------------------------------------------------------------------------------------
+
+
+def double(number: int) -> int:
+    """
+    Doubles a number.
+
+    Args:
+        number: The number.
+    """
+    return 2 * number
+
+
+def test_what_a_tool_says_is_no_state(tmp_path, settings, monkeypatch):
+    """On-policy, as TRL: its tokens are in the context, and are not counted."""
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    tokenizer = make_tokenizer(CHARACTERS + "<>{}[]()_\"':#|\\;&%$@`~^")
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    student, teacher = (
+        save_tiny(tmp_path / name, tokenizer, seed=seed, vocab_size=len(tokenizer), max_position_embeddings=4096)
+        for seed, name in enumerate(("student", "teacher"))
+    )
+    options = {"max_completion_length": 400, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2}
+    rows = [{"prompt": said_by("user", "6*2=")}] * 2
+    trainer = make(student, teacher, settings, rows, pairs=PAIRS, tools=[double], **options)
+    call = '<tool_call>\n{"name": "double", "arguments": {"number": 6}}\n</tool_call><|im_end|>'
+    turns = [[call, "12<|im_end|>"], ["12<|im_end|>"]]
+
+    def say(prompt_ids, *args, **kwargs):
+        return [tokenizer(text)["input_ids"] for text in turns.pop(0)]
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", say)
+    trainer.train()
+    batch = trainer.batches[0]
+    first = max(unpadded(batch, "completion"), key=len)
+    assert "<tool_response>\n12\n</tool_response>" in tokenizer.decode(first)
+    counted = int((batch["completion_mask"] * batch["tool_mask"]).sum())
+    assert counted < int(batch["completion_mask"].sum())
+    assert batch["token_weight"] == [1 / counted] * 2
+    logged = logs_of(trainer)[0]
+    states = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    pi, mu = nats(trainer.model, batch)[states], nats(trainer.teacher_model, batch)[states]
+    assert logged["mmpbkd/kl"] == pytest.approx(float((pi.exp() * (pi - mu)).sum(-1).mean()), rel=1e-4)
 
 
 def test_the_data_may_have_other_columns(tiny_dir, teacher_dir, settings):
