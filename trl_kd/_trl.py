@@ -75,7 +75,8 @@ require_methods(DPOTrainer, DPO_SEAMS)
 DISTILLATION_SEAMS = (
     *("_generate_and_score_completions", "_generate", "_generate_single_turn", "_tokenize_prompts"),
     *("_get_last_hidden_state", "_compute_loss", "compute_loss", "training_step", "evaluation_loop"),
-    *("_set_signature_columns_if_needed", "_save", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
+    *("_set_signature_columns_if_needed", "_get_train_sampler"),
+    *("_save", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
 )
 """Methods that `MMPbKDTrainer` overrides or calls. Of the attributes it uses `_metrics`, `_signature_columns`, `_tokenizer`,
 `_forward_redirection`, `eos_token_ids`, `generation_config`, `generation_kwargs`, `teacher_model` and `use_vllm`."""

@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.logging import get_logger
 from trl import DistillationConfig
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.q_function import Q_HEADS
 from trl_kd.trainers.fields import check_json, check_number, extend_config, parse_radius
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -211,3 +215,15 @@ def as_mm_pbkd_config(args: DistillationConfig | None, model: Any) -> MMPbKDConf
     if isinstance(args, MMPbKDConfig):
         return args
     return extend_config(args, MMPbKDConfig)
+
+
+def warn_if_approximate(args: MMPbKDConfig) -> None:
+    """On-policy, the moments are expectations over what softmax(logits / temperature) samples."""
+    neutral = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+    given: Any = {name: getattr(args, name) for name in neutral} | dict(args.generation_kwargs or {})  # type: ignore
+    changed = [f"{name}={given[name]}" for name, values in neutral.items() if given[name] not in values]
+    if changed and args.lmbda > 0:
+        logger.warning(
+            f"With {' and '.join(changed)} the student samples otherwise than from softmax(logits / temperature), "
+            "which the losses are about: on-policy, their expectations are approximate."
+        )

@@ -1,6 +1,7 @@
 """One micro-batch of `MMPbKDTrainer`: student and adversary at the states of its completions."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -73,6 +74,16 @@ class States:
 def _with_layer(states: Head, layer: Head) -> Head:
     weight, bias = layer.weight_VH.detach(), None if layer.bias_V is None else layer.bias_V.detach()
     return replace(states, hidden_NH=states.hidden_NH.detach(), weight_VH=weight, bias_V=bias)
+
+
+def whole(weights: list[torch.nn.Parameter]) -> AbstractContextManager:
+    """In which weights that DeepSpeed's ZeRO-3 has split are whole."""
+    split = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not split:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split)
 
 
 def reshard(model: Any) -> None:

@@ -8,19 +8,16 @@ steps Q.
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
-from torch import nn
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 
-from trl_kd._trl import get_config_model_id
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
@@ -28,7 +25,7 @@ from trl_kd.rewards.q_function import QFunction
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.mixed_states import MixedStates
-from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, as_mm_pbkd_config
+from trl_kd.trainers.mm_pbkd_config import as_mm_pbkd_config, warn_if_approximate
 from trl_kd.trainers.mm_pbkd_data import (
     EpochOrder,
     PairBatches,
@@ -36,13 +33,19 @@ from trl_kd.trainers.mm_pbkd_data import (
     read_pairs,
     tokenize_pairs,
 )
-from trl_kd.trainers.mm_pbkd_step import Played, States, adversary_loss, output_head, output_layer, play, reshard
+from trl_kd.trainers.mm_pbkd_step import (
+    Played,
+    States,
+    adversary_loss,
+    output_head,
+    output_layer,
+    play,
+    reshard,
+    whole,
+)
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
-from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset
+from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset, load_processing_class
 from trl_kd.trainers.teacher import Teacher
-
-
-logger = get_logger(__name__)
 
 
 class MMPbKDTrainer(DualCheckpoints, MixedStates, DistillationTrainer):
@@ -129,7 +132,7 @@ quantization_config, peft_config, tools:
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
         pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
         if processing_class is None:
-            processing_class = _load_processing_class(model, args)
+            processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         teacher.check_vocabulary(tokenizer, model)
         if train_dataset is not None:
@@ -151,7 +154,7 @@ quantization_config, peft_config, tools:
             peft_config=peft_config,
             tools=tools,
         )
-        _warn_if_approximate(args)
+        warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
         self._settings: dict[str, Any] = {"temperature": self.temperature, "vocab_size": teacher.shared_tokens}
@@ -183,7 +186,7 @@ quantization_config, peft_config, tools:
             batches = PairBatches(pairs, args, self.accelerator, self._tokenizer.pad_token_id)
             self.dual = make_dual(args, len(batches))
         weight = self.model.get_output_embeddings().weight
-        with _whole([weight]):
+        with whole([weight]):
             rows = weight.detach()[: self._settings["vocab_size"]]
             scale = rows.float().square().mean().sqrt().item()
             embedding_size = weight.shape[1]
@@ -202,7 +205,7 @@ quantization_config, peft_config, tools:
 
     def _whole_heads(self) -> AbstractContextManager:
         models = (self.model, self.accelerator.unwrap_model(self.teacher_model))
-        return _whole([model.get_output_embeddings().weight for model in models])
+        return whole([model.get_output_embeddings().weight for model in models])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -235,6 +238,11 @@ quantization_config, peft_config, tools:
         # Once, whatever sources there are: all processes together make weights whole that are sharded
         student = output_head(unwrapped_student, student_BTH)
         teacher = output_head(self.accelerator.unwrap_model(self.teacher_model), teacher_BTH)
+        if student.weight_VH.device != teacher.weight_VH.device:
+            raise ValueError(
+                f"The student's output layer is on {student.weight_VH.device} but the teacher's is on "
+                f"{teacher.weight_VH.device}: place both on one device in their `device_map`."
+            )
 
         learning = torch.is_grad_enabled() and self.adversary is not None
         scale = torch.zeros((), device=student_BTH.device, requires_grad=learning)
@@ -366,37 +374,3 @@ quantization_config, peft_config, tools:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.adversary is not None and checkpoint is not None:
             self.adversary.load(checkpoint)
-
-
-def _warn_if_approximate(args: MMPbKDConfig) -> None:
-    """On-policy, the moments are expectations over what softmax(logits / temperature) samples."""
-    neutral = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-    given: Any = {name: getattr(args, name) for name in neutral} | dict(args.generation_kwargs or {})  # type: ignore
-    changed = [f"{name}={given[name]}" for name, values in neutral.items() if given[name] not in values]
-    if changed and args.lmbda > 0:
-        logger.warning(
-            f"With {' and '.join(changed)} the student samples otherwise than from softmax(logits / temperature), "
-            "which the losses are about: on-policy, their expectations are approximate."
-        )
-
-
-def _whole(weights: list[nn.Parameter]) -> AbstractContextManager:
-    """In which weights that DeepSpeed's ZeRO-3 has split are whole."""
-    split = [weight for weight in weights if hasattr(weight, "ds_id")]
-    if not split:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(split)
-
-
-def _load_processing_class(model: Any, args: MMPbKDConfig) -> Any:
-    """The tokenizer or processor that `DistillationTrainer` would load, before the weights."""
-    kwargs: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
-    return AutoProcessor.from_pretrained(
-        model if isinstance(model, str) else get_config_model_id(model.config),
-        revision=kwargs.get("revision"),
-        truncation_side="left",
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )

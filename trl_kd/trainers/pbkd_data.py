@@ -282,14 +282,15 @@ def each_dataset(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
     return None if dataset is None else change(dataset, "eval")
 
 
-def load_processing_class(model: Any, args: PbKDConfig) -> Any:
-    """The tokenizer or processor that `DPOTrainer` would load, before the weights."""
+def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
+    """The tokenizer or processor that TRL's trainer would load, before the weights."""
     named = isinstance(model, str)
     kwargs: Any = args.model_init_kwargs if named else None
     return AutoProcessor.from_pretrained(
         model if named else get_config_model_id(model.config),
         revision=(kwargs or {}).get("revision"),
         trust_remote_code=args.trust_remote_code,
+        **options,
     )
 
 

@@ -115,7 +115,12 @@ class Teacher:
         options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError) as error:
+            if self.model is None and not isinstance(error, OSError):
+                raise ValueError(
+                    f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be compared "
+                    f"with the student's: save the tokenizer beside it. ({str(error).splitlines()[0]})"
+                ) from error
             if self.model is None:
                 raise
             logger.info("The teacher has no tokenizer on disk: only the sizes of the vocabularies are compared.")
