@@ -6,22 +6,26 @@ at equal updates and at equal processor time; and what becomes of MM-PbKD when i
 
 Every cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped. Teachers, starts
 and pairs are those of `bundled_tasks.py`. The settings of MM-PbKD were chosen on validation questions of other seeds (100
-and up); the numbers are of test questions, which nothing was chosen on. Processor seconds are of one thread, generation and
-the curve's evaluations included. Rows and summaries go to benchmarks/results/white_box_{tasks,ablations}.json.
+and up); the numbers are of test questions, which nothing was chosen on. Equal time is by processor seconds a step of one
+thread, generation and Q's steps included, measured in short runs of seed 0. Results go to
+benchmarks/results/white_box_tasks.json and white_box_ablations.json.
 """
 
 import argparse
 import random
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import DistillationTrainer
 
 from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
@@ -78,8 +82,11 @@ SAME_TIME = {  # name: (what readers see, the method)
     "reverse_kl_time": ("On-policy reverse KL, as long as MM-PbKD takes", "reverse_kl"),
     "mm_pbkd_off_policy_time": ("MM-PbKD, teacher's states, as long", "mm_pbkd_off_policy"),
 }
+TIMED = ("mm_pbkd", *(base for _, base in SAME_TIME.values()))
+CALIBRATION_STEPS = 60
 FIXED = {"dual_learning_rate": 0.0, "dual_max": 100.0}
 ABLATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mm_pbkd": ("MM-PbKD", "mm_pbkd", {}),
     **{f"lambda_{x:g}": (f"λ = {x:g}, fixed", "mm_pbkd", FIXED | {"dual_init": x}) for x in (0.0, 0.1, 1.0, 10.0)},
     **{f"tau_{x:g}": (f"τ = {x:g}", "mm_pbkd", {"kl_coef": x}) for x in (0.3, 3.0)},
     "lmbda_0.5": ("half of the states on-policy", "mm_pbkd", {"lmbda": 0.5}),
@@ -118,15 +125,44 @@ def shuffled(pairs: Dataset, seed: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def run(cell: WhiteBoxCell, cells: Path, method: str) -> dict[str, Any]:
-    """One cell: what the demo finds, and the processor time of its training and test."""
+class StepClock(TrainerCallback):
+    """Processor time of each step, generation and Q's steps included, evaluations not."""
 
-    def timed(folder: Path) -> dict[str, Any]:
-        started = time.process_time()
-        found = cell._distil(method, folder)
-        return found | {"processor_seconds": round(time.process_time() - started, 1)}
+    def __init__(self):
+        self.steps: list[float] = []
 
-    return stage(cells / cell.task.name / f"seed{cell.seed}" / method.replace(":", "_"), timed)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(time.process_time() - self.started)
+
+
+def seconds_of(cell: WhiteBoxCell, methods: Iterable[str], folder: Path) -> dict[str, list[float]]:
+    """Processor seconds of each method's first step, where Q warms up, and of its median step: short runs, twice in turn."""
+
+    def measure(folder: Path) -> dict[str, list[float]]:
+        found = defaultdict(list)
+        for _ in range(2):
+            for method in methods:
+                clock = StepClock()
+                with tempfile.TemporaryDirectory() as scratch:
+                    cell.trainer(method, Path(scratch), max_steps=CALIBRATION_STEPS, callbacks=[clock]).train()
+                found[method].append([clock.steps[0], median(clock.steps[1:])])
+        return {
+            method: [round(median(column), 5) for column in zip(*runs, strict=True)] for method, runs in found.items()
+        }
+
+    return stage(folder, measure)
+
+
+def distil(cell: WhiteBoxCell, cells: Path, method: str, steps: int | None = None) -> dict[str, Any]:
+    """The row of one cell."""
+    folder = cells / cell.task.name / f"seed{cell.seed}" / (f"{method}_{steps}" if steps else method)
+    found = stage(folder, partial(cell._distil, f"{method}:{steps}" if steps else method))
+    made = row(cell.task.name, cell.seed, method, found)
+    print(*made.values(), flush=True)
+    return made
 
 
 def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +173,6 @@ def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, A
         "sampled": round(found["sampled"], 5),
         "greedy": round(found["greedy"], 5),
         "steps": found["steps"],
-        "processor_seconds": found.get("processor_seconds"),
     }
 
 
@@ -147,6 +182,11 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = DemoSettings(curve_every=600)
     rows: list[dict[str, Any]] = []
+    seconds = {}
+    for task in (TASKS[name] for name in arguments.tasks if not arguments.ablations):
+        cell = WhiteBoxCell(task, 0, settings, arguments.bundled / task.name / "seed0")
+        cell.run([])
+        seconds[task.name] = seconds_of(cell, TIMED, arguments.cells / task.name / "seconds")
     for seed in range(arguments.seeds):
         for task in (TASKS[name] for name in arguments.tasks):
             shared = arguments.bundled / task.name
@@ -155,26 +195,24 @@ def main() -> None:
             results = cell.run([])
             rows += [row(task.name, seed, name, results[name]) for name in ("teacher", "start")]
             for method in METHODS if not arguments.ablations else ABLATIONS:
-                results[method] = run(cell, arguments.cells, method)
-                rows.append(row(task.name, seed, method, results[method]))
-                print(task.name, seed, method, rows[-1]["sampled"], rows[-1]["processor_seconds"], flush=True)
+                rows.append(distil(cell, arguments.cells, method))
             for name, (_, base) in SAME_TIME.items() if not arguments.ablations else ():
-                ratio = results["mm_pbkd"]["processor_seconds"] / results[base]["processor_seconds"]
-                steps = round(settings.steps * ratio / 10) * 10
-                if steps > settings.steps:
-                    rows.append(row(task.name, seed, name, run(cell, arguments.cells, f"{name}:{steps}")))
-                    print(task.name, seed, name, rows[-1]["sampled"], steps, flush=True)
-            write(arguments.output, rows, settings)
+                first, other = seconds[task.name]["mm_pbkd"]
+                budget = first + (settings.steps - 1) * other
+                first, other = seconds[task.name][base]
+                rows.append(distil(cell, arguments.cells, name, round((budget - first) / other + 1)))
+            write(arguments.output, rows, settings, seconds)
     print_summary(summarise(rows))
 
 
-def write(path: Path, rows: list[dict[str, Any]], settings: DemoSettings) -> None:
+def write(path: Path, rows: list[dict[str, Any]], settings: DemoSettings, seconds: dict[str, Any]) -> None:
     write_json(
         path,
         {
             "what": "exact match on unseen questions, in [0, 1]: mean and standard deviation over seeds",
             "summary": summarise(rows),
             "rows": rows,
+            "processor seconds of the first and of the median step": seconds,
             "settings": asdict(settings),
             "environment": environment(),
         },

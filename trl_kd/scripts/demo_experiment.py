@@ -182,11 +182,15 @@ class Cell:
         return summary["pairs"] | {"teacher_win_rate": summary["teacher_win_rate"]}
 
     def _distil(self, method: str, folder: Path) -> dict[str, Any]:
+        return self._train_and_test(self.trainer(method, folder), folder)
+
+    def trainer(self, method: str, folder: Path, callbacks: Iterable[TrainerCallback] = (), **changed) -> Any:
+        """Ready to train the start by a method, with some of its settings changed."""
         settings = self.settings
         model, tokenizer = load(self.model_folder("start"))
         rows = load_pairs(self.folder / "pairs").to_list()
         found = self.recipe(method, rows)
-        trainer = found.trainer(
+        return found.trainer(
             model=model,
             args=self._arguments(
                 found.config,
@@ -194,14 +198,13 @@ class Cell:
                 seed=self.seed,
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                **{"max_steps": settings.steps, **found.settings},
+                **{"max_steps": settings.steps, **found.settings, **changed},
             ),
             train_dataset=found.data,
             processing_class=tokenizer,
-            callbacks=self._callbacks(f"{NAMES.get(method, method)} on {self.task.name}", tokenizer),
+            callbacks=[*self._callbacks(f"{NAMES.get(method, method)} on {self.task.name}", tokenizer), *callbacks],
             **found.arguments,
         )
-        return self._train_and_test(trainer, folder)
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         """How to distil; benchmarks add ways of their own."""
