@@ -6,7 +6,7 @@
 Kinds, each a trainer of its own and measured over a `training_step` (forward, backward, and Q's step where there is a Q):
 
 - trl: `DistillationTrainer(beta=1)`;
-- trl, fused JSD of Liger: its divergence replaced by Liger's, where that is installed (CUDA);
+- trl, fused JSD of Liger: its divergence replaced by Liger's, where that is installed (CUDA; peak memory only);
 - mm: moment matching on the same states, without preferences, which is MM-PbKD without its pass over pairs;
 - mm, plain: the same with the three tables of logits whole, as a check of the values and a measure of what tiles save;
 - mm-pbkd: with as many pairs a step as the batch has rows, of the same length;

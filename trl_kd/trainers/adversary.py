@@ -1,8 +1,10 @@
 """The adversary of white-box PbKD: a Q-function, its optimizer, and the dual variable that holds it to the preferences."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -104,8 +106,8 @@ class Adversary:
         self._read_pairs, self._accelerator, self._args = read_pairs, accelerator, args
         self._reward_settings = reward_settings
         self.optimizer = torch.optim.Adam(q.parameter_groups(args.q_learning_rate))
-        self.warmed_up = pairs is None or args.q_warmup_steps == 0 or dual.maximum == 0
-        self._follows_twins = pairs is not None and dual.radius == 0 and dual.maximum > 0
+        self.warmed_up = pairs is None or args.q_warmup_steps == 0
+        self._follows_twins = pairs is not None and dual.radius == 0
 
     # ---- The moment gap ----------------------------------------------------------------------------------------------
 
@@ -137,7 +139,8 @@ class Adversary:
             states = self._read_pairs(batch)
             total, seen = torch.zeros((), device=states.hidden_NH.device), []
             for k, weight in enumerate(weights):
-                nll_2b, statistics = self._likelihoods(states, k, train_trunk=True)
+                # With λ = 0 the preferences must not reach the adversary, not even by way of the trunk
+                nll_2b, statistics = self._likelihoods(states, k, train_trunk=dual > 0 or self._follows_twins)
                 adversary, twin = nll_2b[0].sum(), nll_2b[1].sum()
                 total = total + (dual * weight * adversary + twin) / self.pairs.size
                 seen.append(weight * torch.stack([adversary.detach(), twin.detach(), *statistics]))
@@ -206,7 +209,8 @@ class Adversary:
         if self.pairs is not None:
             seen = self.learn_preferences(self.dual.value if moments else 1.0)
         self._descend()
-        if self.pairs is not None and moments and not self._follows_twins and self.dual.step(seen["violation"]):
+        moves = self.pairs is not None and moments and not self._follows_twins and math.isfinite(seen["violation"])
+        if moves and self.dual.step(seen["violation"]):
             logger.warning(
                 f"The dual variable has been at its cap, dual_max={self.dual.maximum}, for {self.dual.CAP_PATIENCE} steps: "
                 "the preference constraint is not being met. Raise dual_max or confidence_radius, or lower moment_coef or "
@@ -238,7 +242,9 @@ class Adversary:
                 f"{strict} strict pairs are held out, which is too few to tell when Q has learnt (it takes "
                 f"{LEAST_HELD_OUT}): its warm-up takes all {self._args.q_warmup_steps} steps."
             )
-        threshold = 0.5 + 1.645 * 0.5 / max(strict, 1) ** 0.5
+        # The looks share the 5 % (Bonferroni)
+        looks = math.ceil(self._args.q_warmup_steps / CHECK_EVERY)
+        threshold = 0.5 + NormalDist().inv_cdf(1 - 0.05 / looks) * 0.5 / max(strict, 1) ** 0.5
         accuracy, steps = float("nan"), 0
         for steps in range(1, self._args.q_warmup_steps + 1):
             self.step(moments=False)
@@ -252,7 +258,7 @@ class Adversary:
                 "above chance: the preferences do not guide the student yet. Raise q_warmup_steps or q_learning_rate, or "
                 "give more pairs."
             )
-        return {"warmup_steps": float(steps), "held_out_accuracy": accuracy}
+        return {"warmup_steps": float(steps)} | ({"held_out_accuracy": accuracy} if measured else {})
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,12 @@ def check_number(name: str, value: Any, holds: Callable[[Any], bool], allowed: s
         raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
 
 
+def check_integer(name: str, value: Any, least: int) -> None:
+    """As `check_number`, for whole numbers."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` is {value!r}: it must be a whole number, at least {least}.")
+
+
 def check_json(name: str, value: Any) -> None:
     """Raises a `ValueError` where the text of a dictionary field is no JSON object."""
     if not isinstance(value, str):

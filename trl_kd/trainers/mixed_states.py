@@ -24,6 +24,7 @@ class MixedStates:
     accelerator: Any
     model: Any
     model_wrapped: Any
+    teacher: Any
     teacher_model: Any
     processing_class: Any
     state: Any
@@ -31,6 +32,8 @@ class MixedStates:
     chat_template: Any
     chat_template_kwargs: dict[str, Any]
     eos_token_ids: list[int]
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
     max_completion_length: int | None
     _metrics: dict[str, defaultdict[str, list[float]]]
     _tokenize_prompts: Any
@@ -45,7 +48,8 @@ class MixedStates:
     def _generate_and_score_completions(self, inputs):
         rows, world = len(inputs), self.accelerator.num_processes
         if self.model.training:
-            first = self.state.global_step * rows * world
+            # Where the rows come in the same order again, they change sides from epoch to epoch
+            first = self.state.global_step * rows * world + int(self.state.epoch or 0)
         else:
             first = self._evaluated_rows
             self._evaluated_rows += rows * world
@@ -110,13 +114,17 @@ class MixedStates:
 
     @contextmanager
     def _teacher_speaks(self) -> Iterator[None]:
-        """TRL's generation, with the teacher in the student's place."""
-        student, use_vllm = self.model_wrapped, self.use_vllm
-        self.model_wrapped, self.use_vllm = self.teacher_model, False
+        """TRL's generation, with the teacher in the student's place. It ends where either would."""
+        ends = sorted({*self.eos_token_ids, *self.teacher.end_tokens()})
+        kept = {name: getattr(self, name) for name in ("model_wrapped", "use_vllm", "eos_token_ids")}
+        self.model_wrapped, self.use_vllm, self.eos_token_ids = self.teacher_model, False, ends
+        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ends
         try:
             yield
         finally:
-            self.model_wrapped, self.use_vllm = student, use_vllm
+            for name, value in kept.items():
+                setattr(self, name, value)
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def evaluation_loop(self, *args, **kwargs):
         self._evaluated_rows = 0

@@ -8,7 +8,7 @@ from trl import DistillationConfig
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.fields import check_json, check_number, extend_config, parse_radius
+from trl_kd.trainers.fields import check_integer, check_json, check_number, extend_config, parse_radius
 
 
 logger = get_logger(__name__)
@@ -47,7 +47,8 @@ class MMPbKDConfig(DistillationConfig):
             Adds the gradient through the distribution of on-policy states: REINFORCE on what the loss will be at later
             tokens. Unbiased, and of high variance.
         imitation_weight (`float`, *optional*, defaults to `0.0`):
-            ≥ 0, the weight of −log π of the teacher's tokens, a mean over the tokens of off-policy states.
+            ≥ 0, the weight of −log π of the teacher's tokens, a mean over the tokens of off-policy states (which, like their
+            divergence and moment gap, enter the loss by their share 1 − `lmbda`).
 
         > Parameters of Q and its constraint
 
@@ -61,8 +62,8 @@ class MMPbKDConfig(DistillationConfig):
             Steps of Q, each with pairs of its own, for a step of the student; at least 1.
         q_warmup_steps (`int`, *optional*, defaults to `100`):
             At most so many steps of Q on the preferences alone come first. They end sooner once the accuracy on pairs held
-            out is above chance (95 %, one-sided), for which at least 100 strict pairs must be held out. No preferences: no
-            warm-up.
+            out is above chance (one-sided, at 5 % over all looks at it), for which at least 100 strict pairs must be held
+            out. No preferences: no warm-up.
         dual_init (`float`, *optional*, defaults to `5.0`):
             λ at the start; in [0, `dual_max`]. Below 1/(1 − p), with p the share of pairs that the teacher wins, the
             constraint does not bind.
@@ -162,7 +163,6 @@ class MMPbKDConfig(DistillationConfig):
             "moment_coef",
             "imitation_weight",
             "q_learning_rate",
-            "q_warmup_steps",
             "dual_init",
         )
         for name in (*at_least_zero, "dual_learning_rate", "dual_max", "learning_rate"):
@@ -171,13 +171,15 @@ class MMPbKDConfig(DistillationConfig):
             check_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
         for name in ("q_bound", "confidence_constant", "temperature"):
             check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
-        for name in ("q_steps", "gradient_accumulation_steps"):
-            check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+        for name, least in (("q_steps", 1), ("gradient_accumulation_steps", 1), ("q_warmup_steps", 0)):
+            check_integer(name, getattr(self, name), least)
         for name in ("pair_batch_size", "max_completion_length"):
             if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
+                check_integer(name, getattr(self, name), 1)
         if self.pair_max_length is not None:
-            check_number("pair_max_length", self.pair_max_length, lambda value: value >= 2, "at least 2")
+            check_integer("pair_max_length", self.pair_max_length, 2)
+        if not isinstance(self.state_gradient, bool):
+            raise ValueError(f"`state_gradient` is {self.state_gradient!r}: it must be True or False.")
         check_number("pair_held_out", self.pair_held_out, lambda value: 0 <= value < 1, "at least 0 and below 1")
         check_number("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
         if self.confidence_radius != "theory":
@@ -214,6 +216,8 @@ def as_mm_pbkd_config(args: DistillationConfig | None, model: Any) -> MMPbKDConf
         return MMPbKDConfig(f"{name.split('/')[-1]}-MMPbKD")
     if isinstance(args, MMPbKDConfig):
         return args
+    if not isinstance(args, DistillationConfig):
+        raise ValueError(f"`args` is a {type(args).__name__}: pass a `MMPbKDConfig`, or a `DistillationConfig`.")
     return extend_config(args, MMPbKDConfig)
 
 

@@ -27,31 +27,60 @@ MOST_HELD_OUT = 500
 # ---- States ------------------------------------------------------------------------------------------------------------
 
 
-def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> Any:
-    """Returns the dataset, or raises a `ValueError` if it has no prompts, or if its rows cannot give off-policy states."""
+def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any, least: int = 1) -> Any:
+    """
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Prompts, with `completion` or without. A stream is checked by its first row, and then as it is read.
+        least (`int`, *optional*, defaults to `1`):
+            Rows that it must have.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        `ValueError`: it has no prompts, or too few, or its rows cannot give off-policy states.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = f": give one of them, such as dataset[{next(iter(dataset))!r}]" if isinstance(dataset, dict) else ""
+        raise ValueError(f"The {name} dataset is a {type(dataset).__name__}, not a `datasets.Dataset`{hint}.")
     first: dict[str, Any] | None = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty: it needs at least one row.")
     if "prompt" not in first:
         raise ValueError(f"The {name} dataset has no column 'prompt'; it has {', '.join(sorted(first))}.")
-    if args.lmbda == 1:
-        return dataset
-    if has_images(first) or tools:
+    mixed = args.lmbda < 1
+    if mixed and (has_images(first) or tools):
         raise ValueError(
             f"`lmbda` is {args.lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
         )
-    if "completion" not in first:
+    if mixed and "completion" not in first:
         logger.info(
             f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
         )
-        return dataset
-    completion = first["completion"]
-    if completion is not None and isinstance(completion, str) != isinstance(first["prompt"], str):
+    rows = [first]
+    if isinstance(dataset, Dataset):
+        rows = dataset.select_columns([c for c in ("prompt", "completion") if c in first]).with_format(None)
+    for index, row in enumerate(rows):
+        check_row(row, f"Row {index} of the {name} dataset", mixed)
+    if isinstance(dataset, Dataset) and len(dataset) < least:
         raise ValueError(
-            f"The {name} dataset's 'prompt' is {'text' if isinstance(first['prompt'], str) else 'messages'} but its "
-            "'completion' is not: give both as text or both as messages."
+            f"The {name} dataset has {len(dataset)} rows, fewer than the {least} of one step "
+            "(`per_device_train_batch_size` × `gradient_accumulation_steps`): lower one of them, or give more rows."
         )
     return dataset
+
+
+def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
+    """Raises a `ValueError` for a prompt that is empty, or a completion of another format."""
+    if not row["prompt"]:
+        raise ValueError(f"{where}: `prompt` is {row['prompt']!r}. Give a text, or drop the row.")
+    completion = row.get("completion") if mixed else None
+    if completion is not None and isinstance(completion, str) != isinstance(row["prompt"], str):
+        kind = "text" if isinstance(row["prompt"], str) else "messages"
+        raise ValueError(
+            f"{where}: `prompt` is {kind} but `completion` is not: give both as text or both as messages."
+        )
 
 
 def is_on_policy(index: int, lmbda: float) -> bool:
@@ -81,15 +110,21 @@ def tokenize_completion(
         The prompt's tokens and the completion's. Where the two together are tokenized otherwise than one by one, the
         completion begins where they first differ, as with TRL's pairs.
     """
+    check_row(row, "A row of a stream", mixed=True)
     if is_conversational(row):
         messages = row["prompt"] + row["completion"]
         ids = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **template)["input_ids"]
-        ids = ids[0] if isinstance(ids[0], list) else ids
     else:
         end = getattr(processing_class, "tokenizer", processing_class).eos_token
         completion = row["completion"]
         text = row["prompt"] + completion + ("" if completion.endswith(end) else end)
         ids = processing_class(text=text)["input_ids"]
+    ids = ids[0] if isinstance(ids[0], list) else ids  # processors return a batch
+    if not any(token in ends for token in ids[len(prompt_ids) :]):
+        logger.warning_once(
+            "A completion of the teacher's ends without an end token, since the chat template writes none: the student will "
+            "not learn from it where to stop."
+        )
     both = list(zip(prompt_ids, ids, strict=False))
     start = next((i for i, (ours, whole) in enumerate(both) if ours != whole), len(both))
     return prompt_ids[:start], upto_end(ids[start:], ends)
@@ -153,11 +188,15 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     Raises:
         `ValueError`: a stream, images, a wrong label, or no pair that is left.
     """
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`preference_dataset` is a {type(dataset).__name__}: Q draws its pairs in a new order again and again, so give "
-            "a `datasets.Dataset`."
-        )
+    if not isinstance(dataset, Dataset):
+        hint = ""
+        if isinstance(dataset, dict) and dataset:
+            hint = f", for example preference_dataset[{next(iter(dataset))!r}]"
+        elif isinstance(dataset, list):
+            hint = ", for example `Dataset.from_list(pairs)`"
+        elif isinstance(dataset, IterableDataset):
+            hint = ": a stream can not be drawn from in a new order again and again, as Q does"
+        raise ValueError(f"`preference_dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`{hint}.")
     if has_images(next(iter(dataset), {})):
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q

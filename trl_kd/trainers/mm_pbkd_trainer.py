@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -46,6 +47,9 @@ from trl_kd.trainers.mm_pbkd_step import (
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
 from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset, load_processing_class
 from trl_kd.trainers.teacher import Teacher
+
+
+logger = get_logger(__name__)
 
 
 class MMPbKDTrainer(DualCheckpoints, MixedStates, DistillationTrainer):
@@ -128,7 +132,9 @@ quantization_config, peft_config, tools:
                 "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
             )
         if train_dataset is not None:
-            check_prompts(train_dataset, "train", args, tools)
+            check_prompts(
+                train_dataset, "train", args, tools, least=args.train_batch_size * args.gradient_accumulation_steps
+            )
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
         pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
         if processing_class is None:
@@ -157,19 +163,34 @@ quantization_config, peft_config, tools:
         warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
+        self._check_ends()
         self._settings: dict[str, Any] = {"temperature": self.temperature, "vocab_size": teacher.shared_tokens}
         if teacher.shared_tokens is not None:
             self._suppress_tokens(teacher.shared_tokens)
         self._sums_4: torch.Tensor | None = None
         self._played: list[Played] = []
         self._scale: Any = None  # its gradient is the factor that the loss was scaled with
+        self._held_out: tuple[int, float] | None = None  # the last step at which its accuracy was measured, and which
         self._kept: list[States] = []  # of the optimizer step under way, for further steps of Q
         self._baselines = [
             b for b in (Baseline("teacher", args.lmbda), Baseline("student", 1 - args.lmbda)) if b.weight
         ]
         self.dual = DualVariable(value=0.0, maximum=0.0)
+        held = args.dual_max > 0 and (args.dual_init > 0 or args.dual_learning_rate > 0 or args.confidence_radius == 0)
+        if pairs is not None and not held:
+            logger.info("λ is fixed at 0, so that `preference_dataset` does not hold Q: moment matching alone.")
+            pairs = None
         self.adversary = self._make_adversary(pairs) if args.moment_coef > 0 else None
         set_seed(args.seed, device_specific=True)  # as TRL left it, whatever loading the teacher has drawn
+
+    def _check_ends(self) -> None:
+        others = set(self.teacher.end_tokens()) - set(self.eos_token_ids)
+        if others:
+            names = self._tokenizer.convert_ids_to_tokens(sorted(others))
+            logger.warning(
+                f"The teacher ends its texts with {' or '.join(names)} too, and the student does not: it will learn "
+                "to write it, and not to stop there. Add it to `eos_token_id` of the student's generation config."
+            )
 
     def _suppress_tokens(self, shared: int) -> None:
         """Rows of an output embedding that stand for no token are never sampled, by the student or by the teacher."""
@@ -246,7 +267,7 @@ quantization_config, peft_config, tools:
 
         learning = torch.is_grad_enabled() and self.adversary is not None
         scale = torch.zeros((), device=student_BTH.device, requires_grad=learning)
-        loss = student_BTH.sum() * 0.0 + scale  # a micro-batch without a token still has a graph
+        loss = student_BTH[:, :0].sum() + scale  # a micro-batch without a token still has a graph
         entropy, played = student_BTH.new_zeros(()), []
         for baseline, (who, _) in enumerate(self._baselines):
             rows = [i for i, on_policy in enumerate(inputs["on_policy"]) if on_policy == (who == "teacher")]
@@ -262,7 +283,7 @@ quantization_config, peft_config, tools:
             if learning and self.args.q_steps > 1:
                 self._kept.append(states.hidden_alone())
         if not played:
-            loss = loss + student.weight_VH.sum() * 0.0
+            loss = loss + student.weight_VH[:0].sum()
         self._sums_4 = sum((part.sums_4 for part in played), torch.zeros(4, device=loss.device))
         if learning:
             self._played, self._scale = played, scale
@@ -357,7 +378,9 @@ quantization_config, peft_config, tools:
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.adversary is not None and self.adversary.pairs is not None and self.adversary.pairs.strict:
-            self._record("eval", {"held_out_accuracy": self.adversary.held_out_accuracy()})
+            if self._held_out is None or self._held_out[0] != self.state.global_step:  # one for all evaluation sets
+                self._held_out = self.state.global_step, self.adversary.held_out_accuracy()
+            self._record("eval", {"held_out_accuracy": self._held_out[1]})
         return output
 
     # ---- Checkpoints and the model card --------------------------------------------------------------------------------

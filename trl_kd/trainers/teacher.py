@@ -118,14 +118,19 @@ class Teacher:
         except (OSError, ValueError, TypeError) as error:
             if self.model is None and not isinstance(error, OSError):
                 raise ValueError(
-                    f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be compared "
-                    f"with the student's: save the tokenizer beside it. ({str(error).splitlines()[0]})"
+                    f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be "
+                    f"compared with the student's: save the tokenizer beside it. ({str(error).splitlines()[0]})"
                 ) from error
             if self.model is None:
                 raise
             logger.info("The teacher has no tokenizer on disk: only the sizes of the vocabularies are compared.")
             return
         check_same_vocabulary(student_tokenizer, tokenizer)
+
+    def end_tokens(self) -> list[int]:
+        """Tokens with which the loaded teacher ends its texts."""
+        found = self._accelerator.unwrap_model(self.model).generation_config.eos_token_id
+        return [] if found is None else [found] if isinstance(found, int) else list(found)
 
     def load(self, accelerator: Accelerator) -> "Teacher":
         """Loads the weights where they are not given, freezes them and places them as the reference model is placed."""
