@@ -77,7 +77,7 @@ def test_what_must_be_given(trl_kd, mm_base):
     ("field", "change", "said"),
     [
         ("dataset_name", lambda row: row.pop("prompt"), ["no column 'prompt'", "it has chosen, rejected"]),
-        ("dataset_name", lambda row: row.update(completion=[{"role": "a", "content": "b"}]), ["'prompt' is text but"]),
+        ("dataset_name", lambda row: row.update(completion=[{"role": "a", "content": "b"}]), ["`prompt` is text but"]),
         ("preference_dataset", lambda row: row.pop("chosen"), ["lacks the column 'chosen'", "prompt, rejected"]),
         ("preference_dataset", lambda row: row.update(preference=1.5), ["Row 0", "`preference` is 1.5"]),
         ("preference_dataset", lambda row: row.update(preference=None), ["no row with a known `preference`"]),

@@ -124,11 +124,11 @@ DATA = {
     ),
     "text to messages": (
         {"rows": [{"prompt": USER, "completion": "2"}], "lmbda": 0.5},
-        "The train dataset's 'prompt' is messages but its 'completion' is not",
+        "`prompt` is messages but `completion` is not",
     ),
     "messages to text": (
         {"rows": [{"prompt": "1+1=", "completion": ANSWER}], "lmbda": 0.5},
-        "The train dataset's 'prompt' is text but its 'completion' is not",
+        "`prompt` is text but `completion` is not",
     ),
     "images off-policy": ({"rows": IMAGES, "lmbda": 0.5}, "`lmbda` is 0.5, but images are supported on-policy only"),
     "images to evaluate": ({"eval_rows": IMAGES, "lmbda": 0.0}, "`lmbda` is 0.0, but images are supported"),
@@ -138,7 +138,7 @@ DATA = {
     ),
     "a stream of pairs": (
         {"pairs": Dataset.from_list(PAIRS).to_iterable_dataset()},
-        "`preference_dataset` is a IterableDataset: .* give a `datasets.Dataset`",
+        "`preference_dataset` is a IterableDataset; give a `datasets.Dataset`",
     ),
     "no moments for the pairs": ({"pairs": PAIRS, "moment_coef": 0.0}, "`moment_coef` is 0, .* `preference_dataset`"),
     "pairs without a rejected response": (

@@ -48,8 +48,7 @@ class MixedStates:
     def _generate_and_score_completions(self, inputs):
         rows, world = len(inputs), self.accelerator.num_processes
         if self.model.training:
-            # Where the rows come in the same order again, they change sides from epoch to epoch
-            first = self.state.global_step * rows * world + int(self.state.epoch or 0)
+            first = self.state.global_step * rows * world
         else:
             first = self._evaluated_rows
             self._evaluated_rows += rows * world

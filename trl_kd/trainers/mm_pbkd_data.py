@@ -27,19 +27,17 @@ MOST_HELD_OUT = 500
 # ---- States ------------------------------------------------------------------------------------------------------------
 
 
-def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any, least: int = 1) -> Any:
+def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> Any:
     """
     Args:
         dataset (`Dataset` or `IterableDataset`):
             Prompts, with `completion` or without. A stream is checked by its first row, and then as it is read.
-        least (`int`, *optional*, defaults to `1`):
-            Rows that it must have.
 
     Returns:
         The dataset.
 
     Raises:
-        `ValueError`: it has no prompts, or too few, or its rows cannot give off-policy states.
+        `ValueError`: it has no prompts, or its rows cannot give off-policy states.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = f": give one of them, such as dataset[{next(iter(dataset))!r}]" if isinstance(dataset, dict) else ""
@@ -63,11 +61,6 @@ def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any, least
         rows = dataset.select_columns([c for c in ("prompt", "completion") if c in first]).with_format(None)
     for index, row in enumerate(rows):
         check_row(row, f"Row {index} of the {name} dataset", mixed)
-    if isinstance(dataset, Dataset) and len(dataset) < least:
-        raise ValueError(
-            f"The {name} dataset has {len(dataset)} rows, fewer than the {least} of one step "
-            "(`per_device_train_batch_size` × `gradient_accumulation_steps`): lower one of them, or give more rows."
-        )
     return dataset
 
 

@@ -82,9 +82,7 @@ def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
 def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     """As `add_pbkd_sections`, for a student matched to its teacher's distributions."""
     pairs = trainer.preference_rows
-    said = (
-        f"{pairs} preference pairs held the Q-function or tested it." if pairs else "No preferences: moment matching."
-    )
+    said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
     lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
     _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS)
 
