@@ -132,9 +132,7 @@ quantization_config, peft_config, tools:
                 "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
             )
         if train_dataset is not None:
-            check_prompts(
-                train_dataset, "train", args, tools, least=args.train_batch_size * args.gradient_accumulation_steps
-            )
+            check_prompts(train_dataset, "train", args, tools)
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
         pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
         if processing_class is None:
