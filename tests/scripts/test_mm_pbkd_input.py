@@ -6,6 +6,7 @@ import yaml
 import trl_kd.trainers.mm_pbkd_trainer as mm_pbkd_trainer
 from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from tests.scripts.conftest import replaced
+from trl_kd.scripts.training import _explained
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,34 @@ def test_nothing_is_written(trl_kd, mm_base, out):
     assert trl_kd(*mm_base, "--pair_max_length", "4").code == 2
     assert trl_kd(*mm_base, "--dry_run").code == 0
     assert not out.exists()
+
+
+# ---- Which model cannot be read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=["run", "dry"])
+@pytest.mark.parametrize("field", ["model_name_or_path", "teacher_model_name_or_path"])
+def test_a_model_that_is_nowhere_is_named_offline(trl_kd, mm_base, field, more):
+    """The library's own sentence, "We couldn't connect", names none."""
+    error = trl_kd(*replaced(mm_base, f"--{field}", "nosuch/model"), *more).error
+    assert error.startswith(f"trl-kd mm-pbkd: error: `{field}` is 'nosuch/model', which cannot be loaded: We couldn't")
+    assert error.count("nosuch/model") == 1
+
+
+NAMES = {"teacher_model_name_or_path": "org/M-7B", "model_name_or_path": "org/M-7B-Instruct"}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["the student's is longer", "the teacher's is longer"])
+@pytest.mark.parametrize("field", NAMES)
+def test_a_name_that_begins_as_another_blames_its_own_field(field, turned):
+    models = dict(zip(NAMES, reversed(NAMES.values()) if turned else NAMES.values(), strict=True))
+    error = OSError(f"{models[field]} is not a local folder and is not a valid model identifier")
+    assert str(_explained(error, models, pushes=True)).startswith(f"`{field}` is '{models[field]}', which")
+
+
+def test_an_error_that_is_of_no_model_keeps_its_words():
+    error = OSError("No space left on device")
+    assert _explained(error, NAMES, pushes=False) is error
+    student = {"model_name_or_path": "org/M"}
+    assert "`model_name_or_path` is 'org/M'" in str(_explained(error, student, pushes=False))
+    assert _explained(error, student, pushes=True) is error

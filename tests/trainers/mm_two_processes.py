@@ -1,9 +1,12 @@
 """Trainings with `MMPbKDTrainer` that end in a file each; run by `torchrun` in test_mm_pbkd_distributed.py.
 
-mm_two_processes.py {ddp,fsdp2} JOBS_JSON
+mm_two_processes.py JOBS_JSON
+
+where JOBS_JSON has lists of jobs by their kind, "ddp" or "fsdp2": one launch for both, since most time goes to imports.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -12,6 +15,13 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
 
 
 class GivenSamples(MMPbKDTrainer):
@@ -28,6 +38,7 @@ class GivenSamples(MMPbKDTrainer):
 
 
 def train(kind: str, job: dict) -> None:
+    os.environ.update(FSDP2 if kind == "fsdp2" else {})
     args = MMPbKDConfig(**job["settings"])
     if kind == "fsdp2":
         # On CPU accelerate calls this MULTI_CPU and would wrap in DDP
@@ -62,5 +73,6 @@ def train(kind: str, job: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for job in json.loads(sys.argv[2]):
-        train(sys.argv[1], job)
+    for kind, jobs in json.loads(sys.argv[1]).items():
+        for job in jobs:
+            train(kind, job)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 
 import pytest
 import torch
@@ -67,6 +68,19 @@ def test_with_few_pairs_the_warm_up_goes_by_steps_and_says_so(tiny_dir, teacher_
     assert "it takes 100): its warm-up takes all 5 steps" in caplog.text
     assert logs_of(trainer)[0]["mmpbkd/warmup_steps"] == 5
     assert "mmpbkd/held_out_accuracy" not in logs_of(trainer)[0]
+
+
+def test_labels_at_random_end_a_warm_up_rarely(tiny_dir, teacher_dir, settings):
+    """Ten looks, each at an accuracy that is chance alone, share the 5 %; each at 5 % would end two in five."""
+    options = {"pairs": MANY, "pair_held_out": 0.5, "q_warmup_steps": 100}
+    adversary = make(tiny_dir, teacher_dir, settings, **options).adversary
+    strict, stream = adversary.pairs.strict, random.Random(0)
+    adversary.step = lambda moments: {}
+    adversary.held_out_accuracy = lambda: sum(stream.random() < 0.5 for _ in range(strict)) / strict
+    ended = [adversary.warm_up()["warmup_steps"] < 100 for _ in range(400)]
+    assert sum(ended) / 400 < 0.08
+    adversary.held_out_accuracy = lambda: 0.5 + 3 * 0.5 / math.sqrt(strict)
+    assert adversary.warm_up()["warmup_steps"] == CHECK_EVERY
 
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.5])
@@ -146,6 +160,64 @@ def chosen(batch) -> list[str]:
     return [make_tokenizer().decode(row) for row in rows[: len(rows) // 2]]
 
 
+FIXED_AT_ZERO = {
+    "no room": {"dual_max": 0.0, "dual_init": 0.0},
+    "no rate": {"dual_learning_rate": 0.0, "dual_init": 0.0},
+}
+
+
+@pytest.mark.parametrize("case", FIXED_AT_ZERO)
+@pytest.mark.parametrize("q_head", Q_HEADS)
+def test_at_a_dual_fixed_at_zero_the_preferences_are_as_good_as_none(q_head, case, tiny_dir, teacher_dir, settings):
+    found = []
+    for pairs in (None, PAIRS):
+        options = {"pairs": pairs, "q_head": q_head, "lmbda": 0.5, "q_steps": 2, **FIXED_AT_ZERO[case]}
+        trainer = make(tiny_dir, teacher_dir, settings, **{**options, "q_warmup_steps": 5})
+        trainer.train()
+        found.append((weights_of(trainer.model), weights_of(trainer.adversary.q)))
+        assert [name for name in logs_of(trainer)[-1] if name in ("mmpbkd/violation", "mmpbkd/dual")] == []
+    assert equal(found[0][0], found[1][0])
+    assert equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("q_head", [head for head in Q_HEADS if head != "linear"])
+def test_once_the_dual_is_zero_the_twins_leave_the_trunk_alone(q_head, tiny_dir, teacher_dir, settings):
+    """It is the adversary's then, and the preferences must not reach it."""
+    trainer = make(tiny_dir, teacher_dir, settings, pairs=PAIRS, q_head=q_head, q_warmup_steps=3, dual_init=0.5)
+    adversary = trainer.adversary
+    adversary.warm_up()
+    moved = {}
+    for dual in (1.0, 0.0):
+        trainer.dual.value = dual
+        adversary.learn_preferences(dual)
+        moved[dual] = {n: p.grad is not None and bool(p.grad.any()) for n, p in adversary.q.named_parameters()}
+        twin = adversary.q.outputs.grad[1]
+        assert twin.any()
+        assert bool(adversary.q.outputs.grad[0].any()) == (dual > 0)
+        adversary.optimizer.zero_grad()
+        hidden = torch.randn(5, 16)
+        adversary.features(hidden, 0).sum().backward()
+        reached = {n: p.grad is not None and bool(p.grad.any()) for n, p in adversary.q.named_parameters()}
+        assert all(on == (name == "outputs" or dual == 0) for name, on in reached.items())
+        adversary.optimizer.zero_grad()
+    assert all(moved[1.0].values())
+    assert [name for name, on in moved[0.0].items() if on] == ["outputs"]
+
+
+def test_a_violation_that_is_no_number_leaves_the_dual(tiny_dir, teacher_dir, settings, monkeypatch):
+    trainer = make(tiny_dir, teacher_dir, settings, pairs=PAIRS)
+    adversary = trainer.adversary
+    learn = adversary.learn_preferences
+    for violation in (math.nan, math.inf, -math.inf):
+        monkeypatch.setattr(adversary, "learn_preferences", lambda dual, v=violation: {**learn(dual), "violation": v})
+        adversary.step()
+        assert trainer.dual.value == 5.0
+        assert trainer.dual.history == []
+    monkeypatch.undo()
+    adversary.step()
+    assert len(trainer.dual.history) == 1
+
+
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +236,21 @@ def test_evaluation_leaves_q_and_the_dual_untouched(tiny_dir, teacher_dir, setti
     assert not any(p.grad is not None and p.grad.any() for p in trainer.adversary.q.parameters())
     logged = trainer.state.log_history[-1]
     assert {"eval_loss", "eval_mmpbkd/kl", "eval_mmpbkd/moment_gap", "eval_mmpbkd/held_out_accuracy"} <= set(logged)
+
+
+def test_several_evaluation_sets_measure_the_held_out_pairs_once(tiny_dir, teacher_dir, settings, monkeypatch):
+    sets = DatasetDict({"a": Dataset.from_list(PROMPTS[:4]), "b": Dataset.from_list(PROMPTS[4:])})
+    options = {"pairs": PAIRS, "eval_rows": sets, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = make(tiny_dir, teacher_dir, settings, **options)
+    measure, measured = trainer.adversary.held_out_accuracy, []
+    monkeypatch.setattr(trainer.adversary, "held_out_accuracy", lambda: measured.append(measure()) or measured[-1])
+    for count in (1, 2):  # Q goes on in a second training, whose steps have the same numbers
+        trainer.train()
+        assert len(measured) == count
+    logged = [e for e in trainer.state.log_history if "eval_a_loss" in e or "eval_b_loss" in e]
+    assert [value for e in logged for name, value in e.items() if "held_out" in name] == [
+        accuracy for accuracy in measured[1:] for _ in "ab"
+    ]
 
 
 @pytest.mark.parametrize("pairs", [None, PAIRS])

@@ -66,15 +66,12 @@ def jobs(tiny_dir, teacher_dir, tmp_path_factory) -> list[dict]:
     return jobs
 
 
-def launch(kind: str, jobs: list[dict]) -> None:
+def launch(jobs: dict[str, list[dict]]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    if kind == "fsdp2":
-        wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **wrap}
     script = str(Path(__file__).with_name("mm_two_processes.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, script, kind, json.dumps(jobs)],
+        [*torchrun, script, json.dumps(jobs)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -84,16 +81,23 @@ def launch(kind: str, jobs: list[dict]) -> None:
     assert done.returncode == 0, done.stderr[-20000:]
 
 
+@pytest.fixture(scope="module")
+def launched(jobs) -> None:
+    kinds = {}
+    for kind in ("ddp", "fsdp2"):
+        # Under FSDP2 TRL's own generation takes as many tokens on every process, or hangs
+        same_length = {**jobs[0]["settings"], "generation_kwargs": {"min_new_tokens": 5}}
+        real = {**jobs[0], "settings": same_length, "given_samples": False, "out": f"{jobs[0]['out']}.real"}
+        kinds[kind] = [{**job, "out": f"{job['out']}.{kind}"} for job in (*jobs, real)]
+    launch(kinds)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(kind, jobs):
-    # Under FSDP2 TRL's own generation takes as many tokens on every process, or hangs
-    same_length = {**jobs[0]["settings"], "generation_kwargs": {"min_new_tokens": 5}}
-    real = {**jobs[0], "settings": same_length, "given_samples": False, "out": f"{jobs[0]['out']}.{kind}"}
-    launch(kind, [*jobs, real])
-    assert Path(real["out"]).exists()  # both processes have sampled from both models
+def test_two_processes_equal_one(kind, jobs, launched):
+    assert Path(f"{jobs[0]['out']}.real.{kind}").exists()  # both processes have sampled from both models
     for job in jobs:
-        one, two = torch.load(job["out"] + ".single"), torch.load(job["out"])
+        one, two = torch.load(job["out"] + ".single"), torch.load(f"{job['out']}.{kind}")
         for part in ("weights", "q"):
             assert one[part].keys() == two[part].keys()
             for name, weight in one[part].items():

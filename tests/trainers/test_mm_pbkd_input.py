@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM
 from trl import DistillationConfig
 
 from tests.conftest import make_tokenizer, save_tiny
 from tests.trainers.mm_cases import PAIRS, PROMPTS, ROWS, make
-from trl_kd import MMPbKDConfig, MMPbKDTrainer
+from trl_kd import MMPbKDConfig, MMPbKDTrainer, PbKDConfig
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,11 @@ SETTINGS = [
     ({"max_completion_length": 0}, "`max_completion_length` is 0"),
     ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
     ({"learning_rate": -1.0}, "`learning_rate` is -1.0"),
+    ({"q_steps": 1.5}, "`q_steps` is 1.5: .* whole number, at least 1"),
+    ({"q_warmup_steps": 2.5}, "`q_warmup_steps` is 2.5: .* whole number, at least 0"),
+    ({"pair_batch_size": 4.0}, "`pair_batch_size` is 4.0: .* whole number"),
+    ({"pair_max_length": 64.5}, "`pair_max_length` is 64.5: .* whole number, at least 2"),
+    ({"state_gradient": "no"}, "`state_gradient` is 'no': .* True or False"),
     ({"model_init_kwargs": "{bad"}, "`model_init_kwargs` is '{bad', which is not JSON"),
     ({"teacher_model_init_kwargs": "[1]"}, r"`teacher_model_init_kwargs` is '\[1\]': it must be a JSON object"),
 ]
@@ -86,6 +91,12 @@ def test_fields_of_a_users_own_config_are_not_lost_without_a_word(tiny_dir, teac
         MMPbKDTrainer(tiny_dir, teacher_dir, args=MyConfig(**settings), train_dataset=Dataset.from_list(ROWS))
 
 
+def test_arguments_of_another_trainer_are_refused(tiny_dir, teacher_dir, settings):
+    args = PbKDConfig(**settings)
+    with pytest.raises(ValueError, match="`args` is a PbKDConfig: pass a `MMPbKDConfig`, or a `DistillationConfig`"):
+        MMPbKDTrainer(tiny_dir, teacher_dir, args=args, train_dataset=Dataset.from_list(ROWS))
+
+
 # ---- The teacher ----------------------------------------------------------------------------------------------------
 
 
@@ -104,11 +115,18 @@ def test_the_teacher_is_given_once(tiny_dir, teacher_dir, settings):
         make(teacher, teacher, settings)
 
 
+def test_a_teacher_that_is_nowhere_is_named(tiny_dir, settings):
+    """The library's own sentence, of a lost connection, names none."""
+    with pytest.raises(OSError, match="`teacher_model_name_or_path` is 'nosuch/model', which cannot be loaded: We"):
+        make(tiny_dir, "nosuch/model", settings)
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 USER, ANSWER = [{"role": "user", "content": "1+1="}], [{"role": "assistant", "content": "2"}]
 PLAIN = Dataset.from_list(ROWS)
 IMAGES = [{"prompt": USER, "image": 1}]
+SPLITS = DatasetDict({"train": PLAIN, "test": PLAIN})
 
 DATA = {
     "no rows": ({"rows": PLAIN.select([])}, "The train dataset is empty"),
@@ -121,6 +139,27 @@ DATA = {
     "no prompts in a stream": (
         {"rows": Dataset.from_list([{"text": "x"}]).to_iterable_dataset()},
         "The train dataset has no column 'prompt'",
+    ),
+    "a later prompt that is empty": (
+        {"rows": [*ROWS[:5], {"prompt": "", "completion": "2"}]},
+        "Row 5 of the train dataset: `prompt` is ''",
+    ),
+    "no messages": ({"rows": [{"prompt": USER}, {"prompt": []}]}, r"Row 1 of the train dataset: `prompt` is \[\]"),
+    "a null prompt to evaluate": (
+        {"eval_rows": [PROMPTS[0], {"prompt": None}]},
+        "Row 1 of the eval dataset: `prompt` is None",
+    ),
+    "splits to train on": (
+        {"rows": SPLITS},
+        r"The train dataset is a DatasetDict, not a `datasets.Dataset`: .* dataset\['train'\]",
+    ),
+    "splits of pairs": (
+        {"pairs": DatasetDict({"train": Dataset.from_list(PAIRS)})},
+        r"`preference_dataset` is a DatasetDict; .* preference_dataset\['train'\]",
+    ),
+    "a later completion of another format": (
+        {"rows": [{"prompt": "1", "completion": None}, {"prompt": "1", "completion": ANSWER}], "lmbda": 0.5},
+        "Row 1 of the train dataset: `prompt` is text but `completion` is not",
     ),
     "text to messages": (
         {"rows": [{"prompt": USER, "completion": "2"}], "lmbda": 0.5},

@@ -1,5 +1,7 @@
 """Which states `MMPbKDTrainer` trains on: whose completions, how they are tokenized, and what each token weighs."""
 
+import copy
+import logging
 import math
 from pathlib import Path
 
@@ -86,6 +88,43 @@ def test_a_sampled_completion_ends_with_the_end_token(tiny_dir, settings):
     assert trainer.completions == [[[EOS]] * 4]
 
 
+def test_a_teacher_with_another_end_token(tiny_dir, settings, caplog):
+    """Its texts end there, and the student is as it was afterwards."""
+    teacher = that_says({SEVEN: 50.0})
+    teacher.generation_config.eos_token_id = [EOS, SEVEN]
+    with caplog.at_level(logging.WARNING):
+        trainer = make(tiny_dir, teacher, settings, PROMPTS, lmbda=0.5)
+        said = caplog.text
+        before = copy.deepcopy(student_side(trainer))
+        trainer.train()
+    assert said.count("The teacher ends its texts with 7 too, and the student does not") == 1
+    assert "The teacher ends its texts" not in caplog.text[len(said) :]
+    assert student_side(trainer) == before
+    assert before["eos_token_ids"] == [EOS]
+    taken = [
+        completion
+        for completions, batch in zip(trainer.completions, trainer.batches, strict=True)
+        for completion, on_policy in zip(completions, batch["on_policy"], strict=True)
+        if not on_policy
+    ]
+    assert taken == [[SEVEN]] * 6
+
+
+def student_side(trainer) -> dict:
+    """What the student's generation goes by."""
+    names = ("eos_token_ids", "generation_kwargs", "use_vllm")
+    kept = {name: getattr(trainer, name) for name in names} | trainer.generation_config.to_dict()
+    return kept | {"model": trainer.model_wrapped is trainer.model}
+
+
+def test_a_teacher_that_ends_with_no_token_of_the_tokenizer_is_named_by_number(tiny_dir, settings, caplog):
+    teacher = that_says({})
+    teacher.generation_config.eos_token_id = [EOS, 5000]
+    with caplog.at_level(logging.WARNING):
+        make(tiny_dir, teacher, settings, PROMPTS)
+    assert "The teacher ends its texts with 5000 too" in caplog.text
+
+
 def test_given_completions_leave_the_student_alone(tiny_dir, teacher_dir, settings, monkeypatch):
     """Off-policy nothing is generated."""
     trainer = make(tiny_dir, teacher_dir, settings, lmbda=0.0)
@@ -119,6 +158,30 @@ def test_text_ends_with_the_end_token_once():
         prompt, ids = completion_of(tokenizer, {"prompt": "40+2=", "completion": completion})
         assert tokenizer.decode(prompt) == "40+2="
         assert tokenizer.decode(ids) == "42<eos>"
+
+
+class Batched:
+    """As processors are: of one text they make a batch of one."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text):
+        return {"input_ids": [self.tokenizer(text)["input_ids"]]}
+
+    def apply_chat_template(self, messages, **options):
+        return {"input_ids": [self.tokenizer.apply_chat_template(messages, **options)["input_ids"]]}
+
+
+def test_a_processors_batch_of_one_is_taken_out_of_it():
+    tokenizer = make_tokenizer()
+    for row in (
+        {"prompt": "40+2=", "completion": "42"},
+        {"prompt": said_by("user", "40+2="), "completion": said_by("assistant", "42")},
+    ):
+        prompt, expected = completion_of(tokenizer, row)
+        assert tokenizer.decode(expected) == "42<eos>"
+        assert tokenize_completion(prompt, row, Batched(tokenizer), [EOS]) == (prompt, expected)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +230,14 @@ def test_max_completion_length_cuts_and_then_there_is_no_end_token(tiny_dir, tea
     trainer.train()
     tokens = [trainer.processing_class.convert_ids_to_tokens(ids) for ids in trainer.completions[0]]
     assert tokens == [["1", "<eos>"], ["1", "2", "<eos>"], ["1", "2", "3"], ["1", "2", "3"]]
+
+
+def test_a_row_of_a_stream_is_checked_as_it_is_read(tiny_dir, teacher_dir, settings):
+    rows = [{"prompt": "1", "completion": None}, *[{"prompt": "1", "completion": said_by("assistant", "2")}] * 3]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make(tiny_dir, teacher_dir, settings, stream, lmbda=0.0, max_steps=1)
+    with pytest.raises(ValueError, match="A row of a stream: `prompt` is text but `completion` is not"):
+        trainer.train()
 
 
 def test_conversations(tiny_dir, teacher_dir, settings):

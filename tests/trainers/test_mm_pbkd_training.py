@@ -196,6 +196,45 @@ def test_a_student_and_a_teacher_in_bf16(tiny_dir, teacher_dir, settings):
     assert logs_of(trainer)[-1]["mmpbkd/q_abs_mean"] > 0
 
 
+HALF = {"model_init_kwargs": {"dtype": "float16"}, "teacher_model_init_kwargs": {"dtype": "float16"}}
+
+
+def test_the_loss_in_fp16_is_finite(tiny_dir, teacher_dir, settings):
+    """Where the sum of all hidden states is not."""
+    trainer = make(tiny_dir, teacher_dir, settings, lmbda=0.5, max_steps=1, learning_rate=0.0, **HALF)
+    norm, overflows = trainer.model.model.norm, []
+    norm.register_forward_hook(lambda module, inputs, hidden: hidden + 3e4)
+    norm.register_forward_hook(lambda module, inputs, hidden: overflows.append(bool(hidden.sum().isinf())))
+    with torch.no_grad():  # so that the shift changes no logit
+        trainer.model.lm_head.weight.zero_()
+    trainer.train()
+    assert any(overflows)
+    assert logs_of(trainer)[0]["loss"] == pytest.approx(logs_of(trainer)[0]["mmpbkd/kl"], rel=1e-3)
+
+
+def test_a_step_without_a_token_in_fp16_has_a_loss_of_zero(tiny_dir, teacher_dir, settings):
+    """Where the sum of the output layer is infinite; what tools have cut short may have no state."""
+
+    class Nothing(Recording):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            return output | {"completion_mask": torch.zeros_like(output["completion_mask"])}
+
+    args = {**settings, "lmbda": 0.5, "max_completion_length": 6, "q_warmup_steps": 0, "max_steps": 1, **HALF}
+    args["logging_nan_inf_filter"] = False  # which would log zero for no number
+    data = {"train_dataset": Dataset.from_list(ROWS), "preference_dataset": Dataset.from_list(PAIRS)}
+    trainer = Nothing(tiny_dir, teacher_dir, args=MMPbKDConfig(**args), **data)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.add_(100.0)
+    assert trainer.model.lm_head.weight.sum().isinf()
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert logs_of(trainer)[0]["loss"] == 0
+    assert equal(weights_of(trainer.model), before)
+    assert logs_of(trainer)[0]["mmpbkd/preference_nll"] > 0  # Q has learnt from the pairs
+    assert trainer.adversary.q.outputs.any()
+
+
 def test_the_teacher_stays_as_it_is(tiny_dir, teacher_dir, settings):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
     before = weights_of(teacher)

@@ -177,10 +177,16 @@ def _models(training_args: Any, model_args: ModelConfig) -> dict[str, str]:
 
 def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Exception:
     """What the trainer refused, with the field to look at where a model cannot be read."""
+    teacher, student = "teacher_model_name_or_path", "model_name_or_path"
+    if teacher in models and str(error).startswith(f"`{teacher}` is "):  # it says so itself
+        return model_error(teacher, models[teacher], error.__cause__ or error)  # type: ignore[arg-type]
     named = [field for field, name in models.items() if name in str(error)]
-    if not named and (len(models) > 1 or pushes):  # better no field than a wrong one
+    if named:  # the name of one may be the beginning of the other's
+        field = max(named, key=lambda field: len(models[field]))
+    elif "couldn't connect" in str(error) or (len(models) == 1 and not pushes):
+        field = student
+    else:  # better no field than a wrong one
         return error
-    field = (named or list(models))[0]
     return model_error(field, models[field], error)
 
 

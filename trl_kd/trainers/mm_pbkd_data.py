@@ -188,7 +188,7 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
         elif isinstance(dataset, list):
             hint = ", for example `Dataset.from_list(pairs)`"
         elif isinstance(dataset, IterableDataset):
-            hint = ": a stream can not be drawn from in a new order again and again, as Q does"
+            hint = ": a stream cannot be drawn from in a new order again and again, as Q does"
         raise ValueError(f"`preference_dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`{hint}.")
     if has_images(next(iter(dataset), {})):
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")

@@ -168,7 +168,7 @@ quantization_config, peft_config, tools:
         self._sums_4: torch.Tensor | None = None
         self._played: list[Played] = []
         self._scale: Any = None  # its gradient is the factor that the loss was scaled with
-        self._held_out: tuple[int, float] | None = None  # the last step at which its accuracy was measured, and which
+        self._held_out: tuple[int, float] | None = None  # pairs seen when its accuracy was measured, and which
         self._kept: list[States] = []  # of the optimizer step under way, for further steps of Q
         self._baselines = [
             b for b in (Baseline("teacher", args.lmbda), Baseline("student", 1 - args.lmbda)) if b.weight
@@ -184,7 +184,7 @@ quantization_config, peft_config, tools:
     def _check_ends(self) -> None:
         others = set(self.teacher.end_tokens()) - set(self.eos_token_ids)
         if others:
-            names = self._tokenizer.convert_ids_to_tokens(sorted(others))
+            names = [self._tokenizer.convert_ids_to_tokens(token) or str(token) for token in sorted(others)]
             logger.warning(
                 f"The teacher ends its texts with {' or '.join(names)} too, and the student does not: it will learn "
                 "to write it, and not to stop there. Add it to `eos_token_id` of the student's generation config."
@@ -376,8 +376,9 @@ quantization_config, peft_config, tools:
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.adversary is not None and self.adversary.pairs is not None and self.adversary.pairs.strict:
-            if self._held_out is None or self._held_out[0] != self.state.global_step:  # one for all evaluation sets
-                self._held_out = self.state.global_step, self.adversary.held_out_accuracy()
+            seen = self.adversary.pairs.seen
+            if self._held_out is None or self._held_out[0] != seen:  # one for all evaluation sets
+                self._held_out = seen, self.adversary.held_out_accuracy()
             self._record("eval", {"held_out_accuracy": self._held_out[1]})
         return output
 

@@ -1,5 +1,7 @@
 """The white-box teacher: its weights give a distribution at each token, which the student imitates or is matched to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,13 +110,15 @@ class Teacher:
         self._check_tokenizer(student_tokenizer)
         given: Any = self._args.model_init_kwargs or {}
         ours = vocabulary_size(student, self._args, given.get("revision"))
-        theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
+        with self._named():
+            theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
         self.shared_tokens = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
 
     def _check_tokenizer(self, student_tokenizer: Any) -> None:
         options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
+            with self._named():
+                tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
         except (OSError, ValueError, TypeError) as error:
             if self.model is None and not isinstance(error, OSError):
                 raise ValueError(
@@ -126,6 +130,14 @@ class Teacher:
             logger.info("The teacher has no tokenizer on disk: only the sizes of the vocabularies are compared.")
             return
         check_same_vocabulary(student_tokenizer, tokenizer)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Whatever cannot be read here is the teacher's: a lost connection, for one, does not say whose file it was."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"`teacher_model_name_or_path` is {self.name!r}, which cannot be loaded: {error}") from error
 
     def end_tokens(self) -> list[int]:
         """Tokens with which the loaded teacher ends its texts."""
@@ -156,7 +168,8 @@ class Teacher:
             kwargs["device_map"] = None  # one whole teacher a rank
         assert self.name is not None
         try:
-            return load_model(self.name, kwargs)
+            with self._named():
+                return load_model(self.name, kwargs)
         except (TypeError, ImportError) as error:
             raise ValueError(
                 f"The teacher {self.name!r} cannot be loaded with `teacher_model_init_kwargs` = {given}: {error}"
