@@ -166,7 +166,8 @@ def test_kill_9_loses_only_what_is_in_flight(tmp_path):
     for name, used in usage(tmp_path).items():
         # Under way when it died: two requests, of which a judge's comparison may have had another before
         lost = asked.count(name) - used.requests
-        assert 0 <= lost <= (4 if name == "judge" else 2), name
+        # Or one was counted as it started, and never arrived
+        assert -1 <= lost <= (4 if name == "judge" else 2), name
         assert used.completion_tokens >= 10 * (20 if name != "judge" else 40)
 
 

@@ -68,6 +68,22 @@ def test_both_orders_are_asked_and_averaged():
     assert server.bodies[0]["logprobs"] is True
 
 
+def test_no_more_comparisons_are_begun_than_can_be_asked_at_once():
+    """Half of each would be asked again, and paid again, were the process killed."""
+    begun, most = set(), []
+
+    def script(body, number):
+        begun.symmetric_difference_update({frozenset(shown(body))})  # in with the first order, out with the second
+        most.append(len(begun))
+        return Reply(prefers_longer(body, number).body, delay=0.01)
+
+    with FaultServer(script) as server:
+        made = judge(server, client={"max_concurrency": 2})
+        assert len(made(["q"] * 12, [f"{i}" for i in range(12)], [f"{i} longer" for i in range(12)])) == 12
+    assert len(most) == 24
+    assert max(most) <= 2
+
+
 @pytest.mark.parametrize("letter", ["A", "B"])
 def test_a_liking_for_one_position_cancels(letter):
     with FaultServer(lambda *_: verdict(letter)) as server:

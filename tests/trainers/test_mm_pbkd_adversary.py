@@ -107,6 +107,7 @@ def test_no_warm_up_without_pairs_or_where_they_hold_nothing(tiny_dir, teacher_d
         trainer = make(tiny_dir, teacher_dir, settings, q_warmup_steps=50, max_steps=1, **options)
         trainer.train()
         assert "mmpbkd/warmup_steps" not in logs_of(trainer)[0]
+        assert trainer.preference_rows == 0  # which the card would speak of
 
 
 # ---- Preferences ----------------------------------------------------------------------------------------------------

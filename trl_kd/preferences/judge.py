@@ -1,11 +1,13 @@
 """A language model behind a server as the judge of two answers."""
 
+import asyncio
 import hashlib
 import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from trl_kd.sampling import Text
@@ -162,17 +164,22 @@ class LLMJudge:
             `BudgetExceeded`: a cap of the client is reached.
         """
         comparisons = enumerate(zip(prompts, first, second, strict=True))
-        for index, verdicts in self.client.run(comparisons, self._compare):
+        # No more are begun than can be asked at once: each half-done one would be lost, and paid again, were this killed
+        places = asyncio.Semaphore(self.client.capacity)
+        for index, verdicts in self.client.run(comparisons, partial(self._compare, places)):
             yield index, self._label(verdicts)
 
-    async def _compare(self, ask: Ask, item: Any, emit: Callable[[tuple[int, Any]], None]) -> None:
+    async def _compare(
+        self, places: asyncio.Semaphore, ask: Ask, item: Any, emit: Callable[[tuple[int, Any]], None]
+    ) -> None:
         index, (prompt, first, second) = item
         if first == second:
             emit((index, None))
             return
-        verdicts = [await self._verdict(ask, prompt, first, second)]
-        if self.both_orders:
-            verdicts.append(await self._verdict(ask, prompt, second, first))
+        async with places:
+            verdicts = [await self._verdict(ask, prompt, first, second)]
+            if self.both_orders:
+                verdicts.append(await self._verdict(ask, prompt, second, first))
         emit((index, verdicts))
 
     def _label(self, verdicts: list[float | None] | None) -> float | None:

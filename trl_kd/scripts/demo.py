@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--white_box",
         action="store_true",
         help="distil in four more ways, which read the teacher's distributions: forward KL, on-policy reverse KL, moment "
-        "matching without preferences, and MM-PbKD. Some five minutes more",
+        "matching without preferences, and MM-PbKD. Takes more than twice as long",
     )
     return parser
 

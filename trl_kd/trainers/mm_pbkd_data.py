@@ -1,7 +1,7 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,9 +56,12 @@ def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> An
         logger.info(
             f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
         )
-    rows = [first]
+    read = [column for column in ("prompt", "completion") if column in first]
+    rows: Iterable[dict[str, Any]] = [first]
     if isinstance(dataset, Dataset):
-        rows = dataset.select_columns([c for c in ("prompt", "completion") if c in first]).with_format(None)
+        batches = dataset.select_columns(read).with_format(None).iter(batch_size=1000)  # much faster than row by row
+        values = (row for batch in batches for row in zip(*(batch[column] for column in read), strict=True))
+        rows = (dict(zip(read, row, strict=True)) for row in values)
     for index, row in enumerate(rows):
         check_row(row, f"Row {index} of the {name} dataset", mixed)
     return dataset

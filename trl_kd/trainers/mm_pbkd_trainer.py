@@ -178,6 +178,7 @@ quantization_config, peft_config, tools:
         if pairs is not None and not held:
             logger.info("λ is fixed at 0, so that `preference_dataset` does not hold Q: moment matching alone.")
             pairs = None
+            self.preference_rows = 0
         self.adversary = self._make_adversary(pairs) if args.moment_coef > 0 else None
         set_seed(args.seed, device_specific=True)  # as TRL left it, whatever loading the teacher has drawn
 
