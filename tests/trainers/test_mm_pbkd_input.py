@@ -115,6 +115,11 @@ def test_the_teacher_is_given_once(tiny_dir, teacher_dir, settings):
         make(teacher, teacher, settings)
 
 
+def test_a_student_that_is_nowhere_is_named(teacher_dir, settings):
+    with pytest.raises(OSError, match="`model` is 'nosuch/model', whose tokenizer cannot be loaded: We"):
+        make("nosuch/model", teacher_dir, settings)
+
+
 def test_a_teacher_that_is_nowhere_is_named(tiny_dir, settings):
     """The library's own sentence, of a lost connection, names none."""
     with pytest.raises(OSError, match="`teacher_model_name_or_path` is 'nosuch/model', which cannot be loaded: We"):
@@ -145,6 +150,10 @@ DATA = {
         "Row 5 of the train dataset: `prompt` is ''",
     ),
     "no messages": ({"rows": [{"prompt": USER}, {"prompt": []}]}, r"Row 1 of the train dataset: `prompt` is \[\]"),
+    "fewer rows than a step": (
+        {"rows": PROMPTS[:3]},
+        "The train dataset has 3 prompts, and one step takes 4 .*`per_device_train_batch_size` = 4, 1 processes",
+    ),
     "a null prompt to evaluate": (
         {"eval_rows": [PROMPTS[0], {"prompt": None}]},
         "Row 1 of the eval dataset: `prompt` is None",
@@ -212,7 +221,7 @@ def test_bad_data(case, tiny_dir, teacher_dir, settings):
 @pytest.mark.parametrize(
     ("tokenizer", "rows", "message"),
     [
-        ({"chat_template": None}, [{"prompt": USER}], "no chat template"),
+        ({"chat_template": None}, [{"prompt": USER}] * 4, "no chat template"),
         ({"eos_token": None}, PROMPTS, "no end-of-sequence token"),
     ],
 )
@@ -227,7 +236,7 @@ def test_a_tokenizer_that_cannot_render_the_data(tokenizer, rows, message, tmp_p
 
 def test_good_input_passes_the_checks(tiny_dir, teacher_dir, settings):
     """So that the tests above fail for what they say."""
-    rows = [{"prompt": USER, "completion": ANSWER}, {"prompt": USER, "completion": None}]
-    for options in ({"rows": rows, "lmbda": 0.5}, {"rows": IMAGES}, {"pairs": PAIRS}, {"tools": [math.sqrt]}):
+    rows = [{"prompt": USER, "completion": ANSWER}, {"prompt": USER, "completion": None}] * 2
+    for options in ({"rows": rows, "lmbda": 0.5}, {"rows": IMAGES * 4}, {"pairs": PAIRS}, {"tools": [math.sqrt]}):
         with pytest.raises(AssertionError, match="weights were about to load"):
             make(tiny_dir, teacher_dir, settings, **options)

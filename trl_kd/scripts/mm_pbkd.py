@@ -21,7 +21,7 @@ from trl_kd.scripts.arguments import TrainingScriptArguments
 from trl_kd.scripts.checks import check_arguments
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError
-from trl_kd.scripts.mm_pbkd_dry_run import check_prompt_count, dry_run
+from trl_kd.scripts.mm_pbkd_dry_run import dry_run
 from trl_kd.scripts.training import TrainingCommand, build_trainer
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 
@@ -91,7 +91,6 @@ def _make_trainer(
 
     with_eval, off_policy = training_args.eval_strategy != "no", training_args.lmbda < 1
     train_dataset, eval_dataset = load_prompts(script_args, mixture, with_eval, with_completions=off_policy)
-    check_prompt_count(train_dataset, training_args, training_args.world_size)
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     datasets["preference_dataset"] = load_preferences(script_args)
     return build_trainer(MMPbKDTrainer, training_args, model_args, **datasets)

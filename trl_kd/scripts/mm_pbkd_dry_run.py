@@ -24,11 +24,11 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
-from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
 from trl_kd.trainers.mm_pbkd_data import (
     LEAST_HELD_OUT,
     PairBatches,
+    check_prompt_count,
     check_prompts,
     read_pairs,
     tokenize_completion,
@@ -51,7 +51,7 @@ def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any,
         The table.
 
     Raises:
-        `ValueError` or `InputError`: what the run itself would refuse.
+        `ValueError`: what the run itself would refuse.
     """
     return as_text(lambda: _describe(script_args, training_args, model_args, mixture, processes))
 
@@ -142,18 +142,6 @@ def _describe_states(first: dict[str, Any], args: Any) -> Table:
     if args.lmbda == 0:
         return [("states", f"all {theirs}")]
     return [("states", f"{args.lmbda:.4g} on-policy: {ours}; {1 - args.lmbda:.4g} {theirs}")]
-
-
-def check_prompt_count(dataset: Any, args: Any, processes: int) -> None:
-    """Raises an `InputError` for fewer prompts than one step takes: TRL leaves out what does not fill a step, and would end
-    without having learnt anything."""
-    batch = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
-    if isinstance(dataset, Dataset) and len(dataset) < batch:
-        raise InputError(
-            f"The train dataset has {len(dataset)} prompts, and one step takes {batch} "
-            f"(`per_device_train_batch_size` = {args.per_device_train_batch_size}, {processes} processes, "
-            f"`gradient_accumulation_steps` = {args.gradient_accumulation_steps}): give more prompts, or lower one of them."
-        )
 
 
 def _epoch_steps(dataset: Any, args: Any, processes: int) -> int | None:

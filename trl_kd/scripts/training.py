@@ -178,8 +178,9 @@ def _models(training_args: Any, model_args: ModelConfig) -> dict[str, str]:
 def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Exception:
     """What the trainer refused, with the field to look at where a model cannot be read."""
     teacher, student = "teacher_model_name_or_path", "model_name_or_path"
-    if teacher in models and str(error).startswith(f"`{teacher}` is "):  # it says so itself
-        return model_error(teacher, models[teacher], error.__cause__ or error)  # type: ignore[arg-type]
+    for field, start in ((teacher, f"`{teacher}` is "), (student, "`model` is ")):
+        if field in models and str(error).startswith(start):  # it says so itself
+            return model_error(field, models[field], error.__cause__ or error)  # type: ignore[arg-type]
     named = [field for field, name in models.items() if name in str(error)]
     if named:  # the name of one may be the beginning of the other's
         field = max(named, key=lambda field: len(models[field]))

@@ -67,6 +67,18 @@ def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> An
     return dataset
 
 
+def check_prompt_count(dataset: Any, args: MMPbKDConfig, processes: int) -> None:
+    """Raises a `ValueError` for fewer prompts than one step takes: TRL leaves out what does not fill a step, and would end
+    without having learnt anything."""
+    batch = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    if isinstance(dataset, Dataset) and len(dataset) < batch:
+        raise ValueError(
+            f"The train dataset has {len(dataset)} prompts, and one step takes {batch} "
+            f"(`per_device_train_batch_size` = {args.per_device_train_batch_size}, {processes} processes, "
+            f"`gradient_accumulation_steps` = {args.gradient_accumulation_steps}): give more prompts, or lower one of them."
+        )
+
+
 def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
     """Raises a `ValueError` for a prompt that is empty, or a completion of another format."""
     if not row["prompt"]:

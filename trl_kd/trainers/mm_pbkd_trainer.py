@@ -30,6 +30,7 @@ from trl_kd.trainers.mm_pbkd_config import as_mm_pbkd_config, warn_if_approximat
 from trl_kd.trainers.mm_pbkd_data import (
     EpochOrder,
     PairBatches,
+    check_prompt_count,
     check_prompts,
     read_pairs,
     tokenize_pairs,
@@ -133,6 +134,7 @@ quantization_config, peft_config, tools:
             )
         if train_dataset is not None:
             check_prompts(train_dataset, "train", args, tools)
+            check_prompt_count(train_dataset, args, args.world_size)
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
         pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
         if processing_class is None:
@@ -177,8 +179,7 @@ quantization_config, peft_config, tools:
         held = args.dual_max > 0 and (args.dual_init > 0 or args.dual_learning_rate > 0 or args.confidence_radius == 0)
         if pairs is not None and not held:
             logger.info("λ is fixed at 0, so that `preference_dataset` does not hold Q: moment matching alone.")
-            pairs = None
-            self.preference_rows = 0
+            pairs, self.preference_rows = None, 0
         self.adversary = self._make_adversary(pairs) if args.moment_coef > 0 else None
         set_seed(args.seed, device_specific=True)  # as TRL left it, whatever loading the teacher has drawn
 
@@ -207,8 +208,7 @@ quantization_config, peft_config, tools:
             self.dual = make_dual(args, len(batches))
         weight = self.model.get_output_embeddings().weight
         with whole([weight]):
-            rows = weight.detach()[: self._settings["vocab_size"]]
-            scale = rows.float().square().mean().sqrt().item()
+            scale = weight.detach()[: self._settings["vocab_size"]].float().square().mean().sqrt().item()
             embedding_size = weight.shape[1]
         q = QFunction(
             args.q_head,

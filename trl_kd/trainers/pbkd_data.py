@@ -286,12 +286,13 @@ def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
     """The tokenizer or processor that TRL's trainer would load, before the weights."""
     named = isinstance(model, str)
     kwargs: Any = args.model_init_kwargs if named else None
-    return AutoProcessor.from_pretrained(
-        model if named else get_config_model_id(model.config),
-        revision=(kwargs or {}).get("revision"),
-        trust_remote_code=args.trust_remote_code,
-        **options,
-    )
+    name = model if named else get_config_model_id(model.config)
+    try:
+        return AutoProcessor.from_pretrained(
+            name, revision=(kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code, **options
+        )
+    except OSError as error:
+        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {error}") from error
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
