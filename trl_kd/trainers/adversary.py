@@ -66,6 +66,20 @@ class PairStates(NamedTuple):
     preference_b: torch.Tensor
 
 
+def descend(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """A step on the sum of all processes' gradients, for a model that the accelerator does not know of."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = accelerator.reduce(flat, reduction="sum")
+    if flat.isfinite().all():  # with fp16 a step overflows now and then, and is left out, as the student's is
+        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = gradient.view_as(p)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 class Adversary:
     """
     Q ascends the moment gap less λ·(NLL − NLL* − ζ), where NLL is that of the preferences under the reward that Q induces,
@@ -208,7 +222,7 @@ class Adversary:
         seen = {}
         if self.pairs is not None:
             seen = self.learn_preferences(self.dual.value if moments else 1.0)
-        self._descend()
+        descend(self.optimizer, self._accelerator)
         moves = self.pairs is not None and moments and not self._follows_twins and math.isfinite(seen["violation"])
         if moves and self.dual.step(seen["violation"]):
             logger.warning(
@@ -217,19 +231,6 @@ class Adversary:
                 "q_learning_rate."
             )
         return seen
-
-    def _descend(self) -> None:
-        parameters = [p for p in self.q.parameters() if p.grad is not None]
-        if not parameters:
-            return
-        flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-        flat = self._accelerator.reduce(flat, reduction="sum")
-        if flat.isfinite().all():  # with fp16 a step overflows now and then, and is left out, as the student's is
-            sizes = [p.numel() for p in parameters]
-            for p, gradient in zip(parameters, flat.split(sizes), strict=True):
-                p.grad = gradient.view_as(p)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def warm_up(self) -> dict[str, float]:
         """Steps on the preferences alone, until the held-out accuracy is above chance or `q_warmup_steps` are done."""

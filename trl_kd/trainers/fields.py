@@ -46,8 +46,8 @@ def check_json(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
 
 
-def extend_config(args: Any, target: type) -> Any:
-    """`args` as a `target`, a subclass of its TRL class.
+def extend_config(args: Any, target: type, **changed: Any) -> Any:
+    """`args` as a `target`, a subclass of its TRL class, with some fields `changed`.
 
     Raises:
         `ValueError`: `args` has fields that `target` does not have.
@@ -60,4 +60,5 @@ def extend_config(args: Any, target: type) -> Any:
         )
     settings = args.to_dict()
     settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
-    return target(**{f.name: settings[f.name] for f in fields(target) if f.init and f.name in settings})
+    kept = {f.name: settings[f.name] for f in fields(target) if f.init and f.name in settings}
+    return target(**kept | changed)
