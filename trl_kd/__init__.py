@@ -12,15 +12,27 @@ __version__ = "0.1.0.dev0"
 _PUBLIC = {
     "MMPbKDConfig": "trl_kd.trainers.mm_pbkd_config",
     "MMPbKDTrainer": "trl_kd.trainers.mm_pbkd_trainer",
+    "OnlinePbKDConfig": "trl_kd.trainers.online_pbkd_config",
+    "OnlinePbKDTrainer": "trl_kd.trainers.online_pbkd_trainer",
     "PbKDConfig": "trl_kd.trainers.pbkd_config",
     "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
 }
 
-__all__ = ["MMPbKDConfig", "MMPbKDTrainer", "PbKDConfig", "PbKDTrainer", "__version__"]
+__all__ = [
+    "MMPbKDConfig",
+    "MMPbKDTrainer",
+    "OnlinePbKDConfig",
+    "OnlinePbKDTrainer",
+    "PbKDConfig",
+    "PbKDTrainer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
     from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
+    from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
+    from trl_kd.trainers.online_pbkd_trainer import OnlinePbKDTrainer
     from trl_kd.trainers.pbkd_config import PbKDConfig
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 

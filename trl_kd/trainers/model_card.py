@@ -13,6 +13,7 @@ from trl_kd._trl import get_config_model_id
 
 if TYPE_CHECKING:
     from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
+    from trl_kd.trainers.online_pbkd_trainer import OnlinePbKDTrainer
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
 PAPER = {
@@ -72,6 +73,26 @@ _MM_PBKD_SETTINGS = (
     "max_completion_length",
     "seed",
 )
+_ONLINE_SETTINGS = (
+    "adversary",
+    "imitation_weight",
+    "beta",
+    "temperature",
+    "num_generations",
+    "reward_bound",
+    "rm_lora_r",
+    "rm_learning_rate",
+    "rm_steps",
+    "rm_fresh_share",
+    "dual_init",
+    "dual_learning_rate",
+    "dual_max",
+    "confidence_radius",
+    "learning_rate",
+    "generation_batch_size",
+    "max_completion_length",
+    "seed",
+)
 
 
 def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
@@ -85,6 +106,24 @@ def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
     lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
     _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS)
+
+
+def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
+    """As `add_pbkd_sections`, for a student that climbed a reward model."""
+    parts, learner = trainer.parts, trainer.learner
+    if parts.teacher is None:
+        teacher = f"the column `{trainer.args.teacher_column}`" if parts.needs_teacher else "none"
+    else:
+        described = parts.teacher.describe()
+        teacher = public_name(described.get("model")) if described.get("model") else str(described.get("sampler"))
+    lines = [f"Teacher: {teacher}.", ""]
+    if learner is not None:
+        pool = learner.pool
+        lines += [
+            f"The reward model has seen {len(pool)} pairs in the end, {len(pool.held_out)} of them held out.",
+            "",
+        ]
+    _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
 
 
 def _add_sections(path: str, trainer: Any, data: list[str], settings: tuple[str, ...]) -> None:

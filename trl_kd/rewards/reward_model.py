@@ -1,0 +1,169 @@
+"""A reward model with two heads on one backbone: one explains the preferences, the other looks for the student's gap."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+
+MLE, ADVERSARY = 0, 1
+WEIGHTS_FILE = "reward_model.safetensors"
+
+
+class TwoHeads(nn.Module):
+    """
+    In place of a classification layer of one label: two of them, whose outputs are `[..., 2]`.
+
+    Attributes:
+        adversary_trains_trunk (`bool`):
+            Whether the gradient of the adversarial output goes on into the backbone.
+    """
+
+    def __init__(self, head: nn.Linear):
+        super().__init__()
+        self.mle = head
+        self.adversary = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+        self.adversary.load_state_dict(head.state_dict())
+        self.adversary.to(head.weight.device, head.weight.dtype)
+        self.adversary_trains_trunk = False
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        seen = features if self.adversary_trains_trunk else features.detach()
+        return torch.cat([self.mle(features), self.adversary(seen)], dim=-1)
+
+
+class RewardModel(nn.Module):
+    """
+    r_mle and r_adv of a response, each in (−B, B).
+
+    Args:
+        model (`PreTrainedModel`):
+            A sequence-classification model of one label. Its last layer becomes a [`TwoHeads`].
+        bound (`float`):
+            B > 0: a reward is B·tanh(output / B), in nats of preference.
+        lora_r (`int`):
+            Rank of LoRA adapters at all linear layers of the backbone; `0` trains all its weights. A PEFT model is taken as
+            it is.
+        pad_token_id (`int`):
+            Fills up rows.
+
+    Raises:
+        `ValueError`: the model's last layer is not a linear one of one label.
+    """
+
+    def __init__(self, model: PreTrainedModel, bound: float, lora_r: int, pad_token_id: int):
+        super().__init__()
+        self.bound, self._pad = bound, pad_token_id
+        name, head = _classifier(model)
+        self.heads = TwoHeads(head)
+        model.set_submodule(name, self.heads)
+        model.config.num_labels = 2
+        if hasattr(model, "num_labels"):
+            model.num_labels = 2
+        model.config.get_text_config().pad_token_id = pad_token_id
+        self._name = name
+        self.model: Any = model
+        if lora_r:
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(
+                r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", exclude_modules=rf".*{name}.*"
+            )
+            self.model = get_peft_model(model, config)
+        self.heads.float().requires_grad_(True)
+        self.eval()  # without dropout: a step of λ compares two heads
+
+    def forward(self, rows: list[list[int]]) -> torch.Tensor:
+        """
+        Args:
+            rows (`list[list[int]]`):
+                Tokens of prompt and response, as `trl_kd.preferences.tokens.tokenize_response` gives them.
+
+        Returns:
+            `torch.Tensor` of shape `[rows, 2]`: r_mle and r_adv, in float32.
+        """
+        device = self.heads.mle.weight.device
+        ids = [torch.tensor(row, device=device) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self._pad)
+        lengths = torch.tensor([[len(row)] for row in rows], device=device)
+        attention_mask = (torch.arange(input_ids.size(1), device=device) < lengths).long()
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        return self.bound * torch.tanh(logits / self.bound)
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name: all that a checkpoint needs."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def save_weights(self, folder: str) -> None:
+        save_file({name: p.contiguous() for name, p in self.trainable().items()}, os.path.join(folder, WEIGHTS_FILE))
+
+    def load_weights(self, folder: str) -> None:
+        """
+        Raises:
+            `ValueError`: the weights are of a model of another form.
+        """
+        weights = load_file(os.path.join(folder, WEIGHTS_FILE))
+        ours = self.trainable()
+        if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in weights.items()}:
+            raise ValueError(
+                f"{WEIGHTS_FILE} in {folder} is of another reward model: resume with the `reward_model` and `rm_lora_r` of "
+                "that run."
+            )
+        for name, p in ours.items():
+            p.copy_(weights[name])
+
+    def save_pretrained(self, folder: str, head: int) -> None:
+        """As a sequence-classification checkpoint of one label with the weights of one head, `MLE` or `ADVERSARY`, and
+        LoRA merged. The training goes on undisturbed."""
+        model = self.model
+        merged = hasattr(model, "merge_adapter")
+        if merged:
+            model.merge_adapter()
+        try:
+            inner = model.get_base_model() if merged else model
+            weights = {
+                name.replace(".base_layer.", "."): p
+                for name, p in inner.state_dict().items()
+                if ".lora_" not in name and not name.startswith(f"{self._name}.")
+            }
+            chosen = self.heads.mle if head == MLE else self.heads.adversary
+            weights |= {f"{self._name}.{name}": p for name, p in chosen.state_dict().items()}
+            weights = {name: p.clone() for name, p in weights.items()}
+            inner.config.num_labels = 1
+            inner.save_pretrained(folder, state_dict=weights)
+        finally:
+            inner.config.num_labels = 2
+            if merged:
+                model.unmerge_adapter()
+
+
+def _classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """Name and layer of the last linear one, which gives the labels."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    name, layer = layers[-1]
+    if layer.out_features != 1:
+        raise ValueError(
+            f"The reward model {model.config._name_or_path!r} ends in a layer `{name}` of {layer.out_features} outputs: "
+            "give a sequence-classification checkpoint with one label."
+        )
+    return name, layer
+
+
+def from_student(student: PreTrainedModel) -> PreTrainedModel:
+    """A sequence-classification model of one label with the weights of a causal language model, and a head that is zero: at
+    the start every response has the same reward."""
+    config = copy.deepcopy(student.config)
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    prefix = student.base_model_prefix
+    weights = getattr(student, prefix).state_dict()
+    getattr(model, model.base_model_prefix).load_state_dict(weights)
+    _, head = _classifier(model)
+    for p in head.parameters():
+        nn.init.zeros_(p)
+    return model

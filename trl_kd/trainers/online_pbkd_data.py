@@ -1,0 +1,272 @@
+"""What `OnlinePbKDTrainer` is made of beside its models: rows, a teacher, a preference function, pairs."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import maybe_extract_prompt
+
+from trl_kd.pairs.checks import check_parts as check_source
+from trl_kd.pairs.growing import BatchPairs
+from trl_kd.pairs.prompts import PromptRow, prompt_key
+from trl_kd.preferences import Preference
+from trl_kd.sampling import Answer, Sampler
+from trl_kd.sampling.column import ColumnSampler
+from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
+from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
+from trl_kd.trainers.pair_pool import as_rows
+from trl_kd.trainers.pbkd_data import has_images
+
+
+logger = get_logger(__name__)
+
+_CHECKED = 20
+
+
+@dataclass
+class PromptGroup:
+    """
+    What a generation batch has of one prompt.
+
+    Attributes:
+        row (`PromptRow`):
+            The prompt.
+        places (`list[int]`):
+            Its rows in the batch of all processes.
+        student (`list[Answer]`):
+            The student's answers, in the order of `places`.
+        teacher (`Answer`):
+            The teacher's.
+        pairs (`list[dict]`):
+            Teacher against student, as rows of D.
+    """
+
+    row: PromptRow
+    places: list[int] = field(default_factory=list)
+    student: list[Answer] = field(default_factory=list)
+    teacher: Answer = field(default_factory=lambda: Answer(None))
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def wins(self) -> list[float]:
+        """P(teacher ≻ student) of its pairs, as far as it is known."""
+        known = [(pair["preference"], pair["teacher_side"]) for pair in self.pairs if pair["preference"] is not None]
+        return [p if side == "chosen" else 1 - p for p, side in known]
+
+
+def group_rows(rows: list[tuple[dict[str, Any], Answer]], used_up: str | None) -> list[PromptGroup]:
+    """A batch of `(row, the student's answer)` by prompts, in the order of their first rows. The column `used_up` as the
+    teacher's answer belongs to the group's row, and is nothing to a preference function."""
+    groups: dict[str, PromptGroup] = {}
+    for place, (row, answer) in enumerate(rows):
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        # Equal prompts may have different answers in the rows of a dataset
+        key = prompt_key(row["prompt"], columns)
+        name = f"{key}/{columns.get(used_up)!r}" if used_up else key
+        group = groups.setdefault(name, PromptGroup(PromptRow(place, key, row["prompt"], columns)))
+        group.places.append(place)
+        group.student.append(answer)
+    return list(groups.values())
+
+
+class Asker:
+    """
+    The one process that asks teacher and preference function.
+
+    Args:
+        pairs (`BatchPairs`):
+            Both of them.
+    """
+
+    def __init__(self, pairs: BatchPairs):
+        self._pairs = pairs
+
+    def fill(self, groups: list[PromptGroup]) -> None:
+        """Gives each group the teacher's answer and its pairs."""
+        rows = [group.row for group in groups]
+        answers = self._pairs.teacher_answers(rows)
+        for group, answer in zip(groups, answers, strict=True):
+            group.teacher = answer
+            made = self._pairs.pairs([group.row], [answer], [group.student]) if answer.text is not None else []
+            group.pairs = made
+
+
+@dataclass
+class OnlineParts:
+    """
+    The parts of an `OnlinePbKDTrainer`, whatever is missing being `None`.
+
+    Attributes:
+        args (`OnlinePbKDConfig`), teacher (`Sampler`), preference (`Preference`), pairs (`Dataset`), \
+reward_model (`str` or `PreTrainedModel`):
+            See the trainer.
+    """
+
+    args: OnlinePbKDConfig
+    teacher: Sampler | None
+    preference: Preference | None
+    pairs: Dataset | None
+    reward_model: str | PreTrainedModel | None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher's answers are needed at all."""
+        return self.needs_teacher or self.args.adversary != "off"
+
+    @property
+    def needs_teacher(self) -> bool:
+        args = self.args
+        climbs_gap = args.adversary in ("pbkd", "discriminator") and not args.follows_mle
+        return climbs_gap or args.imitation_weight > 0 or self.preference is not None
+
+    def sampler(self) -> Sampler:
+        """The teacher, or the column that stands for it."""
+        return self.teacher if self.teacher is not None else ColumnSampler(self.args.teacher_column)
+
+    def asker(self, folder: str, accelerator: Accelerator) -> Asker | None:
+        """On the process that asks."""
+        if not self.needs_teacher or not accelerator.is_main_process:
+            return None
+        return Asker(BatchPairs(self.sampler(), self.preference, Path(folder)))
+
+    def given_pairs(self) -> list[dict[str, Any]]:
+        """D at the start.
+
+        Raises:
+            `ValueError`: `preference_dataset` is not what it should be.
+        """
+        if self.pairs is None:
+            return []
+        settings: Any = SimpleNamespace(pair_max_length=self.args.rm_max_length)
+        pairs = read_pairs(self.pairs, settings)
+        if "prompt" not in pairs.column_names:
+            pairs = pairs.map(maybe_extract_prompt)
+        return as_rows(pairs)
+
+
+def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str) -> None:
+    """
+    Checks that settings, rows and parts go together.
+
+    Raises:
+        `ValueError` or `TypeError`: they do not; the message names what to change.
+    """
+    args = parts.args
+    _check_adversary(parts, reward_funcs)
+    check_prompts(dataset, name, SimpleNamespace(lmbda=1.0), None)  # type: ignore[arg-type]
+    first = next(iter(dataset))
+    if name == "train" and isinstance(dataset, Dataset):
+        prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
+        if len(dataset) < prompts:
+            raise ValueError(
+                f"The train dataset has {len(dataset)} prompts, and one generation batch takes {prompts} "
+                f"(`generation_batch_size` = {args.generation_batch_size}, `num_generations` = {args.num_generations}): "
+                "give more prompts, or lower the batch."
+            )
+    if not parts.asks:
+        return
+    if has_images(first):
+        raise ValueError(
+            f"The {name} dataset has images, which the reward model and the teacher's answers are not made for: drop their "
+            "columns, or use `adversary='off'`."
+        )
+    if not parts.needs_teacher:
+        return
+    if parts.teacher is None and args.teacher_column not in first:
+        raise ValueError(
+            f"The {name} dataset has no column {args.teacher_column!r} with the teacher's answers (`teacher_column`): it "
+            f"has {', '.join(map(repr, sorted(first)))}. Name the column, or give a `teacher`."
+        )
+    rows = []
+    for index, row in zip(range(_CHECKED), dataset, strict=False):
+        columns = {column: value for column, value in row.items() if column != "prompt"}
+        rows.append(PromptRow(index, prompt_key(row["prompt"], columns), row["prompt"], columns))
+    preference: Any = parts.preference or _nobody
+    check_source(rows, {"teacher": (parts.sampler(), 1)}, preference)
+
+
+def _nobody(prompts: list, first: list, second: list, **columns: Any) -> list[None]:
+    return [None] * len(prompts)
+
+
+def _check_adversary(parts: OnlineParts, reward_funcs: list) -> None:
+    args, kind = parts.args, parts.args.adversary
+    given = {
+        "preference_function": parts.preference,
+        "preference_dataset": parts.pairs,
+        "reward_model": parts.reward_model,
+    }
+    if kind == "off":
+        idle = [name for name in ("preference_dataset", "reward_model") if given[name] is not None]
+        if idle:
+            raise ValueError(f"`{idle[0]}` is given, but `adversary` is 'off', which has no reward model: drop one.")
+        if not reward_funcs:
+            raise ValueError(
+                "`adversary` is 'off' and there are no `reward_funcs`: there is nothing to climb. Give one."
+            )
+    if kind == "discriminator" and parts.pairs is not None:
+        raise ValueError(
+            "`preference_dataset` is given, but `adversary` is 'discriminator', which learns from no preferences: drop it, "
+            "or use 'pbkd'."
+        )
+    if args.uses_preferences and parts.preference is None and parts.pairs is None:
+        raise ValueError(
+            f"`adversary` is {kind!r}, which is held by preferences, and there are none: give a `preference_function`, a "
+            "`preference_dataset`, or both."
+        )
+    if isinstance(parts.reward_model, str) and not parts.reward_model:
+        raise ValueError("`reward_model` is '': give a checkpoint, or None to start from the student.")
+
+
+def reward_model(prompts: list, **kwargs: Any) -> list[float]:
+    """In the reward model's place among the reward functions: its rewards come when D has grown."""
+    return [0.0] * len(prompts)
+
+
+def reward_columns(args: OnlinePbKDConfig, reward_funcs: list, classes: Any) -> tuple[list, list | None]:
+    """TRL's reward functions and their tokenizers, with a place for the reward model at the end.
+
+    Raises:
+        `ValueError`: another number of `reward_weights`.
+    """
+    classes = classes if classes is None or isinstance(classes, list) else [classes]
+    if args.adversary == "off":
+        return reward_funcs, classes
+    functions = [*reward_funcs, reward_model]
+    if args.reward_weights is not None and len(args.reward_weights) != len(functions):
+        raise ValueError(
+            f"`reward_weights` has {len(args.reward_weights)} numbers, and there are {len(functions)} rewards: those of "
+            "`reward_funcs`, and last the reward model's. Give one each."
+        )
+    return functions, None if classes is None else [*classes, None]
+
+
+class HackingWatch:
+    """Looks whether the reward rises while the student loses more and more."""
+
+    PATIENCE = 3
+
+    def __init__(self):
+        self.history: list[tuple[float, float]] = []
+        self._warned = False
+
+    def look(self, reward: float, win_rate: float) -> None:
+        """After an evaluation: mean reward, and the student's win rate against its teacher."""
+        self.history.append((reward, win_rate))
+        last = self.history[-self.PATIENCE - 1 :]
+        steps = list(pairwise(last))
+        hacked = len(steps) == self.PATIENCE and all(b[0] > a[0] and b[1] < a[1] for a, b in steps)
+        if hacked and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Over the last {self.PATIENCE} evaluations the reward rose from {last[0][0]:.3g} to {last[-1][0]:.3g} "
+                f"while the student's win rate fell from {last[0][1]:.1%} to {last[-1][1]:.1%}: it exploits the reward "
+                "model. Raise `beta` or `rm_steps`, lower `confidence_radius` or `learning_rate`, or use an earlier "
+                "checkpoint."
+            )

@@ -1,0 +1,407 @@
+"""`OnlinePbKDTrainer`: online preference-based knowledge distillation as a drop-in `RLOOTrainer`.
+
+It reads as follows. TRL samples the student's answers and asks for their rewards; there the teacher answers too, a
+preference function says who is better, D grows, the reward model (`reward_learner`) takes its steps, and its rewards are
+what TRL goes on with. Imitation of the teacher's answers rides in the policy's own forward.
+"""
+
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from trl import RLOOConfig, RLOOTrainer
+
+from trl_kd.losses.dual import DualVariable
+from trl_kd.preferences import Preference
+from trl_kd.preferences.tokens import tokenize_response
+from trl_kd.sampling import Answer, Sampler
+from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
+from trl_kd.trainers.mm_pbkd_data import EpochOrder
+from trl_kd.trainers.model_card import PAPER, add_online_sections
+from trl_kd.trainers.online_pbkd_config import as_online_pbkd_config
+from trl_kd.trainers.online_pbkd_data import (
+    HackingWatch,
+    OnlineParts,
+    PromptGroup,
+    check_parts,
+    group_rows,
+    reward_columns,
+)
+from trl_kd.trainers.pair_pool import PairPool
+from trl_kd.trainers.pbkd_data import each_dataset
+from trl_kd.trainers.reward_learner import RewardLearner
+from trl_kd.trainers.reward_loading import load_reward_model
+
+
+logger = get_logger(__name__)
+
+COMPANIONS = "_online"
+"""Folder of what belongs to a run beside the student. Its name begins as the Hub's uploads leave out."""
+
+
+class OnlinePbKDTrainer(DualCheckpoints, RLOOTrainer):
+    """
+    Trainer for online preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
+    Guidance](https://huggingface.co/papers/2505.18952): a reward model looks for the gap between student and teacher, within
+    what growing preferences allow, and the student climbs it.
+
+    It takes what [`~trl.RLOOTrainer`] takes, and does what it does: with `adversary="off"` it *is* that trainer.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_kd import OnlinePbKDTrainer
+    from trl_kd.preferences.reward_model import RewardModelPreference
+    from trl_kd.sampling.local import LocalSampler
+
+    trainer = OnlinePbKDTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        teacher=LocalSampler("Qwen/Qwen2.5-7B-Instruct"),
+        preference_function=RewardModelPreference("Skywork/Skywork-Reward-V2-Qwen3-0.6B"),
+        train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, \
+optimizers, quantization_config, peft_config:
+            As in [`~trl.RLOOTrainer`]. `args` is an [`OnlinePbKDConfig`]; a plain [`~trl.RLOOConfig`] is taken with our
+            defaults. Rewards of `reward_funcs`, by default none, are added to the reward model's, which comes last in
+            `reward_weights`.
+        teacher ([`~trl_kd.sampling.Sampler`], *optional*, keyword only):
+            Who answers for the teacher. By default the column `args.teacher_column` of the rows does.
+        preference_function ([`~trl_kd.preferences.Preference`], *optional*, keyword only):
+            Who says which of two answers is better. Without it D is `preference_dataset` and does not grow.
+        preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
+            Pairs in TRL's preference format, with which D begins.
+        reward_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword only):
+            A sequence-classification checkpoint of one label that the reward model starts from. By default the student.
+
+    Attributes:
+        learner ([`~trl_kd.trainers.reward_learner.RewardLearner`], *optional*):
+            The reward model with D, its optimizer and λ; `None` for `adversary="off"`.
+        dual ([`~trl_kd.losses.dual.DualVariable`]):
+            λ and its history.
+        card_results (`dict[str, float | str]`):
+            Results to show in the model card; fill it before `create_model_card`.
+
+    Raises:
+        `ValueError`: data, parts or settings that do not fit together, before any weight is loaded.
+        `trl_kd.trainers.reward_learner.WarmUpFailed`: in `train`, a reward model that is not fit to be climbed.
+    """
+
+    _tag_names = ["trl", "rloo", "trl-kd", "online-pbkd", "knowledge-distillation"]
+    _name = "Online PbKD"
+    _paper = PAPER
+    _add_card_sections = staticmethod(add_online_sections)
+
+    _metrics: dict[str, defaultdict[str, list[float]]]
+
+    def __init__(
+        self,
+        model,
+        reward_funcs: Any = None,
+        args: RLOOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes: Any = None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        teacher: Sampler | None = None,
+        preference_function: Preference | None = None,
+        preference_dataset: Dataset | None = None,
+        reward_model: str | PreTrainedModel | None = None,
+    ):
+        args = as_online_pbkd_config(args, model)
+        self.card_results: dict[str, float | str] = {}
+        reward_funcs = (
+            [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        )
+        parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
+        check_parts(parts, reward_funcs, train_dataset, "train")
+        each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
+        functions, classes = reward_columns(args, reward_funcs, reward_processing_classes)
+
+        super().__init__(
+            model=model,
+            reward_funcs=functions,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.parts = parts
+        self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS, "teacher"), self.accelerator)
+        self._watch = HackingWatch()
+        self._groups: list[PromptGroup] = []
+        self._teacher_logps: torch.Tensor | None = None
+        self.dual = DualVariable(value=0.0, maximum=0.0)
+        self.learner: RewardLearner | None = None
+        if args.adversary != "off":
+            pool = PairPool(args.rm_held_out, args.seed)
+            pool.add(parts.given_pairs())
+            self.dual = make_dual(args, max(len(pool.train), 1))
+            reward, tokenizer = load_reward_model(reward_model, self.model, self._tokenizer, args, quantization_config)
+            self.learner = RewardLearner(
+                reward.to(self.accelerator.device), pool, self.dual, tokenizer, self.accelerator, args
+            )
+        set_seed(args.seed, device_specific=True)  # as TRL left it, whatever making the reward model has drawn
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        column = self.args.teacher_column
+        self._signature_columns += [c for c in (column,) if c not in self._signature_columns]
+
+    # ---- One generation batch --------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not self.parts.asks:
+            return rewards
+        mode = "train" if self.model.training else "eval"
+        groups = self._ask(inputs, prompts, completions, completion_ids_list)
+        count, rank = len(prompts) * self.accelerator.num_processes, self.accelerator.process_index
+        mine = slice(rank * len(prompts), (rank + 1) * len(prompts))
+        texts: list[Any] = [None] * count
+        for group in groups:
+            for place in group.places:
+                texts[place] = group.teacher.text
+        self._log_completion_extra("teacher", texts[mine])
+        wins = [win for group in groups for win in group.wins]
+        if wins:
+            self._record(mode, {"teacher_win_rate": sum(wins) / len(wins)})
+        self._groups = groups if mode == "train" else []
+        if self.learner is None:
+            return rewards
+        encoded = self._encode(groups, count)
+        if mode == "train":
+            self._update_reward_model(self.learner, groups, encoded)
+        rewards[:, -1] = self.accelerator.gather(self.learner.score(encoded[mine]))
+        theirs = [self._encode_teacher(group) for group in groups if group.teacher.text is not None]
+        if theirs:
+            answered = [place for group in groups if group.teacher.text is not None for place in group.places]
+            gap = self.learner.score(theirs).mean() - rewards[answered, -1].mean()
+            self._record(mode, {"imitation_gap": gap.item()})
+        return rewards
+
+    def _ask(self, inputs, prompts, completions, completion_ids_list) -> list[PromptGroup]:
+        """The batch of all processes by prompts, with the teacher's answers and the pairs that they make: the same on all
+        processes, of which one asks."""
+        complete = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        answers = [
+            Answer(completion, "stop" if ended else "length")
+            for completion, ended in zip(completions, complete, strict=True)
+        ]
+        rows = gather_object([(row, answer) for row, answer in zip(inputs, answers, strict=True)])
+        groups = group_rows(rows, self.args.teacher_column if self.parts.teacher is None else None)
+        if self._asker is not None:
+            self._asker.fill(groups)
+        groups = broadcast_object_list([groups])[0] if self.accelerator.num_processes > 1 else groups
+        return groups
+
+    def _encode_teacher(self, group: PromptGroup) -> list[int]:
+        assert self.learner is not None
+        assert group.teacher.text is not None
+        return self.learner.encode(group.row.prompt, group.teacher.text, group.teacher.finish_reason != "length")
+
+    def _encode(self, groups: list[PromptGroup], count: int) -> list[list[int]]:
+        """The student's answers for the reward model, in the order of the batch."""
+        assert self.learner is not None
+        encoded: list[list[int]] = [[] for _ in range(count)]
+        for group in groups:
+            for place, answer in zip(group.places, group.student, strict=True):
+                assert answer.text is not None
+                encoded[place] = self.learner.encode(group.row.prompt, answer.text, answer.finish_reason != "length")
+        return encoded
+
+    def _update_reward_model(self, learner: RewardLearner, groups, encoded) -> None:
+        learner.pool.add([pair for group in groups for pair in group.pairs])
+        answered = [group for group in groups if group.teacher.text is not None]
+        theirs = [self._encode_teacher(group) for group in answered]
+        ours = [encoded[place] for group in answered for place in group.places]
+        for _ in range(self.args.rm_steps):
+            dual = self.dual.value
+            seen = learner.step(theirs, ours)
+            self._record("train", seen | ({"dual": dual} if "violation" in seen else {}))
+        self._record("train", {"dataset_size": float(len(learner.pool))})
+
+    def _record(self, mode: str, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics[mode][f"pbkd/{name}"].append(value)
+
+    # ---- Imitation -------------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.args.imitation_weight > 0:
+            output |= self._teacher_rows(len(inputs))
+        return output
+
+    def _teacher_rows(self, count: int) -> dict[str, torch.Tensor]:
+        """For each row of the batch the teacher's answer as tokens, and its weight in the loss: that of one row in each
+        prompt's group is such that the whole is a mean over prompts."""
+        first = self.accelerator.process_index * count
+        answered = [group for group in self._groups if group.teacher.text is not None]
+        micro_batches = self.accelerator.num_processes * self.args.steps_per_generation
+        weight_B = torch.zeros(count)
+        ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long) for _ in range(count)]
+        labels = list(ids)
+        for group in answered:
+            place = group.places[0] - first
+            if 0 <= place < count:
+                answer = group.teacher
+                complete = answer.finish_reason != "length"
+                assert answer.text is not None
+                prompt, response = tokenize_response(
+                    self._tokenizer, group.row.prompt, answer.text, self.chat_template_kwargs, complete=complete
+                )
+                response = response[: self.max_completion_length]
+                ids[place] = torch.tensor(prompt + response)
+                labels[place] = torch.tensor([-100] * len(prompt) + response)
+                weight_B[place] = micro_batches / len(answered)
+        rows = {
+            "teacher_ids": pad_sequence(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id),
+            "teacher_labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "teacher_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "teacher_weight": weight_B,
+        }
+        return {name: value.to(self.accelerator.device) for name, value in rows.items()}
+
+    def _compute_loss(self, model, inputs):
+        if "teacher_weight" not in inputs:
+            return super()._compute_loss(model, inputs)
+        chosen = inputs["teacher_weight"] > 0
+        self._teacher_logps = inputs["teacher_weight"].new_zeros(0)
+        forward = model if not chosen.any() else self._with_teacher(model, inputs, chosen)
+        loss = super()._compute_loss(forward, inputs)
+        nll = -(self._teacher_logps * inputs["teacher_weight"][chosen]).sum()
+        total = self.accelerator.reduce(nll.detach(), reduction="sum") / self.accelerator.num_processes
+        self._record("train", {"imitation_nll": total.item()})
+        return loss + self.args.imitation_weight * nll
+
+    def _with_teacher(self, model, inputs, chosen: torch.Tensor) -> Callable:
+        """The student's forward, with the teacher's answers as further rows: a wrapped student allows one forward."""
+        theirs = {name: inputs[f"teacher_{name}"][chosen] for name in ("ids", "labels", "mask")}
+
+        def forward(input_ids, attention_mask, labels, **kwargs):
+            length = input_ids.size(1)
+            width = max(length, theirs["ids"].size(1))
+
+            def both(ours, other, value):
+                rows = (
+                    torch.nn.functional.pad(part, (0, width - part.size(1)), value=value) for part in (ours, other)
+                )
+                return torch.cat(list(rows))
+
+            output = model(
+                input_ids=both(input_ids, theirs["ids"], self._tokenizer.pad_token_id),
+                attention_mask=both(attention_mask, theirs["mask"], 0),
+                labels=both(labels, theirs["labels"], -100),
+                **kwargs,
+            )
+            # Prompt learning puts virtual tokens in front
+            logps, entropy = (part[:, part.size(1) - width + 1 :] for part in (output.log_probs, output.entropy))
+            self._teacher_logps = logps[len(input_ids) :].sum(1)
+            ours = {"log_probs": logps, "entropy": entropy}
+            ours = {name: part[: len(input_ids), : length - 1] for name, part in ours.items()}
+            return SimpleNamespace(**ours, aux_loss=getattr(output, "aux_loss", None))
+
+        return forward
+
+    # ---- Training and evaluation -----------------------------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        if self.learner is not None and not self.learner.warmed_up:
+            self._warm_up(self.learner)
+        return super().training_step(*args, **kwargs)
+
+    def _warm_up(self, learner: RewardLearner) -> None:
+        grows = self.parts.preference is not None
+        seen = learner.warm_up(partial(self._grow, learner, self._warm_up_batches()) if grows else None)
+        logger.info(f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs.")
+        self._record("train", seen)
+
+    def _warm_up_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Generation batches of one epoch, each once."""
+        repeats = self.num_iterations * self.args.steps_per_generation
+        return itertools.islice(self.get_train_dataloader(), 0, None, repeats)
+
+    def _grow(self, learner: RewardLearner, batches: Iterator[list[dict[str, Any]]]) -> None:
+        """The student answers the next prompts, without learning from it, and D grows, until all have been answered."""
+        inputs = next(batches, None)
+        if inputs is None:
+            return
+        prompts = [row["prompt"] for row in inputs]
+        _, completion_ids, completions = self._generate(prompts)
+        groups = self._ask(inputs, prompts, completions, completion_ids)
+        learner.pool.add([pair for group in groups for pair in group.pairs])
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.learner is not None:
+            if self.learner.pool.strict:
+                self._record("eval", {"rm_held_out_accuracy": self.learner.held_out_accuracy()})
+            rewards = self._metrics["eval"].get(f"rewards/{self.reward_func_names[-1]}/mean")
+            losses = self._metrics["eval"].get("pbkd/teacher_win_rate")
+            if rewards and losses:
+                self._watch.look(sum(rewards) / len(rewards), 1 - sum(losses) / len(losses))
+        return output
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        return EpochOrder(super()._get_train_sampler(dataset), lambda: int(self.state.epoch or 0))
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.learner is not None:
+            self.learner.save_for_use(os.path.join(output_dir or self.args.output_dir, COMPANIONS))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.learner is not None and self.args.should_save:
+            self.learner.save(os.path.join(output_dir, COMPANIONS))
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        state = {"step": self._step, "buffer": self._buffered_inputs, "watch": self._watch.history}
+        torch.save(state, os.path.join(output_dir, self._buffer_file()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.learner is not None:
+            self.learner.load(os.path.join(checkpoint, COMPANIONS))
+        path = os.path.join(checkpoint, self._buffer_file())
+        if not os.path.isfile(path):
+            logger.warning(f"No {self._buffer_file()} in the checkpoint: the student answers anew where it stopped.")
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs, self._watch.history = state["step"], state["buffer"], state["watch"]
+
+    def _buffer_file(self) -> str:
+        return f"generation_buffer_{self.accelerator.process_index}.pt"

@@ -1,0 +1,261 @@
+"""The reward model's side of `OnlinePbKDTrainer`: what it learns from preferences and batches, and when it is fit to be
+climbed."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.losses.preference import bradley_terry_nll, label_entropy
+from trl_kd.preferences.tokens import tokenize_response
+from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
+from trl_kd.sampling import Text
+from trl_kd.trainers.adversary import descend
+from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
+from trl_kd.trainers.pair_pool import PairPool
+
+
+logger = get_logger(__name__)
+
+LEAST_HELD_OUT = 100
+"""Strict held-out pairs below which their accuracy says too little to end the warm-up."""
+CHECK_EVERY = 10
+OPTIMIZER_FILE, STATE_FILE, PAIRS = "reward_optimizer.pt", "reward_state.json", "pairs"
+
+
+class WarmUpFailed(RuntimeError):
+    """The reward model is not fit to be climbed."""
+
+
+class RewardLearner:
+    """
+    Args:
+        model (`RewardModel`):
+            Both heads; a copy on each process.
+        pool (`PairPool`):
+            D, the same on each process.
+        dual (`DualVariable`):
+            λ.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The reward model's.
+        accelerator (`Accelerator`):
+            For sums over the processes.
+        args (`OnlinePbKDConfig`):
+            Settings.
+
+    Attributes:
+        head (`int`):
+            The head that the student climbs.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        pool: PairPool,
+        dual: DualVariable,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        args: OnlinePbKDConfig,
+    ):
+        self.model, self.pool, self.dual, self.tokenizer = model, pool, dual, tokenizer
+        self._accelerator, self._args = accelerator, args
+        self.head = MLE if args.follows_mle else ADVERSARY
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=args.rm_learning_rate)
+        self.warmed_up = not args.uses_preferences or args.rm_warmup_accuracy == 0
+
+    # ---- Texts as rewards ------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Text, response: Text, complete: bool) -> list[int]:
+        """Tokens of prompt and response. A row that is too long loses the beginning of its prompt, but for its first token,
+        which may open every row."""
+        prompt_ids, ids = tokenize_response(self.tokenizer, prompt, response, complete=complete)
+        row, limit = prompt_ids + ids, self._args.rm_max_length
+        if limit is not None and len(row) > limit:
+            opening = row[:1] if row[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+            row = opening + row[len(row) - limit + len(opening) :]
+        return row
+
+    @torch.no_grad()
+    def score(self, rows: list[list[int]]) -> torch.Tensor:
+        """Rewards `[rows]` of the head that the student climbs."""
+        parts = [self.model(chunk)[:, self.head] for chunk in self._chunks(rows, 2)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self._accelerator.device)
+
+    def _chunks(self, rows: list, factor: int) -> Iterator[list]:
+        size = factor * self._args.per_device_train_batch_size
+        return (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def _mine(self, rows: list) -> list:
+        return rows[self._accelerator.process_index :: self._accelerator.num_processes]
+
+    def _encode_pairs(self, pairs: list[dict[str, Any]]) -> list[list[int]]:
+        """Chosen responses, then rejected ones."""
+        return [
+            self.encode(pair["prompt"], pair[side], pair[f"{side}_finish_reason"] != "length")
+            for side in ("chosen", "rejected")
+            for pair in pairs
+        ]
+
+    # ---- Steps -----------------------------------------------------------------------------------------------------------
+
+    def step(self, teacher: list[list[int]], student: list[list[int]], moves: bool = True) -> dict[str, float]:
+        """
+        One step of both heads on a batch of D, and of the adversarial one on the gap; then one of λ.
+
+        Args:
+            teacher, student (`list[list[int]]`):
+                Encoded responses to the prompts of the newest batch, over all processes.
+            moves (`bool`, *optional*, defaults to `True`):
+                Whether the adversarial head and λ move. Otherwise the other one learns the preferences alone.
+
+        Returns:
+            `dict[str, float]`: `rm_nll_mle`, `rm_nll_adv` (nats per pair in excess of the labels' entropy), `rm_accuracy`,
+            `violation`, as seen before the step.
+        """
+        args = self._args
+        pairs = []
+        if args.uses_preferences:
+            size = args.rm_batch_size or args.generation_batch_size
+            pairs = self.pool.draw(size, args.rm_fresh_share)  # type: ignore[arg-type]
+        lambda_ = self.dual.value if moves else 0.0
+        self.model.heads.adversary_trains_trunk = lambda_ == 0 or not pairs  # nothing else does, then
+        seen = self._learn_pairs(pairs, lambda_) if pairs else {}
+        if moves and self.head == ADVERSARY and teacher and student:
+            for rows, sign in ((teacher, -1.0), (student, 1.0)):
+                for chunk in self._chunks(self._mine(rows), 2):
+                    (sign / len(rows) * self.model(chunk)[:, ADVERSARY].sum()).backward()
+        for p in self.optimizer.param_groups[0]["params"]:  # a process without a row takes part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        descend(self.optimizer, self._accelerator)
+        violation = seen.get("violation", math.nan)
+        if moves and self.head == ADVERSARY and math.isfinite(violation) and self.dual.step(violation):
+            logger.warning(
+                f"The dual variable has been at its cap, dual_max={self.dual.maximum}, for {self.dual.CAP_PATIENCE} steps: "
+                "the preference constraint is not being met. Raise dual_max or confidence_radius."
+            )
+        return seen
+
+    def _learn_pairs(self, pairs: list[dict[str, Any]], lambda_: float) -> dict[str, float]:
+        """Adds the gradient of NLL of the one head and λ·NLL of the other."""
+        device = self._accelerator.device
+        sums_5 = torch.zeros(5, device=device)
+        for chunk in self._chunks(self._mine(pairs), 1):
+            preference_b = torch.tensor([pair["preference"] for pair in chunk], device=device, dtype=torch.float32)
+            chosen_b2, rejected_b2 = self.model(self._encode_pairs(chunk)).chunk(2)
+            margin_2b = (chosen_b2 - rejected_b2).T
+            nll_2b = bradley_terry_nll(margin_2b, preference_b)
+            weight = lambda_ if self.head == ADVERSARY else 0.0
+            ((nll_2b[MLE] + weight * nll_2b[ADVERSARY]).sum() / len(pairs)).backward()
+            strict_b = preference_b != 0.5
+            met_b = margin_2b[self.head].detach()
+            right_b = strict_b & (met_b != 0) & ((met_b > 0) == (preference_b > 0.5))
+            nll_2 = nll_2b.detach().sum(1)
+            sums_5 += torch.stack([*nll_2, label_entropy(preference_b).sum(), right_b.sum(), strict_b.sum()])
+        mle, adversary, entropy, right, strict = self._accelerator.reduce(sums_5, reduction="sum").tolist()
+        mle, adversary = (mle - entropy) / len(pairs), (adversary - entropy) / len(pairs)
+        seen = {"rm_nll_mle": mle, "rm_accuracy": right / strict if strict else math.nan}
+        if self.head == ADVERSARY:
+            radius = self.dual.radius
+            if self._args.confidence_radius == "theory":  # D has grown
+                radius = theory_radius(
+                    len(self.pool.train), self._args.confidence_constant, self._args.confidence_delta
+                )
+            seen |= {"rm_nll_adv": adversary, "violation": adversary - mle - radius}
+        return seen
+
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """Share of the strict held-out pairs that are ordered rightly by the head which the student climbs, or in the warm-up
+        by the one that learns; NaN if there is none."""
+        head = self.head if self.warmed_up else MLE
+        pairs = [pair for pair in self.pool.held_out_rows() if pair["preference"] != 0.5]
+        sums_2 = torch.zeros(2, device=self._accelerator.device)
+        for chunk in self._chunks(self._mine(pairs), 1):
+            chosen_b, rejected_b = self.model(self._encode_pairs(chunk))[:, head].chunk(2)
+            first_b = torch.tensor([pair["preference"] > 0.5 for pair in chunk], device=chosen_b.device)
+            right_b = ((chosen_b > rejected_b) == first_b) & (chosen_b != rejected_b)
+            sums_2 += torch.stack([right_b.sum(), torch.tensor(len(chunk), device=chosen_b.device)])
+        right, count = self._accelerator.reduce(sums_2, reduction="sum").tolist()
+        return right / count if count else math.nan
+
+    # ---- Warm-up ---------------------------------------------------------------------------------------------------------
+
+    def warm_up(self, grow: Callable[[], None] | None) -> dict[str, float]:
+        """
+        Steps on the preferences alone, until the held-out accuracy is `rm_warmup_accuracy`. The adversarial head begins as
+        the other one then is, within the confidence set.
+
+        Args:
+            grow (`Callable`, *optional*):
+                Adds a batch of pairs to D, if there are prompts left, as before every `rm_steps` steps of the training.
+                `None`: D is given and stays.
+
+        Raises:
+            `WarmUpFailed`: there are too few pairs to tell, or the accuracy is not reached in `rm_warmup_steps`.
+        """
+        args, accuracy = self._args, math.nan
+        for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
+            if steps % CHECK_EVERY == 0 and self.pool.strict >= LEAST_HELD_OUT:
+                accuracy = self.held_out_accuracy()
+                if accuracy >= args.rm_warmup_accuracy or steps == args.rm_warmup_steps:
+                    break
+            if grow is not None and steps % args.rm_steps == 0:
+                grow()
+            if self.pool.train:
+                self.step([], [], moves=False)
+        strict = self.pool.strict
+        if strict < LEAST_HELD_OUT:
+            raise WarmUpFailed(
+                f"After `rm_warmup_steps` = {args.rm_warmup_steps} there are {len(self.pool)} pairs, of which {strict} are "
+                f"held out and no ties: it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they say, "
+                "and a student that climbs one which has not is destroyed. Give more prompts or pairs, raise `rm_held_out` = "
+                f"{args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
+            )
+        if not accuracy >= args.rm_warmup_accuracy:
+            raise WarmUpFailed(
+                f"After `rm_warmup_steps` = {steps} the reward model orders {accuracy:.1%} of {strict} held-out pairs "
+                f"rightly, and `rm_warmup_accuracy` is {args.rm_warmup_accuracy}: a student that climbs such a reward is "
+                "destroyed. Start from a stronger `reward_model`, try another `rm_learning_rate` (often a smaller one), "
+                "give more pairs or steps, or set the accuracy that you are content with."
+            )
+        self.model.heads.adversary.load_state_dict(self.model.heads.mle.state_dict())
+        self.warmed_up = True
+        return {"warmup_steps": float(steps), "rm_held_out_accuracy": accuracy}
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_for_use(self, folder: str) -> None:
+        """The reward model as a sequence-classification checkpoint, and D."""
+        self.model.save_pretrained(os.path.join(folder, "reward_model"), self.head)
+        self.tokenizer.save_pretrained(os.path.join(folder, "reward_model"))
+        self.pool.save(Path(folder) / PAIRS)
+
+    def save(self, folder: str) -> None:
+        """What else goes on in a resumed run."""
+        self.model.save_weights(folder)
+        torch.save(self.optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
+        state = {"warmed_up": self.warmed_up, "pool": self.pool.state_dict()}
+        with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
+            json.dump(state, file)
+
+    def load(self, folder: str) -> None:
+        """Goes on from a checkpoint; says so if it has no reward model."""
+        path = os.path.join(folder, STATE_FILE)
+        if not os.path.isfile(path):
+            logger.warning(f"No {STATE_FILE} in the checkpoint: the reward model starts anew.")
+            return
+        self.model.load_weights(folder)
+        optimizer = torch.load(os.path.join(folder, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(optimizer)
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        self.warmed_up = state["warmed_up"]
+        self.pool.load(Path(folder) / PAIRS, state["pool"])
