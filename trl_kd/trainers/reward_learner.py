@@ -173,8 +173,8 @@ class RewardLearner:
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float:
-        """Share of the strict held-out pairs that are ordered rightly by the head which the student climbs, or in the warm-up
-        by the one that learns; NaN if there is none."""
+        """Share of the strict held-out pairs that are ordered rightly by the head which the student climbs, or in the
+        warm-up by the one that learns; NaN if there is none."""
         head = self.head if self.warmed_up else MLE
         pairs = [pair for pair in self.pool.held_out_rows() if pair["preference"] != 0.5]
         sums_2 = torch.zeros(2, device=self._accelerator.device)
@@ -203,7 +203,8 @@ class RewardLearner:
         """
         args, accuracy = self._args, math.nan
         for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
-            if steps % CHECK_EVERY == 0 and self.pool.strict >= LEAST_HELD_OUT:
+            looks = steps % CHECK_EVERY == 0 or steps == args.rm_warmup_steps
+            if looks and self.pool.strict >= LEAST_HELD_OUT:
                 accuracy = self.held_out_accuracy()
                 if accuracy >= args.rm_warmup_accuracy or steps == args.rm_warmup_steps:
                     break
@@ -215,9 +216,9 @@ class RewardLearner:
         if strict < LEAST_HELD_OUT:
             raise WarmUpFailed(
                 f"After `rm_warmup_steps` = {args.rm_warmup_steps} there are {len(self.pool)} pairs, of which {strict} are "
-                f"held out and no ties: it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they say, "
-                "and a student that climbs one which has not is destroyed. Give more prompts or pairs, raise `rm_held_out` = "
-                f"{args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
+                f"held out and no ties: it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they "
+                "say, and a student that climbs one which has not is destroyed. Give more prompts or pairs, raise "
+                f"`rm_held_out` = {args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
             )
         if not accuracy >= args.rm_warmup_accuracy:
             raise WarmUpFailed(
