@@ -40,7 +40,8 @@ class Teacher:
 
 def digits(prompts, first, second, **columns):
     """The text with more digits is better."""
-    counts = [[sum(c.isdigit() for c in text) for text in texts] for texts in (first, second)]
+    texts = [[text if isinstance(text, str) else text[-1]["content"] for text in side] for side in (first, second)]
+    counts = [[sum(c.isdigit() for c in text) for text in side] for side in texts]
     return [0.5 if a == b else float(a > b) for a, b in zip(*counts, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Pairs that grow while a student trains: a teacher's answers and a preference's labels for one batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,23 @@ class BatchPairs:
     def __init__(self, teacher: Sampler, preference: Preference | None, folder: Path):
         self.teacher, self.preference = teacher, preference
         self._labeller = None if preference is None else Labeller(preference)
-        self._store: AnswerStore | None = None
+        self._folder = folder
         if not teacher.is_lookup:
-            self._store = AnswerStore(folder)
+            with self._store() as store:
+                usage = getattr(teacher, "usage", None)
+                if isinstance(usage, Usage):
+                    usage.resume(store.usage("teacher"))
+
+    @contextmanager
+    def _store(self) -> Iterator[AnswerStore]:
+        """Open for a moment, so that no folder stays locked by a trainer that has ended."""
+        store = AnswerStore(self._folder)
+        try:
             nobody: dict[str, Any] = {}  # the student changes, and labels are not kept
-            self._store.check_settings({"teacher": teacher.describe(), "student": nobody, "preference": nobody})
-            self._usage: Any = getattr(teacher, "usage", None)
-            if isinstance(self._usage, Usage):
-                self._usage.resume(self._store.usage("teacher"))
-                self._store.count_usage("teacher", self._usage)
+            store.check_settings({"teacher": self.teacher.describe(), "student": nobody, "preference": nobody})
+            yield store
+        finally:
+            store.close()
 
     def check(self, rows: list[PromptRow]) -> None:
         """Raises a `ValueError` if the preference cannot work with such rows."""
@@ -56,17 +65,21 @@ class BatchPairs:
 
     def teacher_answers(self, rows: Sequence[PromptRow]) -> list[Answer]:
         """The teacher's answer to each prompt. A text is in the format of its prompt, or `None`."""
-        if self._store is None:
+        if self.teacher.is_lookup:
             requests = [Request(f"{row.key}/{i}", row.prompt, (0,), row.columns) for i, row in enumerate(rows)]
             found = {request.key: answer for request, _, answer in self.teacher.sample(requests)}
             return [found[request.key] for request in requests]
         by_key = {row.key: row for row in rows}
-        missing = self._store.missing("teacher", list(by_key), 1)
-        requests = [Request(key, by_key[key].prompt, (0,), by_key[key].columns) for key in missing]
-        for answers in together(self.teacher, iter(requests)) if requests else ():
-            self._store.add_answers("teacher", [(r.key, sample, answer) for r, sample, answer in answers])
-        self._store.commit()
-        stored = self._store.answers("teacher", list(by_key), 1)
+        with self._store() as store:
+            missing = store.missing("teacher", list(by_key), 1)
+            requests = [Request(key, by_key[key].prompt, (0,), by_key[key].columns) for key in missing]
+            usage = getattr(self.teacher, "usage", None)
+            if requests and isinstance(usage, Usage):
+                store.count_usage("teacher", usage)
+            for answers in together(self.teacher, iter(requests)) if requests else ():
+                store.add_answers("teacher", [(r.key, sample, answer) for r, sample, answer in answers])
+            store.commit()
+            stored = store.answers("teacher", list(by_key), 1)
         lost = [key for key in by_key if 0 not in stored[key]]
         if lost:
             raise RuntimeError(f"The teacher ended without {len(lost)} of the answers that it was asked for.")

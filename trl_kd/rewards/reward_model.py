@@ -119,27 +119,20 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, folder: str, head: int) -> None:
         """As a sequence-classification checkpoint of one label with the weights of one head, `MLE` or `ADVERSARY`, and
-        LoRA merged. The training goes on undisturbed."""
-        model = self.model
-        merged = hasattr(model, "merge_adapter")
-        if merged:
-            model.merge_adapter()
+        LoRA merged. The model itself is not touched."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        kept = [(name, p) for name, p in model.state_dict().items() if not name.startswith(f"{self._name}.")]
+        weights = {name.replace(".base_layer.", "."): p.clone() for name, p in kept if ".lora_" not in name}
+        for name, layer in model.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                weights[f"{name}.weight"] += layer.get_delta_weight("default").to(weights[f"{name}.weight"].dtype)
+        chosen = self.heads.mle if head == MLE else self.heads.adversary
+        weights |= {f"{self._name}.{name}": p.clone() for name, p in chosen.state_dict().items()}
+        model.config.num_labels = 1
         try:
-            inner = model.get_base_model() if merged else model
-            weights = {
-                name.replace(".base_layer.", "."): p
-                for name, p in inner.state_dict().items()
-                if ".lora_" not in name and not name.startswith(f"{self._name}.")
-            }
-            chosen = self.heads.mle if head == MLE else self.heads.adversary
-            weights |= {f"{self._name}.{name}": p for name, p in chosen.state_dict().items()}
-            weights = {name: p.clone() for name, p in weights.items()}
-            inner.config.num_labels = 1
-            inner.save_pretrained(folder, state_dict=weights)
+            model.save_pretrained(folder, state_dict=weights)
         finally:
-            inner.config.num_labels = 2
-            if merged:
-                model.unmerge_adapter()
+            model.config.num_labels = 2
 
 
 def _classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:

@@ -351,6 +351,7 @@ optimizers, quantization_config, peft_config:
         """The student answers the next prompts, without learning from it, and D grows, until all have been answered."""
         inputs = next(batches, None)
         if inputs is None:
+            learner.pool.add([])  # nothing is fresh any more
             return
         prompts = [row["prompt"] for row in inputs]
         _, completion_ids, completions = self._generate(prompts)

@@ -1,0 +1,263 @@
+"""Whole trainings with `OnlinePbKDTrainer`: what grows, what is saved and resumed, what evaluation leaves alone."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, weights_of
+from trl_kd.pairs import load_pairs
+from trl_kd.trainers.online_pbkd_data import HackingWatch
+from trl_kd.trainers.pair_pool import PairPool
+from trl_kd.trainers.reward_learner import WarmUpFailed
+
+
+CHAT = [
+    {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": [{"role": "assistant", "content": "7"}]}
+    for row in ROWS
+]
+METRICS = ["dataset_size", "dual", "imitation_gap", "rm_accuracy", "rm_nll_adv", "rm_nll_mle", "teacher_win_rate"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"adversary": "mle", "rows": CHAT},
+        {"adversary": "discriminator", "preference_function": None},
+        {"imitation_weight": 0.5, "rm_steps": 2, "rm_lora_r": 2},
+        {"reward_funcs": lambda completions, **kw: [float(len(c)) for c in completions], "reward_weights": [0.1, 1.0]},
+        {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+    ],
+    ids=["pbkd", "mle on messages", "discriminator", "imitation", "reward functions", "LoRA"],
+)
+def test_it_trains(tiny_dir, settings, more):
+    trainer = make(tiny_dir, settings, **{"preference_function": digits, **more})
+    student, reward = weights_of(trainer.model), weights_of(trainer.learner.model)
+    trainer.train()
+    logs = logs_of(trainer)
+    assert len(logs) == 3
+    assert all(log["loss"] == log["loss"] for log in logs)
+    assert not equal(student, weights_of(trainer.model))
+    assert not equal(reward, weights_of(trainer.learner.model))
+    if more.get("preference_function", digits) is not None:
+        assert [log["pbkd/dataset_size"] for log in logs] == sorted({log["pbkd/dataset_size"] for log in logs})
+    if not more:
+        assert {f"pbkd/{name}" for name in METRICS} | {"pbkd/violation"} <= logs[-1].keys()
+        assert len(trainer.dual.history) == 3
+    if "reward_weights" in more:
+        assert trainer.reward_func_names[-1] == "reward_model"
+        assert logs[0]["reward"] == pytest.approx(
+            0.1 * logs[0]["rewards/<lambda>/mean"] + logs[0]["rewards/reward_model/mean"], rel=1e-5
+        )
+
+
+def test_the_teacher_is_asked_once_a_prompt(tiny_dir, settings):
+    teacher = Teacher()
+    trainer = make(tiny_dir, settings, teacher=teacher, preference_function=digits, max_steps=6)
+    trainer.train()
+    assert sorted(teacher.asked) == sorted({row["prompt"] for row in ROWS})
+    again = Teacher()
+    make(tiny_dir, settings, teacher=again, preference_function=digits, max_steps=2).train()
+    assert again.asked == []
+
+
+def test_pairs_are_of_the_batch(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits, max_steps=1, log_completions=True)
+    trainer.train()
+    seen = set(zip(trainer._logs["prompt"], trainer._logs["completion"], trainer._logs["extra"]["teacher"], strict=True))
+    for row in trainer.learner.pool.rows:
+        theirs, ours = (row[s] for s in (("chosen", "rejected") if row["teacher_side"] == "chosen" else ("rejected", "chosen")))
+        assert (row["prompt"], ours, theirs) in seen
+        assert theirs == row["prompt"][0] * 3
+        if row["preference"] is not None:
+            assert row["preference"] == digits([""], [row["chosen"]], [row["rejected"]])[0]
+
+
+def test_given_pairs_stay_without_a_preference_function(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, pairs=PAIRS)
+    trainer.train()
+    assert len(trainer.learner.pool) == len(PAIRS)
+    assert "pbkd/teacher_win_rate" not in logs_of(trainer)[-1]
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_leaves_reward_model_and_pairs_alone(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, eval_rows=ROWS[:4], preference_function=digits, pairs=PAIRS, rm_held_out=0.3)
+    reward, dual, size = weights_of(trainer.learner.model), trainer.dual.value, len(trainer.learner.pool)
+    found = trainer.evaluate()
+    assert equal(reward, weights_of(trainer.learner.model))
+    assert (trainer.dual.value, trainer.dual.history, len(trainer.learner.pool)) == (dual, [], size)
+    assert 0 <= found["eval_pbkd/teacher_win_rate"] <= 1
+    assert 0 <= found["eval_pbkd/rm_held_out_accuracy"] <= 1
+    assert "eval_pbkd/imitation_gap" in found
+
+
+def test_hacking_is_said_once(caplog):
+    watch = HackingWatch()
+    with caplog.at_level(logging.WARNING):
+        for reward, rate in ((0, 0.5), (1, 0.4), (2, 0.3), (1.5, 0.2), (2, 0.1)):
+            watch.look(reward, rate)
+        assert not caplog.records
+        watch.look(3, 0.05)
+        watch.look(4, 0.04)
+        watch.look(5, 0.03)
+    assert [record.message.count("exploits the reward model") for record in caplog.records] == [1]
+
+
+# ---- Warm-up -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Pairs whose preferred text is the longer: easily learnt."""
+    monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 10)
+    return [{"prompt": f"{i}+{j}=", "chosen": "777", "rejected": "1"} for i in range(10) for j in range(10)]
+
+
+WARM = {"rm_warmup_accuracy": 0.9, "rm_held_out": 0.3, "rm_learning_rate": 0.03}
+
+
+def test_the_student_waits_for_the_reward_model(tiny_dir, settings, many):
+    trainer = make(tiny_dir, settings, pairs=many, max_steps=1, **WARM)
+    trainer.train()
+    log = logs_of(trainer)[0]
+    assert log["pbkd/rm_held_out_accuracy"] >= 0.9
+    assert 0 < log["pbkd/warmup_steps"] <= 1000
+    assert trainer.learner.warmed_up
+
+
+def test_a_reward_model_that_has_not_learnt_stops_the_run(tiny_dir, settings, many):
+    coins = [{**row, "chosen": "12"[i % 2], "rejected": "21"[i % 2]} for i, row in enumerate(many)]
+    trainer = make(tiny_dir, settings, pairs=coins, **WARM, rm_warmup_steps=12)
+    before = weights_of(trainer.model)
+    with pytest.raises(WarmUpFailed, match=r"After `rm_warmup_steps` = 12 .* held-out pairs rightly"):
+        trainer.train()
+    assert equal(before, weights_of(trainer.model))
+
+
+def test_too_few_held_out_pairs_stop_the_run(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, preference_function=digits, **WARM, rm_warmup_steps=3)
+    with pytest.raises(WarmUpFailed, match="held out and no ties: it takes 100"):
+        trainer.train()
+    assert len(trainer.learner.pool) > 0  # it grew, without a step of the student
+
+
+def test_pairs_held_out_are_never_drawn():
+    pool = PairPool(0.3, 0)
+    pool.add([{**pair, "preference": 1.0} for pair in PAIRS * 3])
+    held = {row["prompt"] for row in pool.held_out_rows()}
+    assert 0 < len(held) < len({pair["prompt"] for pair in PAIRS})
+    drawn = [row["prompt"] for _ in range(50) for row in pool.draw(30, 0.5)]
+    assert drawn
+    assert not held & set(drawn)
+
+
+def test_a_share_of_what_is_drawn_is_fresh():
+    pool = PairPool(0.0, 0)
+    pool.add([{**pair, "preference": 1.0} for pair in PAIRS])
+    pool.add([{"prompt": "new", "chosen": str(i), "rejected": "", "preference": 1.0} for i in range(4)])
+    pool.add([{"prompt": "unknown", "chosen": "1", "rejected": "2", "preference": None}])
+    assert pool.fresh == []
+    pool.fresh = pool.train[-4:]
+    for _ in range(10):
+        drawn = pool.draw(8, 0.5)
+        assert len(drawn) == 8
+        assert sum(row["prompt"] == "new" for row in drawn) == 4
+        assert len({(row["prompt"], row["chosen"]) for row in drawn}) == 8
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "plain": {},
+    "in the middle of a generation": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 8,
+        "num_iterations": 2,
+        "max_steps": 7,
+    },
+    "imitation and LoRA": {"imitation_weight": 0.2, "rm_lora_r": 2, "rm_steps": 2},
+    "a later epoch": {"max_steps": 7, "save_steps": 5},
+}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_is_bit_equal(tiny_dir, settings, tmp_path, case):
+    common = {**settings, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    rows = ROWS * 2
+    found = {}
+    for name in ("whole", "resumed"):
+        options = {"preference_function": digits, "output_dir": str(tmp_path / name), **RESUMED[case]}
+        trainer = make(tiny_dir, common, rows, **options)
+        if name == "resumed":
+            first = make(tiny_dir, common, rows, **options)
+            saved = first.args.save_steps
+            first.add_callback(StopAt(saved))
+            first.train()
+            trainer.train(resume_from_checkpoint=os.path.join(options["output_dir"], f"checkpoint-{saved}"))
+        else:
+            trainer.train()
+        learner = trainer.learner
+        logs = [{k: v for k, v in log.items() if "time" not in k} for log in logs_of(trainer)]
+        moments = [v for s in learner.optimizer.state.values() for v in s.values()]
+        found[name] = (weights_of(trainer.model), weights_of(learner.model), moments, learner, logs)
+    whole, resumed = found["whole"], found["resumed"]
+    for i in range(3):
+        assert equal(whole[i], resumed[i])
+    assert whole[3].pool.rows == resumed[3].pool.rows
+    assert whole[3].pool.draw(5, 0.5) == resumed[3].pool.draw(5, 0.5)
+    assert whole[3].dual.history == resumed[3].dual.history
+    assert whole[4] == resumed[4]
+
+
+def test_a_checkpoint_of_another_reward_model_is_refused(tiny_dir, settings):
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tiny_dir, settings, preference_function=digits).train()
+    other = make(tiny_dir, settings, preference_function=digits, rm_lora_r=2)
+    with pytest.raises(ValueError, match="of another reward model: resume with the `reward_model` and `rm_lora_r`"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("adversary", ["pbkd", "mle"])
+def test_reward_model_and_pairs_are_of_use_afterwards(tiny_dir, settings, rank, adversary):
+    trainer = make(tiny_dir, settings, preference_function=digits, rm_lora_r=rank, adversary=adversary)
+    trainer.train()
+    trainer.save_model()
+    folder = os.path.join(settings["output_dir"], "_online")
+    loaded = AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "reward_model")).eval()
+    ids = trainer.learner.encode("1+1=", "2", True)
+    output = loaded(torch.tensor([ids])).logits
+    assert output.shape == (1, 1)
+    assert 5 * torch.tanh(output / 5).item() == pytest.approx(trainer.learner.score([ids]).item(), abs=1e-5)
+    pairs = load_pairs(os.path.join(folder, "pairs"))
+    assert len(pairs) == len(trainer.learner.pool)
+    assert {"prompt", "chosen", "rejected", "preference", "teacher_side"} <= set(pairs.column_names)
+    trainer.train()  # it goes on undisturbed
+    assert json.load(open(os.path.join(folder, "reward_model", "config.json")))["architectures"]
+
+
+def test_the_card_says_how(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="student")
+    card = open(os.path.join(settings["output_dir"], "README.md"), encoding="utf-8").read()
+    for said in ("Teacher: first operand", "`adversary` | pbkd", "λ (dual variable), last value", "2505.18952"):
+        assert said in card
