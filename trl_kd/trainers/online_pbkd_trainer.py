@@ -136,6 +136,7 @@ optimizers, quantization_config, peft_config:
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
+        pairs = parts.given_pairs()
         functions, classes = reward_columns(args, reward_funcs, reward_processing_classes)
 
         super().__init__(
@@ -160,7 +161,7 @@ optimizers, quantization_config, peft_config:
         self.learner: RewardLearner | None = None
         if args.adversary != "off":
             pool = PairPool(args.rm_held_out, args.seed)
-            pool.add(parts.given_pairs())
+            pool.add(pairs)
             self.dual = make_dual(args, max(len(pool.train), 1))
             reward, tokenizer = load_reward_model(reward_model, self.model, self._tokenizer, args, quantization_config)
             self.learner = RewardLearner(

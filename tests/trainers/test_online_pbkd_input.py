@@ -1,0 +1,135 @@
+"""Bad settings, data and parts of `OnlinePbKDTrainer`: a sentence with the field, its value and the fix, before weights load."""
+
+import logging
+import math
+
+import pytest
+from datasets import Dataset
+from trl import DPOConfig
+
+from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, Teacher, digits, make
+from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were about to load")
+
+    monkeypatch.setattr("trl.RLOOTrainer.__init__", refuse)
+
+
+SETTINGS = [
+    ({"adversary": "gan"}, "`adversary` is 'gan': use one of 'pbkd', 'mle', 'discriminator', 'off'"),
+    ({"imitation_weight": -0.1}, "`imitation_weight` is -0.1: .* at least 0"),
+    ({"reward_bound": 0.0}, "`reward_bound` is 0.0: .* above 0"),
+    ({"rm_lora_r": -1}, "`rm_lora_r` is -1: .* at least 0"),
+    ({"rm_learning_rate": math.nan}, "`rm_learning_rate` is nan"),
+    ({"rm_steps": 0}, "`rm_steps` is 0: .* at least 1"),
+    ({"rm_batch_size": 0}, "`rm_batch_size` is 0: .* at least 1"),
+    ({"rm_fresh_share": 1.5}, "`rm_fresh_share` is 1.5: .* between 0 and 1"),
+    ({"rm_max_length": 1}, "`rm_max_length` is 1: .* at least 2"),
+    ({"rm_held_out": 1.0}, "`rm_held_out` is 1.0: .* below 1"),
+    ({"rm_held_out": 0.0, "rm_warmup_accuracy": 0.6}, "`rm_warmup_accuracy` is 0.6 but `rm_held_out` is 0"),
+    ({"rm_warmup_accuracy": 2.0}, "`rm_warmup_accuracy` is 2.0"),
+    ({"rm_warmup_steps": 0}, "`rm_warmup_steps` is 0"),
+    ({"dual_init": 51.0}, "`dual_init` is 51.0 but λ is capped at `dual_max` = 50.0"),
+    ({"dual_learning_rate": -1.0}, "`dual_learning_rate` is -1.0"),
+    ({"confidence_radius": "wide"}, "`confidence_radius` is 'wide'"),
+    ({"confidence_delta": 1.0}, "`confidence_delta` is 1.0"),
+    ({"beta": -1.0}, "`beta` is -1.0"),
+    ({"temperature": 0.0}, "`temperature` is 0.0"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), SETTINGS)
+def test_bad_settings(tiny_dir, settings, more, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny_dir, settings, preference_function=digits, **more)
+
+
+IMAGES = [{**row, "image": 1} for row in ROWS]
+PARTS = {
+    "nothing to climb": ({"adversary": "off"}, "`adversary` is 'off' and there are no `reward_funcs`"),
+    "pairs for nobody": (
+        {"adversary": "off", "reward_funcs": len, "pairs": PAIRS},
+        "`preference_dataset` is given, but `adversary` is 'off'",
+    ),
+    "a reward model for nobody": (
+        {"adversary": "off", "reward_funcs": len, "reward_model": "x"},
+        "`reward_model` is given, but `adversary` is 'off'",
+    ),
+    "pairs for a discriminator": (
+        {"adversary": "discriminator", "pairs": PAIRS},
+        "`preference_dataset` is given, but `adversary` is 'discriminator'",
+    ),
+    "no preferences": ({}, "`adversary` is 'pbkd', which is held by preferences, and there are none"),
+    "no teacher": (
+        {"rows": PROMPTS, "preference_function": digits},
+        "The train dataset has no column 'completion' .*`teacher_column`.*give a `teacher`",
+    ),
+    "no teacher to evaluate": (
+        {"eval_rows": PROMPTS, "preference_function": digits},
+        "The eval dataset has no column 'completion'",
+    ),
+    "few prompts": (
+        {"rows": ROWS[:3], "preference_function": digits},
+        "has 3 prompts, and one generation batch takes 4 .*`generation_batch_size` = 8, `num_generations` = 2",
+    ),
+    "no prompt": ({"rows": [{"text": "x"}], "preference_function": digits}, "no column 'prompt'"),
+    "images": ({"rows": IMAGES, "preference_function": digits}, "has images, which the reward model"),
+    "weights": (
+        {"preference_function": digits, "reward_weights": [1.0, 1.0]},
+        "`reward_weights` has 2 numbers, and there are 1 rewards",
+    ),
+    "a stream of pairs": (
+        {"pairs": Dataset.from_list(PAIRS).to_iterable_dataset()},
+        "`preference_dataset` is a IterableDataset",
+    ),
+    "pairs without a rejected response": ({"pairs": [{"prompt": "1", "chosen": "2"}]}, "lacks the column 'rejected'"),
+    "a preference that cannot be called": (
+        {"preference_function": lambda prompts: [1.0]},
+        "cannot be called",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_bad_parts(tiny_dir, settings, case):
+    options, message = PARTS[case]
+    with pytest.raises(ValueError, match=message):
+        make(tiny_dir, settings, **options)
+
+
+def test_a_name_is_no_teacher(tiny_dir, settings):
+    with pytest.raises(TypeError, match="`teacher` is the text 'gpt'"):
+        make(tiny_dir, settings, teacher="gpt", preference_function=digits)
+
+
+def test_another_trainers_settings(tiny_dir, settings):
+    args = DPOConfig(**{name: value for name, value in settings.items() if name != "max_steps"})
+    with pytest.raises(ValueError, match="`args` is a DPOConfig: pass an `OnlinePbKDConfig`, or a `RLOOConfig`"):
+        OnlinePbKDTrainer(tiny_dir, args=args, train_dataset=Dataset.from_list(ROWS), preference_function=digits)
+
+
+def test_a_radius_that_does_nothing_is_said(settings, caplog):
+    with caplog.at_level(logging.WARNING):
+        OnlinePbKDConfig(**settings, num_generations=2, dual_learning_rate=0.0)
+    assert "does nothing while λ is fixed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preference_function": digits},
+        {"rows": PROMPTS, "teacher": Teacher(), "preference_function": digits},
+        {"pairs": PAIRS},
+        {"rows": PROMPTS, "pairs": PAIRS, "adversary": "mle"},
+        {"adversary": "discriminator"},
+        {"rows": IMAGES, "adversary": "off", "reward_funcs": len},
+    ],
+)
+def test_good_input_passes_the_checks(tiny_dir, settings, options):
+    """So that the tests above fail for what they say."""
+    with pytest.raises(AssertionError, match="weights were about to load"):
+        make(tiny_dir, settings, **options)
