@@ -10,7 +10,6 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from trl import DistillationConfig, DistillationTrainer
 
-from tests.conftest import make_tokenizer
 from tests.trainers.mm_cases import PAIRS, PROMPTS, ROWS, equal, logs_of, make, weights_of
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
 from trl_kd.rewards.q_function import Q_HEADS
@@ -140,25 +139,6 @@ def test_the_label_says_which_response_is_preferred(tiny_dir, teacher_dir, setti
         found.append(weights_of(trainer.adversary.q))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_pairs_come_in_an_order_of_their_own_each_once_an_epoch(tiny_dir, teacher_dir, settings):
-    trainer = make(tiny_dir, teacher_dir, settings, pairs=PAIRS, pair_held_out=0.25, pair_batch_size=6)
-    pairs = trainer.adversary.pairs
-    stream = torch.random.get_rng_state()
-    drawn = [row for _ in range(5) for batch in pairs.draw() for row in chosen(batch)]
-    held_out = [row for batch in pairs.held_out() for row in chosen(batch)]
-    assert torch.equal(torch.random.get_rng_state(), stream)
-    assert pairs.seen == len(drawn) == 30
-    first, second = drawn[:15], drawn[15:]
-    assert sorted(first) == sorted(second) != first != second
-    assert sorted(first + held_out) == sorted(f"{row['prompt']}{row['chosen']}<eos>" for row in PAIRS)
-
-
-def chosen(batch) -> list[str]:
-    """Prompts with their chosen responses, which come before those with the rejected ones."""
-    rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return [make_tokenizer().decode(row) for row in rows[: len(rows) // 2]]
 
 
 FIXED_AT_ZERO = {

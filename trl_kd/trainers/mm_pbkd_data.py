@@ -1,6 +1,7 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -230,9 +231,35 @@ def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) 
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
 
 
+def hold_out(dataset: Dataset, order: list[int], wanted: int) -> tuple[list[int], list[int]]:
+    """
+    Which rows are held out, and the rest, both in their order. Prompts are held out with all their pairs, since those of
+    one prompt tell of each other (they may share a response): one prompt after another, each that leaves the number of
+    rows at `wanted` or below.
+
+    Args:
+        dataset (`Dataset`):
+            With the column `prompt_ids`.
+        order (`list[int]`):
+            All rows, in the order in which their prompts are looked at.
+        wanted (`int`):
+            Rows to hold out.
+    """
+    if not wanted:
+        return [], order
+    batches = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
+    prompts = [hash(tuple(ids)) for batch in batches for ids in batch["prompt_ids"]]
+    pairs, held, count = Counter(prompts), set(), 0
+    for prompt in dict.fromkeys(prompts[row] for row in order):
+        if count + pairs[prompt] <= wanted:
+            held.add(prompt)
+            count += pairs[prompt]
+    return [row for row in order if prompts[row] in held], [row for row in order if prompts[row] not in held]
+
+
 class PairBatches:
     """
-    Training pairs in an endless order that depends on the seed alone, and pairs held out.
+    Training pairs in an endless order that depends on the seed alone, and pairs held out, with no prompt in common.
 
     Args:
         dataset (`Dataset`):
@@ -258,15 +285,16 @@ class PairBatches:
         self._rank, self._world = accelerator.process_index, accelerator.num_processes
         world = self._world
         self._micro_batch, self._max_length = args.per_device_train_batch_size, args.pair_max_length
-        held_out = min(MOST_HELD_OUT, int(args.pair_held_out * len(dataset))) // world * world
-        order = self._permutation(len(dataset), 0)
-        self._held_out, self._train = order[:held_out], order[held_out:]
+        wanted = min(MOST_HELD_OUT, int(args.pair_held_out * len(dataset))) // world * world
+        self._held_out, self._train = hold_out(dataset, self._permutation(len(dataset), 0).tolist(), wanted)
+        del self._held_out[len(self._held_out) // world * world :]  # and not learnt from: their prompts are held out
+        self._orders: dict[int, torch.Tensor] = {}
         if len(self._train) < world:
             raise ValueError(
                 f"`preference_dataset` has {len(dataset)} pairs to learn from, for {world} processes: give more, or lower "
                 f"`pair_held_out` = {args.pair_held_out}."
             )
-        self.strict = sum(p != 0.5 for p in dataset[self._held_out]["preference"]) if held_out else 0
+        self.strict = sum(p != 0.5 for p in dataset[self._held_out]["preference"]) if self._held_out else 0
         wanted = args.pair_batch_size or self._micro_batch * args.gradient_accumulation_steps * world
         if wanted % world:
             raise ValueError(
@@ -278,18 +306,20 @@ class PairBatches:
     def __len__(self) -> int:
         return len(self._train)
 
-    def _permutation(self, count: int, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(count, generator=generator).tolist()
+    def _permutation(self, count: int, epoch: int) -> torch.Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + epoch))
 
     def draw(self) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches of the next batch."""
         count = len(self._train)
-        epochs = {i // count for i in (self.seen, self.seen + self.size - 1)}
-        orders = {epoch: self._permutation(count, 1 + epoch) for epoch in epochs}
         places = range(self.seen, self.seen + self.size)
+        epochs = {i // count for i in (places[0], places[-1])}
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else self._permutation(count, 1 + epoch)
+            for epoch in epochs
+        }
         self.seen += self.size
-        return self._batches([self._train[orders[i // count][i % count]] for i in places])
+        return self._batches([self._train[int(self._orders[i // count][i % count])] for i in places])
 
     def held_out(self) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches of the pairs held out."""
