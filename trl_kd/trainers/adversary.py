@@ -26,11 +26,21 @@ WEIGHTS_FILE = "q_function.safetensors"
 OPTIMIZER_FILE = "q_optimizer.pt"
 STATE_FILE = "q_state.json"
 
-CHECK_EVERY = 10
-"""Steps of the warm-up between two looks at the held-out pairs."""
+FIRST_LOOK = 10
+"""Steps of the warm-up before the first look at the held-out pairs. The next looks come at twice as many steps each, since a
+look may cost more than the steps before it."""
 
 ADVERSARY = 0
 """Place of the adversary among the Q-functions; the maximum-likelihood twin of baseline b has place 1 + b."""
+
+
+def looks_of(steps: int) -> list[int]:
+    """After which steps of a warm-up of at most `steps` its accuracy is measured, the last time at its end."""
+    looks, step = [], FIRST_LOOK
+    while step < steps:
+        looks.append(step)
+        step *= 2
+    return [*looks, steps]
 
 
 class Baseline(NamedTuple):
@@ -243,16 +253,22 @@ class Adversary:
                 f"{strict} strict pairs are held out, which is too few to tell when Q has learnt (it takes "
                 f"{LEAST_HELD_OUT}): its warm-up takes all {self._args.q_warmup_steps} steps."
             )
-        # The looks share the 5 % (Bonferroni)
-        looks = math.ceil(self._args.q_warmup_steps / CHECK_EVERY)
-        threshold = 0.5 + NormalDist().inv_cdf(1 - 0.05 / looks) * 0.5 / max(strict, 1) ** 0.5
+        looks = looks_of(self._args.q_warmup_steps)
+        # They share the 5 % (Bonferroni)
+        threshold = 0.5 + NormalDist().inv_cdf(1 - 0.05 / len(looks)) * 0.5 / max(strict, 1) ** 0.5
         accuracy, steps = float("nan"), 0
-        for steps in range(1, self._args.q_warmup_steps + 1):
+        for steps in range(1, looks[-1] + 1):
             self.step(moments=False)
-            if measured and (steps % CHECK_EVERY == 0 or steps == self._args.q_warmup_steps):
+            if measured and steps in looks:
                 accuracy = self.held_out_accuracy()
+                if steps == looks[0]:
+                    logger.info(
+                        f"After {steps} steps of its warm-up Q orders {accuracy:.1%} of {strict} held-out pairs rightly; "
+                        f"above {threshold:.1%} the warm-up ends."
+                    )
                 if accuracy > threshold:
                     break
+        logger.info(f"Q's warm-up took {steps} steps{f' and ended at {accuracy:.1%}' if measured else ''}.")
         if measured and not accuracy > threshold:
             logger.warning(
                 f"After q_warmup_steps={steps} Q orders {accuracy:.1%} of {strict} held-out pairs rightly, which is not "
