@@ -106,6 +106,25 @@ def test_drawing_orders_an_epoch_once(tiny_dir, teacher_dir, settings, monkeypat
     assert [[row for batch in other.draw() for row in chosen(batch)] for _ in range(2)][1] == again
 
 
+def test_equal_responses_are_left_out_and_this_is_said_once(tiny_dir, teacher_dir, settings, caplog):
+    """Whatever their label; where it is null nothing was lost."""
+    labels = {0: 1.0, 3: 0.5, 7: None}
+    pairs = [
+        {**row, "preference": labels.get(i, 1.0), "rejected": row["chosen" if i in labels else "rejected"]}
+        for i, row in enumerate(PAIRS)
+    ]
+    with caplog.at_level("INFO"):
+        found = make(tiny_dir, teacher_dir, settings, pairs=pairs, pair_held_out=0.0).adversary.pairs
+    assert len(found) == found.size * 4 + 1 == 17
+    assert caplog.text.count("In 2 of 20 rows of the preference dataset both responses are equal") == 1
+    assert "teacher" not in caplog.text  # nobody imitates the chosen responses
+    kept = [row for i, row in enumerate(PAIRS) if i not in labels]
+    other = make(tiny_dir, teacher_dir, settings, pairs=kept, pair_held_out=0.0).adversary.pairs
+    assert [[chosen(b) for b in found.draw()] for _ in range(5)] == [
+        [chosen(b) for b in other.draw()] for _ in range(5)
+    ]
+
+
 def chosen(batch) -> list[str]:
     """Prompts with their chosen responses, which come before those with the rejected ones."""
     rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

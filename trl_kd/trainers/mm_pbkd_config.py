@@ -124,7 +124,7 @@ class MMPbKDConfig(DistillationConfig):
     dual_init: float = field(default=5.0, metadata={"help": "Dual variable λ at the start; at least 0."})
     dual_learning_rate: float = field(default=0.1, metadata={"help": "Step size of λ; 0 keeps λ fixed."})
     dual_max: float = field(default=50.0, metadata={"help": "Cap of λ; 0 is moment matching without preferences."})
-    confidence_radius: float | str | None = field(
+    confidence_radius: float | str | None = field(  # None, which is refused, makes the command line take 'theory'
         default=0.05,
         metadata={
             "help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N; 0 is the MLE head."
@@ -150,6 +150,11 @@ class MMPbKDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        if self.confidence_radius is None:
+            raise ValueError(
+                "`confidence_radius` is None: give a number of nats per pair, at least 0, or 'theory'; 0 is the "
+                "maximum-likelihood head."
+            )
         self.confidence_radius = parse_radius(self.confidence_radius)
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
@@ -176,6 +181,7 @@ class MMPbKDConfig(DistillationConfig):
         for name in ("pair_batch_size", "max_completion_length"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
         if self.pair_max_length is not None:
             check_integer("pair_max_length", self.pair_max_length, 2)
         if not isinstance(self.state_gradient, bool):

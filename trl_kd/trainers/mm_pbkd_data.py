@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from trl import is_conversational
 
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, prepare_rows, tokenize_rows
+from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows, tokenize_rows
 
 
 logger = get_logger(__name__)
@@ -81,11 +81,15 @@ def check_prompt_count(dataset: Any, args: MMPbKDConfig, processes: int) -> None
 
 
 def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
-    """Raises a `ValueError` for a prompt that is empty, or a completion of another format."""
-    if not row["prompt"]:
+    """Raises a `ValueError` for a prompt that is empty or no prompt, or a completion of another format."""
+    if row["prompt"] in (None, ""):
         raise ValueError(f"{where}: `prompt` is {row['prompt']!r}. Give a text, or drop the row.")
+    check_text(row["prompt"], f"{where}: `prompt`")
     completion = row.get("completion") if mixed else None
-    if completion is not None and isinstance(completion, str) != isinstance(row["prompt"], str):
+    if completion is None:
+        return
+    check_text(completion, f"{where}: `completion`")
+    if isinstance(completion, str) != isinstance(row["prompt"], str):
         kind = "text" if isinstance(row["prompt"], str) else "messages"
         raise ValueError(
             f"{where}: `prompt` is {kind} but `completion` is not: give both as text or both as messages."
@@ -188,7 +192,8 @@ def _pair_settings(args: MMPbKDConfig) -> Any:
 
 def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     """
-    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference.
+    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference: those of two equal
+    responses have none, whatever their label says.
 
     Args:
         dataset (`Dataset`):
@@ -209,14 +214,24 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     if has_images(next(iter(dataset), {})):
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
-    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", _pair_settings(args))
-    if "preference" in dataset.column_names:
-        known = [p is not None and not math.isnan(p) for p in dataset["preference"]]
-        dataset = dataset.select([i for i, is_known in enumerate(known) if is_known])
-    else:
+    dataset = dataset.remove_columns(unused)
+    dataset, _ = prepare_rows(dataset, "preference", _pair_settings(args), imitated=False)
+    if "preference" not in dataset.column_names:
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
+    read = dataset.select_columns(["chosen", "rejected", "preference"]).with_format(None).iter(batch_size=1000)
+    rows = (row for b in read for row in zip(b["chosen"], b["rejected"], b["preference"], strict=True))
+    differ = [None if p is None or math.isnan(p) else chosen != rejected for chosen, rejected, p in rows]
+    if False in differ:
+        logger.warning(
+            f"In {differ.count(False)} of {len(dataset)} rows of the preference dataset both responses are equal, so that "
+            "none is preferred: they are left out."
+        )
+    dataset = dataset.select([i for i, use in enumerate(differ) if use])
     if not len(dataset):
-        raise ValueError("`preference_dataset` has no row with a known `preference`: Q would learn nothing from it.")
+        raise ValueError(
+            "`preference_dataset` has no row with a known `preference` between two different responses: Q would learn "
+            "nothing from it."
+        )
     return dataset
 
 
