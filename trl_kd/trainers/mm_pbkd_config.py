@@ -28,6 +28,9 @@ class MMPbKDConfig(DistillationConfig):
     (white-box form of [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952);
     derivation in docs/method.md).
 
+    As in TRL, `bf16` serves generation and leaves weights as they are: student and teacher learn in the dtype that they are
+    loaded in, float32 unless `model_init_kwargs` and `teacher_model_init_kwargs` say otherwise.
+
     Parameters:
         > Parameters of the states
 
@@ -62,8 +65,8 @@ class MMPbKDConfig(DistillationConfig):
             Steps of Q, each with pairs of its own, for a step of the student; at least 1.
         q_warmup_steps (`int`, *optional*, defaults to `100`):
             At most so many steps of Q on the preferences alone come first. They end sooner once the accuracy on pairs held
-            out is above chance (one-sided, at 5 % over all looks at it), for which at least 100 strict pairs must be held
-            out. No preferences: no warm-up.
+            out is above chance (one-sided, at 5 % over all looks at it, which come after 10, 20, 40, … steps), for which at
+            least 100 strict pairs must be held out. No preferences: no warm-up.
         dual_init (`float`, *optional*, defaults to `5.0`):
             λ at the start; in [0, `dual_max`]. Below 1/(1 − p), with p the share of pairs that the teacher wins, the
             constraint does not bind.
@@ -87,7 +90,8 @@ class MMPbKDConfig(DistillationConfig):
             Pairs of one step of Q, over all processes, which must divide it. `None`: as many as the student's global batch
             has rows.
         pair_held_out (`float`, *optional*, defaults to `0.1`):
-            In [0, 1), share of the pairs (500 at most) that Q never learns from and its accuracy is measured on.
+            In [0, 1), share of the pairs (500 at most) that Q never learns from and its accuracy is measured on: all pairs
+            of some prompts, as many as fit.
 
     Raises:
         `ValueError`: a field outside its range, or fields that do not go together. The message names the field, its

@@ -84,7 +84,7 @@ quantization_config, peft_config, tools:
             teacher's, for `lmbda` < 1.
         preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
             Pairs in TRL's preference format, as `trl-kd pairs` writes them, with `preference` = P(chosen ≻ rejected), by
-            default 1. Without it Q is held by nothing (moment matching).
+            default 1; equal responses are left out. Without it Q is held by nothing (moment matching).
 
     Attributes:
         adversary ([`~trl_kd.trainers.adversary.Adversary`], *optional*):
