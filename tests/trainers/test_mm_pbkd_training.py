@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,18 @@ def test_the_hub_token_is_written_nowhere(tiny_dir, teacher_dir, settings):
     assert trainer.args.hub_token == token
     assert AutoModelForCausalLM.from_pretrained(settings["output_dir"]).num_parameters() > 0
     shutil.rmtree(settings["output_dir"])
+
+
+@pytest.mark.parametrize(
+    ("options", "uses"),
+    [({"moment_coef": 0.0}, 2), ({}, 2), ({"q_steps": 2}, 4), ({"q_steps": 2, "pairs": PAIRS}, 8)],
+    ids=["no Q", "Q", "two steps of Q", "two steps of Q with pairs"],
+)
+def test_output_layers_are_made_whole_wherever_they_are_used(
+    options, uses, tiny_dir, teacher_dir, settings, monkeypatch
+):
+    """Forwards and backwards, for weights that are split (ZeRO-3)."""
+    entered = []
+    monkeypatch.setattr(Recording, "_whole_heads", lambda self: nullcontext(entered.append(1)))
+    make(tiny_dir, teacher_dir, settings, max_steps=1, **options).train()
+    assert len(entered) == uses
