@@ -104,7 +104,7 @@ def _check_model(rounds: Any) -> None:
         )
     args = rounds.args
     if args.eval_strategy != "no" and rounds.eval_dataset is None:
-        raise ValueError(f"`eval_strategy` is {str(args.eval_strategy)!r}, but `eval_dataset` is not given: give it.")
+        raise ValueError(f"`eval_strategy` is {args.eval_strategy.value!r}, but `eval_dataset` is not given: give it.")
     sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if rounds.optimizer == "carried" and (sharded or args.deepspeed or args.fsdp):
         raise ValueError(

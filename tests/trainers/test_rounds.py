@@ -1,0 +1,437 @@
+"""`PbKDRounds`: what a round does, what is kept, and that it goes on from wherever it was stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tests.pairs.fakes import Source
+from tests.trainers.rounds_cases import PROMPTS, SAMPLING, DiesAt, Digits, Teacher, config, die, make
+from trl_kd import PbKDTrainer
+from trl_kd.pairs import StoreError, build_pairs, load_pairs
+from trl_kd.pairs.fetched import FetchedAnswers
+from trl_kd.pairs.store import lock_folder
+from trl_kd.preferences.simple import LabelColumn
+from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.column import ColumnSampler
+from trl_kd.sampling.local import LocalSampler
+from trl_kd.trainers.rounds_folder import RoundsFolder, cumulative_regret, last_checkpoint, regret_coefficient
+from trl_kd.trainers.rounds_students import Carried
+
+
+ROOT = Path(__file__).parents[2]
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
+
+
+def weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+def assert_same(ones: dict[str, torch.Tensor], twos: dict[str, torch.Tensor]) -> None:
+    assert ones.keys() == twos.keys()
+    for name, weight in ones.items():
+        assert torch.equal(weight, twos[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_dir):
+    """Two rounds of all prompts, never interrupted, and what they said."""
+    folder = tmp_path_factory.mktemp("whole")
+    log = folder / "asked.log"
+    rounds = make(folder / "out", tiny_dir, teacher=Teacher(log))
+    return folder / "out", rounds.run(), log
+
+
+class TestRound:
+    def test_what_it_leaves(self, whole, tiny_dir):
+        out, told, _ = whole
+        for number in (1, 2):
+            assert {path.name for path in (out / f"round-{number}").iterdir()} == {"pairs", "student", "metrics.json"}
+            assert not list((out / f"round-{number}/student").glob("checkpoint-*"))
+        assert json.loads((out / "rounds.json").read_text()) == told
+        assert told["rounds"] == [json.loads((out / f"round-{n}/metrics.json").read_text()) for n in (1, 2)]
+        start, first, second = (
+            weights(Path(tiny_dir)),
+            weights(out / "round-1/student"),
+            weights(out / "round-2/student"),
+        )
+        assert not torch.equal(start["lm_head.weight"], first["lm_head.weight"])
+        assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
+
+    def test_the_last_student_is_the_result(self, whole):
+        out, _, _ = whole
+        assert_same(weights(out), weights(out / "round-2/student"))
+        AutoModelForCausalLM.from_pretrained(out)
+        assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+        card = (out / "README.md").read_text()
+        for said in ("# Model Card for out", "## Distillation", "## Rounds", "| 2 | 6 |", 'model="out"'):
+            assert said in card, said
+
+    def test_the_teacher_is_asked_once(self, whole):
+        _, told, log = whole
+        asked = Counter(log.read_text().splitlines())
+        assert len(asked) == len(PROMPTS)
+        assert set(asked.values()) == {1}
+        assert [record["teacher_answers"] for record in told["rounds"]] == [6, 6]
+
+    def test_the_student_answers_anew(self, whole):
+        out, _, _ = whole
+
+        def answers(folder):
+            found = []
+            for row in load_pairs(folder / "pairs"):
+                side = "chosen" if row["chosen_source"] == "student" else "rejected"
+                found.append(row[side])
+            return found
+
+        rounds = [answers(out / name) for name in ("round-1", "round-2", "final")]
+        assert rounds[0] != rounds[1] != rounds[2]
+        teachers = [
+            {row["prompt"]: row[row["teacher_side"]] for row in load_pairs(out / name / "pairs")}
+            for name in ("round-1", "round-2", "final")
+        ]
+        assert teachers[0] == teachers[1] == teachers[2]
+
+    def test_metrics(self, whole):
+        out, told, _ = whole
+        rates, pairs = [], 0
+        for record in [*told["rounds"], told["final"]]:
+            rows = load_pairs(
+                out / ("final" if record["stage"] == "sampled" else f"round-{record['round']}") / "pairs"
+            )
+            known = [row for row in rows if row["preference"] is not None]
+            wins = [r["preference"] if r["teacher_side"] == "chosen" else 1 - r["preference"] for r in known]
+            assert record["teacher_win_rate"] == pytest.approx(sum(wins) / len(wins))
+            assert record["student_win_rate"] == pytest.approx(1 - sum(wins) / len(wins))
+            assert record["new_pairs"] == len(rows)
+            if record["stage"] == "trained":
+                rates.append(record["teacher_win_rate"])
+                pairs += len(rows)
+                assert record["pairs"] == pairs
+                assert record["regret"] == pytest.approx(sum(rate - 0.5 for rate in rates))
+                assert (record["dual"], record["steps"]) == (1.0, 5)
+                assert 0 <= record["accuracy"] <= 1
+        assert 0 < rates[0] < 1, "the fakes decide nothing"
+        c = (told["rounds"][0]["regret"] + told["rounds"][1]["regret"] * 2**0.5) / 3
+        assert told["regret_coefficient"] == pytest.approx(c)
+        assert told["final"]["round"] == 3
+
+    def test_the_first_is_the_offline_method(self, whole, tiny_dir, tmp_path):
+        """`build_pairs`, then `PbKDTrainer`: the same pairs, the same weights."""
+        out, _, _ = whole
+        pairs = build_pairs(
+            PROMPTS,
+            teacher=Teacher(),
+            student=LocalSampler(tiny_dir, SAMPLING),
+            preference=Digits(),
+            output_dir=tmp_path / "pairs",
+            num_student_samples=2,
+            show_progress=False,
+        )
+        assert load_pairs(out / "round-1/pairs").to_list() == pairs.to_list()
+        trainer = PbKDTrainer(tiny_dir, args=config(tmp_path / "student"), train_dataset=pairs)
+        trainer.train()
+        trainer.save_model()
+        assert_same(weights(out / "round-1/student"), weights(tmp_path / "student"))
+
+
+def test_parts_of_the_prompts_in_turn(tiny_dir, tmp_path):
+    rounds = make(tmp_path, tiny_dir, prompts_per_round=4)
+    parts = [rounds.prompts_of(number)["prompt"] for number in (1, 2, 3)]
+    assert [len(set(part)) for part in parts] == [4, 4, 4]
+    order = [prompt for part in parts for prompt in part]
+    assert set(order[:6]) == set(PROMPTS["prompt"])
+    assert order == order[:6] * 2
+    assert order[:6] != PROMPTS["prompt"]
+    assert make(tmp_path, tiny_dir, prompts_per_round=4).prompts_of(2)["prompt"] == parts[1]
+    assert make(tmp_path, tiny_dir, {"seed": 7}, prompts_per_round=4).prompts_of(1)["prompt"] != parts[0]
+    assert make(tmp_path, tiny_dir).prompts_of(5)["prompt"] == PROMPTS["prompt"]
+
+
+def test_newest_pairs_alone(whole, tiny_dir):
+    out, told, _ = whole
+    new = [record["new_pairs"] for record in told["rounds"]]
+    assert len(make(out, tiny_dir).data(2)) == sum(new)
+    assert make(out, tiny_dir, accumulate=False).data(2).to_list() == load_pairs(out / "round-2/pairs").to_list()
+
+
+class TestReference:
+    @pytest.mark.parametrize(("reference", "expected"), [("start", None), ("previous", "round-1/student")])
+    def test_of_all_weights(self, reference, expected, whole, tiny_dir):
+        out, _, _ = whole
+        rounds = make(out, tiny_dir, reference=reference)
+        trainer = rounds.trainer(2, rounds.data(2))
+        is_ours = weights(Path(tiny_dir) if expected is None else out / expected)
+        assert_same(trainer.ref_model.state_dict(), is_ours)
+        assert_same(trainer.model.state_dict(), weights(out / "round-1/student"))
+
+    def test_of_an_adapter(self, tiny_dir, tmp_path):
+        rounds = make(tmp_path / "out", tiny_dir, peft_config=LoraConfig(**LORA))
+        rounds.run()
+        saved = weights(tmp_path / "out/round-1/student", "adapter_model.safetensors")
+        for reference in ("start", "previous"):
+            rounds = make(tmp_path / "out", tiny_dir, reference=reference, peft_config=LoraConfig(**LORA))
+            trainer = rounds.trainer(2, rounds.data(2))
+            mine = {
+                name.replace(".default", ""): w for name, w in trainer.model.state_dict().items() if "lora" in name
+            }
+            assert_same(mine, saved)
+            batch = next(iter(trainer.get_train_dataloader()))
+            ours = trainer._reference_logps(
+                {k: v for k, v in batch.items() if k not in ("preference", "teacher_side")}
+            )
+            model = LlamaForCausalLM.from_pretrained(tiny_dir)
+            if reference == "previous":
+                model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/round-1/student")
+            expected = PbKDTrainer(
+                str(tiny_dir), model, args=config(tmp_path / "other"), train_dataset=rounds.data(2)
+            )._reference_logps({k: v for k, v in batch.items() if k not in ("preference", "teacher_side")})
+            torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
+        final = weights(tmp_path / "out", "adapter_model.safetensors")
+        assert any(not torch.equal(final[name], saved[name]) for name in saved)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert any("lora" in name for name, _ in loaded.named_parameters())
+        assert "| 2 | 6 |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_carried_optimizer(tiny_dir, tmp_path, monkeypatch):
+    moving = {"dual_learning_rate": 0.5, "preference_nll_target": 0.01, "lr_scheduler_type": "linear"}
+    began, ended = [], []
+    begin, save = Carried.on_train_begin, Carried.save
+
+    def beginning(self, args, state, control, optimizer=None, **kwargs):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        begin(self, args, state, control, optimizer=optimizer, **kwargs)
+        assert [group["lr"] for group in optimizer.param_groups] == rates == [1e-2] * len(rates)
+        began.append({k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()})
+
+    def saving(trainer, path):
+        ended.append((trainer.optimizer.state_dict()["state"], trainer.dual.value))
+        save(trainer, path)
+
+    monkeypatch.setattr(Carried, "on_train_begin", beginning)
+    monkeypatch.setattr(Carried, "save", staticmethod(saving))
+    told = make(tmp_path, tiny_dir, moving, optimizer="carried").run()
+    assert len(began) == 1
+    for key, state in ended[0][0].items():
+        assert_same(state, began[0][key])
+    rounds = make(tmp_path, tiny_dir, moving | {"max_steps": 1}, optimizer="carried")
+    assert ended[0][1] != 1.0
+    assert told["rounds"][1]["dual"] != told["rounds"][0]["dual"]
+    assert [path.parent.name for path in tmp_path.glob("round-*/carried.pt")] == ["round-2"]
+    with pytest.raises(ValueError, match=r"`max_steps` was 5 and is 1"):
+        rounds.run()
+
+
+# ---- Stopped and gone on -----------------------------------------------------------------------------------------------
+
+
+def run_until_death(out, model, point):
+    """One run that ends at one point, or not at all."""
+    options = {}
+    if point == "teacher":
+        options["teacher"] = Teacher(dies_after=3)
+    elif point == "student":
+        answer = LocalSampler._answer
+        count = []
+        LocalSampler._answer = lambda *args: die() if len(count) > 4 else (count.append(0), answer(*args))[1]
+    elif isinstance(point, tuple):
+        options["callbacks"] = [DiesAt(*point)]
+    elif point in ("before", "after", "final"):
+        note = RoundsFolder.note
+
+        def deadly(folder, place, record):
+            here = (record["stage"] == "trained") == (point != "final")
+            if here and point == "after":
+                note(folder, place, record)
+            if here:
+                die()
+            note(folder, place, record)
+
+        if point == "final":
+            RoundsFolder.publish = lambda *args: die()
+        else:
+            RoundsFolder.note = deadly
+    make(out, model, **options).run()
+
+
+POINTS = ["teacher", "student", (1, 1), (1, 3), "before", "after", (2, 4), "final"]
+
+
+def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
+    import multiprocessing
+
+    expected, told, _ = whole
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainers.test_rounds"])
+    out = tmp_path / "out"
+    for point in POINTS:
+        process = context.Process(target=run_until_death, args=(out, tiny_dir, point))
+        process.start()
+        process.join()
+        assert process.exitcode == -9, point
+    assert make(out, tiny_dir).run() == told
+    for name in ("round-1", "round-2"):
+        assert_same(weights(out / name / "student"), weights(expected / name / "student"))
+    for name in ("round-1", "round-2", "final"):
+        assert load_pairs(out / name / "pairs").to_list() == load_pairs(expected / name / "pairs").to_list()
+    assert_same(weights(out), weights(expected))
+
+
+def test_more_rounds_later(whole, tiny_dir, tmp_path):
+    expected, told, _ = whole
+    first = make(tmp_path, tiny_dir, rounds=1).run()
+    assert first["final"]["round"] == 2
+    later = make(tmp_path, tiny_dir, rounds=2).run()
+    assert later == told
+    assert_same(weights(tmp_path), weights(expected))
+    before = (tmp_path / "round-2/student/model.safetensors").stat().st_mtime_ns
+    assert make(tmp_path, tiny_dir, rounds=2).run() == told  # nothing is left to do
+    assert (tmp_path / "round-2/student/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"`rounds` is 1, but .* holds 2"):
+        make(tmp_path, tiny_dir, rounds=1).run()
+
+
+@pytest.mark.parametrize(
+    ("args", "changed", "said"),
+    [
+        ({"learning_rate": 2e-2}, {}, "`learning_rate` was 0.01 and is 0.02"),
+        ({}, {"accumulate": False}, "`accumulate` was True and is False"),
+        ({}, {"teacher": Source("teacher")}, None),
+        ({}, {"teacher": Source("other")}, "`teacher.name` was 'teacher' and is 'other'"),
+        ({}, {"prompts": PROMPTS.select(range(5))}, "`prompts.rows` was 6 and is 5"),
+        ({}, {"num_student_samples": 3}, "`num_student_samples` was 2 and is 3"),
+        ({"logging_steps": 2, "save_steps": 4}, {}, None),
+    ],
+)
+def test_changed_settings(args, changed, said, whole, tiny_dir, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    rounds = make(tmp_path / "out", tiny_dir, args, **changed)
+    if said is None:
+        assert rounds.run()["rounds"] == whole[1]["rounds"]
+    else:
+        with pytest.raises(ValueError, match="Only `rounds` may be raised") as error:
+            rounds.run()
+        assert said in str(error.value)
+
+
+def test_one_process_at_a_time(tiny_dir, tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"), pytest.raises(StoreError, match=f"written by process {os.getpid()}"):
+        make(tmp_path / "out", tiny_dir).run()
+
+
+def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
+    for step, text in (
+        (2, '{"global_step": 2, "max_steps": 5}'),
+        (4, '{"global_step"'),
+        (5, '{"global_step": 5, "max_steps": 5}'),
+    ):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-10").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+# ---- Refused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "changed", "said"),
+    [
+        ({}, {"rounds": 0}, "`rounds` is 0"),
+        ({}, {"rounds": 1.5}, "`rounds` is 1.5"),
+        ({}, {"num_teacher_samples": 0}, "`num_teacher_samples` is 0"),
+        ({}, {"prompts_per_round": 7}, "`prompts_per_round` is 7, but there are 6 prompts"),
+        ({}, {"prompts": PROMPTS.select([])}, "`prompts` is empty"),
+        ({}, {"prompts": PROMPTS.to_iterable_dataset()}, "`prompts` is a IterableDataset"),
+        ({}, {"prompts": PROMPTS.rename_column("prompt", "question")}, "no column 'prompt'"),
+        ({}, {"reference": "end"}, "`reference` is 'end'"),
+        ({}, {"optimizer": "new"}, "`optimizer` is 'new'"),
+        ({}, {"policy": "some"}, "`policy` is 'some'"),
+        ({}, {"shard": (0, 2)}, "`shard` is no argument"),
+        ({}, {"polici": "all"}, "`polici` is no argument"),
+        ({}, {"teacher": "gpt"}, "`teacher` is the text 'gpt'"),
+        ({}, {"preference": LabelColumn("label")}, "`preference` reads the column 'label'"),
+        ({}, {"student": lambda model, number: ColumnSampler("a")}, "`student` looks its answers up"),
+        ({"eval_strategy": "steps"}, {}, "`eval_strategy` is 'steps', but `eval_dataset` is not given"),
+        ({}, {"peft_config": LoraConfig(init_lora_weights="pissa")}, "`init_lora_weights` = 'pissa'"),
+        ({}, {"model": "no/such/folder"}, "`model` is 'no/such/folder'"),
+    ],
+)  # fmt: skip
+def test_bad_input_before_weights(args, changed, said, tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    with pytest.raises((ValueError, TypeError, OSError)) as error:
+        make(tmp_path / "out", changed.pop("model", tiny_dir), args, **changed)
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_start_cannot_be_its_own_reference_later(tiny_dir, tmp_path):
+    kwargs = {"model_init_kwargs": {"load_in_4bit": True}}
+    with pytest.raises(ValueError, match="`reference` is 'previous', but the start is quantized"):
+        make(tmp_path, tiny_dir, kwargs, reference="previous", peft_config=LoraConfig(**LORA))
+
+
+# ---- Parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_regret():
+    assert cumulative_regret([0.75, None, 0.25, 1.0]) == 0.5
+    assert regret_coefficient([]) is None
+    assert regret_coefficient([0.3 * k**0.5 for k in range(1, 9)]) == pytest.approx(0.3)
+
+
+def test_fetched_answers_keep_the_teachers_usage(tmp_path):
+    class Paid(Source):
+        def __init__(self):
+            super().__init__("teacher", tmp_path / "log")
+            self.usage = Usage()
+
+        def _answer(self, waiting):
+            for answer in super()._answer(waiting):
+                self.usage.requests += 1
+                yield answer
+
+    for rows, asked in ((range(4), 4), (range(2, 6), 2), (range(6), 0)):
+        teacher = Paid()
+        assert (
+            FetchedAnswers(teacher, tmp_path / "teacher", 1).fetch(PROMPTS.select(rows), show_progress=False) == asked
+        )
+    assert teacher.usage.requests == 6
+    fetched = FetchedAnswers(Paid(), tmp_path / "teacher", 1)
+    assert fetched.count() == 6
+    with pytest.raises(ValueError, match="holds answers of another teacher"):
+        FetchedAnswers(Source("other"), tmp_path / "teacher", 1).fetch(PROMPTS, show_progress=False)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(tiny_dir, tmp_path):
+    exact = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    make(tmp_path / "one", tiny_dir, exact).run()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = str(Path(__file__).with_name("rounds_cases.py"))
+    done = subprocess.run(
+        [*torchrun, script, str(tmp_path / "two"), tiny_dir, "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    asked = Counter((tmp_path / "two.log").read_text().splitlines())
+    assert set(asked.values()) == {1}  # by one of the two
+    for name in ("round-1/pairs", "round-2/pairs"):
+        assert load_pairs(tmp_path / "two" / name).to_list() == load_pairs(tmp_path / "one" / name).to_list()
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-5)
