@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import HfApi
 from transformers import TrainerCallback
 
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
-from trl_kd.pairs.store import lock_folder
+from trl_kd.pairs.store import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.model_card import add_rounds_section, public_name
@@ -205,6 +206,17 @@ class PbKDRounds:
 
     # ---- A round, step by step -------------------------------------------------------------------------------------
 
+    def check(self) -> dict[str, Any]:
+        """
+        Compares these rounds with what `output_dir` holds, and returns their settings as `rounds.json` has them.
+
+        Raises:
+            `ValueError`: `output_dir` holds rounds of other settings; the message names what differs.
+        """
+        settings = describe_rounds(self)
+        self.folder.check(settings, self.rounds)
+        return settings
+
     def student_of(self, number: int) -> str:
         """The model that round `number` = 1, 2, … samples and then trains: the start, or what the round before has saved."""
         return self.model if number == 1 else str(self.folder.student(number - 1))
@@ -325,13 +337,28 @@ class PbKDRounds:
             shutil.rmtree(checkpoint)
         (self.folder.round(number - 1) / CARRIED).unlink(missing_ok=True)
 
+    def push_to_hub(self) -> str:
+        """Pushes the last student, with its card and what the rounds said, as `args` has it; returns the repository's name.
+        The folders of the rounds stay here."""
+        args = self.args
+        api = HfApi(token=args.hub_token)
+        name = args.hub_model_id or self.folder.path.resolve().name
+        repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=self.folder.path,
+            revision=args.hub_revision,
+            ignore_patterns=["*/*", LOCK],
+            commit_message="Student of rounds, by trl-kd",
+        )
+        return repo.repo_id
+
     # ---- Begin and end ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
         """The folder, found to be that of these rounds, and claimed: nobody else writes it meanwhile."""
-        self._settings = describe_rounds(self)
-        self.folder.check(self._settings, self.rounds)
+        self._settings = self.check()
         if not PartialState().is_main_process:
             yield
             return
