@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -24,7 +25,8 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.trainers.rounds_folder import RoundsFolder, cumulative_regret, last_checkpoint, regret_coefficient
+from trl_kd.trainers.rounds_folder import RoundsFolder, last_checkpoint
+from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
 from trl_kd.trainers.rounds_students import Carried
 
 
@@ -113,8 +115,12 @@ class TestRound:
             assert record["teacher_win_rate"] == pytest.approx(sum(wins) / len(wins))
             assert record["student_win_rate"] == pytest.approx(1 - sum(wins) / len(wins))
             assert record["new_pairs"] == len(rows)
+            equal = sum(row["chosen"] == row["rejected"] for row in rows)
+            assert record["equal_answers"] == equal == len(rows) - len(known)
+            preferred = (sum(wins) + equal / 2) / len(rows)
+            assert record["teacher_preferred"] == pytest.approx(preferred)
             if record["stage"] == "trained":
-                rates.append(record["teacher_win_rate"])
+                rates.append(preferred)
                 pairs += len(rows)
                 assert record["pairs"] == pairs
                 assert record["regret"] == pytest.approx(sum(rate - 0.5 for rate in rates))
@@ -388,6 +394,16 @@ def test_a_quantized_start_cannot_be_its_own_reference_later(tiny_dir, tmp_path)
 def test_regret():
     assert cumulative_regret([0.75, None, 0.25, 1.0]) == 0.5
     assert regret_coefficient([]) is None
+    rows = [
+        ("a", "a", None, "student"),
+        ("a", "b", 1.0, "student"),
+        ("a", "a", None, "teacher"),
+        ("a", "b", None, "student"),
+    ]
+    names = ("chosen", "rejected", "preference", "rejected_source")
+    pairs = [{**dict(zip(names, row, strict=True)), "chosen_source": "teacher"} for row in rows]
+    assert count_equal(Dataset.from_list(pairs)) == 1
+    assert (with_ties(0.8, 10, 10), with_ties(None, 0, 4), with_ties(None, 0, 0)) == (0.65, 0.5, None)
     assert regret_coefficient([0.3 * k**0.5 for k in range(1, 9)]) == pytest.approx(0.3)
 
 

@@ -61,9 +61,12 @@ def _results(told: dict[str, Any]) -> Section:
     rounds, final = told["rounds"], told["final"]
     measured = [*rounds, *([final] if final is not None else [])]
     wins = [(record["round"], record["student_win_rate"]) for record in measured]
+    known = [record for record in measured if record["teacher_preferred"] is not None]
+    with_ties = [(record["round"], 1 - record["teacher_preferred"]) for record in known]
     level = [(1.0, 0.5), (float(max(len(measured), 2)), 0.5)]
     rates = [
-        Series("student wins", _points(wins), 0),
+        Series("student wins, equal answers counting half", _points(with_ties), 0),
+        Series("student wins where the answers differ", _points(wins), 1),
         Series("accuracy", _logged(rounds, "accuracy"), 2),
         Series("as good as its teacher", level, 4, dashed=True),
     ]
@@ -82,14 +85,31 @@ def _results(told: dict[str, Any]) -> Section:
 
 
 def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None) -> Table:
-    header = ["round", "prompts", "student wins, before it", "new pairs", "pairs in D", "accuracy", "λ", "regret"]
+    header = [
+        "round",
+        "prompts",
+        "student wins where answers differ",
+        "equal answers",
+        "new pairs",
+        "pairs in D",
+        "accuracy",
+        "λ",
+        "regret",
+    ]
     lines = []
     for record in rounds:
-        values = [f"{record['new_pairs']:,}", f"{record['pairs']:,}", _percent(record.get("accuracy"))]
+        values = [
+            f"{record['equal_answers']:,}",
+            f"{record['new_pairs']:,}",
+            f"{record['pairs']:,}",
+            _percent(record.get("accuracy")),
+        ]
         values += [_number(record.get("dual")), _number(record["regret"])]
         lines.append([str(record["round"]), f"{record['prompts']:,}", _wins(record), *values])
     if final is not None:
-        lines.append(["after the last", f"{final['prompts']:,}", _wins(final), *[""] * 5])
+        lines.append(
+            ["after the last", f"{final['prompts']:,}", _wins(final), f"{final['equal_answers']:,}", *[""] * 5]
+        )
     highlighted = len(lines) - 1 if final is not None else None
     return Table(header, lines, highlighted=highlighted, caption="In small print: 95 % interval, clustered by prompt.")
 
@@ -103,9 +123,9 @@ def _regret(told: dict[str, Any]) -> Section:
     return Section(
         title="Regret",
         text=[
-            "The sum over the rounds of P(teacher ≻ student) − ½. A student as good as its teacher adds nothing, a better "
-            "one takes away. Theory bounds the regret of the online method by about √k. A curve that bends as the fitted "
-            "c·√k does, or more, is what one hopes for; a straight one says that the rounds do not help.",
+            "The sum over the rounds of P(teacher ≻ student) − ½, in which equal answers are ties. A student as good as its "
+            "teacher adds nothing, a better one takes away. Theory bounds the regret of the online method by about √k. A curve "
+            "that bends as the fitted c·√k does, or more, is what one hopes for; a straight one says that rounds do not help.",
         ],
         charts=[LineChart("Cumulative regret", "round k", "regret", lines)],
     )

@@ -31,11 +31,11 @@ from trl_kd.trainers.rounds_folder import (
     SAMPLED,
     TRAINED,
     RoundsFolder,
-    cumulative_regret,
     last_checkpoint,
     told_of_round,
     wait_until,
 )
+from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, with_ties
 from trl_kd.trainers.rounds_students import (
     CARRIED,
     Carried,
@@ -277,7 +277,7 @@ class PbKDRounds:
         folder = self.folder
         if PartialState().is_main_process and folder.stage(number) is None:
             told = self._compare(number, self.prompts_of(number), folder.pairs(number))
-            rates = [record["teacher_win_rate"] for record in folder.records()] + [told["teacher_win_rate"]]
+            rates = [record["teacher_preferred"] for record in [*folder.records(), told]]
             earlier = sum(record["new_pairs"] for record in folder.records()) if self.accumulate else 0
             told |= {"pairs": earlier + told["new_pairs"], "regret": cumulative_regret(rates)}
             folder.note(folder.round(number), {"round": number, "stage": SAMPLED, **told})
@@ -299,13 +299,15 @@ class PbKDRounds:
             **{"show_progress": self.show_progress, **self.pairs_options},
         )
         summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
-        rate = summary["teacher_win_rate"]
+        rate, equal = summary["teacher_win_rate"], count_equal(load_pairs(output_dir))
         return {
             "prompts": len(prompts),
             "teacher_win_rate": rate,
             "student_win_rate": None if rate is None else 1 - rate,
             "teacher_win_interval": summary["teacher_win_interval"],
             "teacher_pairs": summary["teacher_pairs"],
+            "equal_answers": equal,
+            "teacher_preferred": with_ties(rate, summary["teacher_pairs"], equal),
             "teacher_answers": self.teacher.count() if is_fetched else None,
             "new_pairs": summary["pairs"]["total"],
         }

@@ -1,7 +1,6 @@
 """The folder of rounds: what is where, what is finished, and the settings that it was begun with."""
 
 import json
-import math
 import os
 import shutil
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.store import differences, listed
+from trl_kd.trainers.rounds_regret import regret_coefficient
 
 
 RECORD, REPORT = "metrics.json", "rounds.json"
@@ -181,30 +181,15 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-# ---- The regret view ---------------------------------------------------------------------------------------------------
-
-
-def cumulative_regret(rates: list[float | None]) -> float:
-    """Σ_k (P(teacher ≻ student_k) − ½) over the rounds whose mean P is known."""
-    return math.fsum(rate - 0.5 for rate in rates if rate is not None)
-
-
-def regret_coefficient(regrets: list[float]) -> float | None:
-    """The c of c·√k that is closest, in the least squares, to the cumulative regrets of rounds k = 1, 2, …"""
-    if not regrets:
-        return None
-    ks = range(1, len(regrets) + 1)
-    return math.fsum(regret * math.sqrt(k) for k, regret in zip(ks, regrets, strict=True)) / math.fsum(ks)
-
-
 def told_of_round(record: dict[str, Any], rounds: int) -> str:
     """A line on a round that is finished, or on the measurement after the last."""
     rate = record["student_win_rate"]
     wins = (
-        f"the student wins {100 * rate:.1f} % against its teacher"
-        if rate is not None
-        else "no pair has a known preference"
+        "no pair has a known preference"
+        if rate is None
+        else f"the student wins {100 * rate:.1f} % against its teacher"
     )
+    wins += f" where they differ, {record['equal_answers']:,} answers are equal"
     if record["stage"] != TRAINED:
         return f"After {rounds} rounds: {wins}."
     logged = {"accuracy": "accuracy", "dual": "λ", "imitation": "imitation"}
