@@ -112,8 +112,7 @@ def test_yaml_blocks_are_understood(code, tmp_path):
     path = tmp_path / "page.yaml"
     path.write_text(code)
     keys = set(re.findall(r"^(\w+):", code, re.MULTILINE))
-    named = re.match(r"# (mm_pbkd|pairs)", code)
-    command = named[1].replace("_", "-") if named else "pbkd"
+    command = "mm-pbkd" if code.startswith("# mm_") else "pairs" if code.startswith("# pairs") else "pbkd"
     values = parsed(command, ["--config", str(path)]).values
     assert keys
     for key in keys:

@@ -1,6 +1,8 @@
 """`PbKDRounds`: what a round does, what is kept, and that it goes on from wherever it was stopped."""
 
+import copy
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from tests.pairs.fakes import Source
 from tests.trainers.rounds_cases import PROMPTS, SAMPLING, DiesAt, Digits, Teacher, config, die, make
@@ -210,32 +212,47 @@ class TestReference:
 
 
 def test_a_carried_optimizer(tiny_dir, tmp_path, monkeypatch):
+    """Of an adapter, with a moving λ; and an interruption changes nothing."""
     moving = {"dual_learning_rate": 0.5, "preference_nll_target": 0.01, "lr_scheduler_type": "linear"}
+    options = {"optimizer": "carried", "prompts_per_round": 4}
     began, ended = [], []
     begin, save = Carried.on_train_begin, Carried.save
 
     def beginning(self, args, state, control, optimizer=None, **kwargs):
         rates = [group["lr"] for group in optimizer.param_groups]
         begin(self, args, state, control, optimizer=optimizer, **kwargs)
-        assert [group["lr"] for group in optimizer.param_groups] == rates == [1e-2] * len(rates)
-        began.append({k: {n: v.clone() for n, v in s.items()} for k, s in optimizer.state_dict()["state"].items()})
+        assert [group["lr"] for group in optimizer.param_groups] == rates
+        began.append((state.global_step, rates[0], copy.deepcopy(optimizer.state_dict()["state"])))
 
     def saving(trainer, path):
-        ended.append((trainer.optimizer.state_dict()["state"], trainer.dual.value))
+        ended.append((trainer.optimizer.state_dict()["state"], trainer.dual.value, len(trainer.dual.history)))
         save(trainer, path)
 
     monkeypatch.setattr(Carried, "on_train_begin", beginning)
     monkeypatch.setattr(Carried, "save", staticmethod(saving))
-    told = make(tmp_path, tiny_dir, moving, optimizer="carried").run()
-    assert len(began) == 1
-    for key, state in ended[0][0].items():
-        assert_same(state, began[0][key])
-    rounds = make(tmp_path, tiny_dir, moving | {"max_steps": 1}, optimizer="carried")
-    assert ended[0][1] != 1.0
-    assert told["rounds"][1]["dual"] != told["rounds"][0]["dual"]
-    assert [path.parent.name for path in tmp_path.glob("round-*/carried.pt")] == ["round-2"]
-    with pytest.raises(ValueError, match=r"`max_steps` was 5 and is 1"):
-        rounds.run()
+    told = make(tmp_path / "one", tiny_dir, moving, **options, peft_config=LoraConfig(**LORA)).run()
+    (steps, rate, state), (moments, dual, _) = began[0], ended[0]
+    assert (len(began), steps, rate) == (1, 0, 1e-2)
+    assert moments.keys() == state.keys()
+    for key in moments:
+        assert_same(moments[key], state[key])
+    assert dual != 1.0
+    assert ended[1][2] == 10  # λ's history is that of both rounds
+    assert [path.parent.name for path in tmp_path.glob("one/round-*/carried.pt")] == ["round-2"]
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if "round-2" in args.output_dir and state.global_step == 3:
+                raise InterruptedError
+
+    parts = {"peft_config": LoraConfig(**LORA), **options}
+    with pytest.raises(InterruptedError):
+        make(tmp_path / "two", tiny_dir, moving, callbacks=[Stop()], **parts).run()
+    assert make(tmp_path / "two", tiny_dir, moving, **parts).run() == told
+    assert began[-1][0] == 2  # from a checkpoint
+    name = "adapter_model.safetensors"
+    assert_same(weights(tmp_path / "one", name), weights(tmp_path / "two", name))
+    assert ended[3][1:] == ended[1][1:]
 
 
 # ---- Stopped and gone on -----------------------------------------------------------------------------------------------
@@ -274,8 +291,6 @@ POINTS = ["teacher", "student", (1, 1), (1, 3), "before", "after", (2, 4), "fina
 
 
 def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
-    import multiprocessing
-
     expected, told, _ = whole
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainers.test_rounds"])
@@ -286,6 +301,7 @@ def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
         process.join()
         assert process.exitcode == -9, point
     assert make(out, tiny_dir).run() == told
+    assert not list(out.glob("round-*/student/checkpoint-*"))
     for name in ("round-1", "round-2"):
         assert_same(weights(out / name / "student"), weights(expected / name / "student"))
     for name in ("round-1", "round-2", "final"):

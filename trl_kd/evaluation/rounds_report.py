@@ -124,8 +124,9 @@ def _regret(told: dict[str, Any]) -> Section:
         title="Regret",
         text=[
             "The sum over the rounds of P(teacher ≻ student) − ½, in which equal answers are ties. A student as good as its "
-            "teacher adds nothing, a better one takes away. Theory bounds the regret of the online method by about √k. A curve "
-            "that bends as the fitted c·√k does, or more, is what one hopes for; a straight one says that rounds do not help.",
+            "teacher adds nothing, a better one takes away. Theory bounds the regret of the online method by about √k. A "
+            "curve that bends as the fitted c·√k does, or more, is what one hopes for; a straight one says that the rounds "
+            "do not help.",
         ],
         charts=[LineChart("Cumulative regret", "round k", "regret", lines)],
     )

@@ -367,6 +367,9 @@ class PbKDRounds:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder.path):
             self._report()
+            for record in self.folder.records():
+                if record["stage"] == TRAINED:
+                    self._tidy(record["round"])
             resume_usage(self)
             yield
 
