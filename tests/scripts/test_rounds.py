@@ -74,12 +74,12 @@ def test_a_run(trl_kd, rounds, out):
         assert line in done.out
     assert [record["steps"] for record in told["rounds"]] == [2, 2]
     seeds = {}
-    for place in ("round-1", "round-2", "final"):
+    for place in ("round-1", "round-2", "after-2"):
         settings = json.loads((out / place / "pairs/settings.json").read_text())
         seeds[place] = [settings[source]["settings"]["seed"] for source in ("teacher", "student")]
         assert settings["prompts"]["dataset"].endswith("prompts.jsonl")
     # The first round's are those of `trl-kd pairs`; the teacher's stay, the student's move on
-    assert seeds == {"round-1": [6, 7], "round-2": [6, 10_007], "final": [6, 20_007]}
+    assert seeds == {"round-1": [6, 7], "round-2": [6, 10_007], "after-2": [6, 20_007]}
     assert told["rounds"][1]["pairs"] == sum(len(load_pairs(out / f"round-{n}/pairs")) for n in (1, 2))
     AutoModelForCausalLM.from_pretrained(out)
     page = (out / "rounds.html").read_text()

@@ -97,11 +97,11 @@ class TestRound:
                 found.append(row[side])
             return found
 
-        rounds = [answers(out / name) for name in ("round-1", "round-2", "final")]
+        rounds = [answers(out / name) for name in ("round-1", "round-2", "after-2")]
         assert rounds[0] != rounds[1] != rounds[2]
         teachers = [
             {row["prompt"]: row[row["teacher_side"]] for row in load_pairs(out / name / "pairs")}
-            for name in ("round-1", "round-2", "final")
+            for name in ("round-1", "round-2", "after-2")
         ]
         assert teachers[0] == teachers[1] == teachers[2]
 
@@ -110,7 +110,7 @@ class TestRound:
         rates, pairs = [], 0
         for record in [*told["rounds"], told["final"]]:
             rows = load_pairs(
-                out / ("final" if record["stage"] == "sampled" else f"round-{record['round']}") / "pairs"
+                out / ("after-2" if record["stage"] == "sampled" else f"round-{record['round']}") / "pairs"
             )
             known = [row for row in rows if row["preference"] is not None]
             wins = [r["preference"] if r["teacher_side"] == "chosen" else 1 - r["preference"] for r in known]
@@ -269,25 +269,22 @@ def run_until_death(out, model, point):
         LocalSampler._answer = lambda *args: die() if len(count) > 4 else (count.append(0), answer(*args))[1]
     elif isinstance(point, tuple):
         options["callbacks"] = [DiesAt(*point)]
-    elif point in ("before", "after", "final"):
+    elif point in ("before", "after"):  # what the round's record says it is
         note = RoundsFolder.note
 
         def deadly(folder, place, record):
-            here = (record["stage"] == "trained") == (point != "final")
-            if here and point == "after":
+            if record["stage"] == "sampled" or point == "after":
                 note(folder, place, record)
-            if here:
+            if record["stage"] == "trained":
                 die()
-            note(folder, place, record)
 
-        if point == "final":
-            RoundsFolder.publish = lambda *args: die()
-        else:
-            RoundsFolder.note = deadly
+        RoundsFolder.note = deadly
+    else:
+        RoundsFolder.publish = lambda *args: die()
     make(out, model, **options).run()
 
 
-POINTS = ["teacher", "student", (1, 1), (1, 3), "before", "after", (2, 4), "final"]
+POINTS = ["teacher", "student", (1, 1), (1, 3), "before", "after", (2, 4), "publishing"]
 
 
 def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
@@ -304,7 +301,7 @@ def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
     assert not list(out.glob("round-*/student/checkpoint-*"))
     for name in ("round-1", "round-2"):
         assert_same(weights(out / name / "student"), weights(expected / name / "student"))
-    for name in ("round-1", "round-2", "final"):
+    for name in ("round-1", "round-2", "after-2"):
         assert load_pairs(out / name / "pairs").to_list() == load_pairs(expected / name / "pairs").to_list()
     assert_same(weights(out), weights(expected))
 
@@ -313,6 +310,10 @@ def test_more_rounds_later(whole, tiny_dir, tmp_path):
     expected, told, _ = whole
     first = make(tmp_path, tiny_dir, rounds=1).run()
     assert first["final"]["round"] == 2
+    assert (
+        first["final"]["student_win_rate"]
+        == json.loads((tmp_path / "after-1/metrics.json").read_text())["student_win_rate"]
+    )
     later = make(tmp_path, tiny_dir, rounds=2).run()
     assert later == told
     assert_same(weights(tmp_path), weights(expected))

@@ -28,6 +28,8 @@ from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, resume_usage
 from trl_kd.trainers.rounds_folder import (
+    CARD_RESULTS,
+    LOGGED,
     SAMPLED,
     TRAINED,
     RoundsFolder,
@@ -46,20 +48,6 @@ from trl_kd.trainers.rounds_students import (
     load_adapter,
     load_reference,
 )
-
-
-LOGGED = {
-    "accuracy": "rewards/accuracies",
-    "dual": "pbkd/dual",
-    "imitation": "pbkd/imitation",
-    "preference_nll": "pbkd/preference_nll",
-}
-"""What a round's record has of its trainer's last log."""
-
-CARD_RESULTS = {
-    "student_win_rate": "win rate against the teacher, before this round",
-    "accuracy": "preference accuracy on the training pairs, at its end",
-}
 
 
 class PbKDRounds:
@@ -316,9 +304,10 @@ class PbKDRounds:
         """Trains a round's student, saves it with its card, and writes down how it went."""
         trainer, folder = self.trainer(number, data), self.folder
         trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number)))
-        record = folder.record(folder.round(number)) or {}
         logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-        record |= {told: logged.get(name) for told, name in LOGGED.items()}
+        record = (folder.record(folder.round(number)) or {}) | {
+            told: logged.get(name) for told, name in LOGGED.items()
+        }
         record |= {"stage": TRAINED, "steps": trainer.state.global_step}
         trainer.save_model()
         trainer.card_results = {CARD_RESULTS[k]: record[k] for k in CARD_RESULTS if record[k] is not None}
@@ -376,26 +365,21 @@ class PbKDRounds:
     def _finish(self) -> None:
         """The last student answers the last round's prompts too, which nobody trains on, and is saved as the result."""
         folder, number = self.folder, self.rounds + 1
-
-        def measured() -> bool:
-            return (folder.record(folder.final) or {}).get("round") == number
-
+        place = folder.after(self.rounds)
         if PartialState().is_main_process:
-            if not measured():
-                if folder.record(folder.final) is not None:  # of fewer rounds
-                    shutil.rmtree(folder.final)
-                told = self._compare(number, self.prompts_of(self.rounds), folder.final / "pairs")
-                folder.note(folder.final, {"round": number, "stage": SAMPLED, **told})
-                self._say(folder.record(folder.final))
+            if folder.record(place) is None:
+                told = self._compare(number, self.prompts_of(self.rounds), place / "pairs")
+                folder.note(place, record := {"round": number, "stage": SAMPLED, **told})
+                self._say(record)
             folder.publish(self.rounds)
             add_rounds_section(str(folder.path / "README.md"), self._report())
-        wait_until(measured)
+        wait_until(lambda: folder.record(place) is not None)
 
     def _report(self) -> dict[str, Any]:
         if not PartialState().is_main_process:
             return self.folder.told(self._settings, self.rounds)
         return self.folder.report(self._settings, self.rounds)
 
-    def _say(self, record: dict[str, Any] | None) -> None:
-        if self.show_progress and record is not None:
+    def _say(self, record: dict[str, Any]) -> None:
+        if self.show_progress:
             print(told_of_round(record, self.rounds), flush=True)

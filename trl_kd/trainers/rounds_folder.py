@@ -17,6 +17,19 @@ RECORD, REPORT = "metrics.json", "rounds.json"
 SAMPLED, TRAINED = "sampled", "trained"
 """Stages of a round, as its record has them: its pairs are finished, its student is."""
 
+LOGGED = {
+    "accuracy": "rewards/accuracies",
+    "dual": "pbkd/dual",
+    "imitation": "pbkd/imitation",
+    "preference_nll": "pbkd/preference_nll",
+}
+"""What a round's record has of its trainer's last log."""
+
+CARD_RESULTS = {
+    "student_win_rate": "win rate against the teacher, before this round",
+    "accuracy": "preference accuracy on the training pairs, at its end",
+}
+
 _NOT_COMPARED = {
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "push_to_hub"),
     *(
@@ -52,10 +65,13 @@ class RoundsFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.teacher = self.path / "teacher"
-        self.final = self.path / "final"
 
     def round(self, number: int) -> Path:
         return self.path / f"round-{number}"
+
+    def after(self, number: int) -> Path:
+        """Where the student of a round is measured, as the last one."""
+        return self.path / f"after-{number}"
 
     def pairs(self, number: int) -> Path:
         return self.round(number) / "pairs"
@@ -103,13 +119,12 @@ class RoundsFolder:
             )
 
     def told(self, settings: dict[str, Any], last: int) -> dict[str, Any]:
-        """All records in one. `last` is the round after which the final measurement was to be taken."""
+        """All records in one. `last` is the round after which the student is measured once more."""
         records = list(self.records())
-        final = self.record(self.final)
         return {
             "settings": settings,
             "rounds": records,
-            "final": final if final is not None and final["round"] == last + 1 else None,
+            "final": self.record(self.after(last)),
             "regret_coefficient": regret_coefficient([record["regret"] for record in records]),
         }
 
