@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -61,7 +62,22 @@ def rounds(base, pairs_config):
     ]
 
 
-def test_a_run(trl_kd, rounds, out):
+class Hub:
+    """Takes what is uploaded, by the Hub's own rules of what to ignore."""
+
+    uploads: list[set[str]] = []
+
+    def __init__(self, token=None): ...
+
+    def create_repo(self, name, **options):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, folder_path, ignore_patterns, **options):
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        self.uploads.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+
+
+def test_a_run(monkeypatch, trl_kd, rounds, out):
     done = trl_kd(*rounds)
     assert done.code == 0, done.err
     told = json.loads((out / "rounds.json").read_text())
@@ -88,10 +104,14 @@ def test_a_run(trl_kd, rounds, out):
         assert said in page
     assert "## Rounds" in (out / "README.md").read_text()
 
-    again = trl_kd(*rounds)
+    monkeypatch.setattr(rounds_module, "HfApi", Hub)
+    again = trl_kd(*rounds, "--push_to_hub")
     assert again.code == 0, again.err
     assert "Round 1" not in again.out
     assert json.loads((out / "rounds.json").read_text()) == told
+    assert "pushed to the Hub: me/out" in again.out
+    assert {"model.safetensors", "README.md", "rounds.json", "rounds.html"} <= Hub.uploads[0]
+    assert not [name for name in Hub.uploads[0] if "/" in name or name == ".lock"]
 
     changed = trl_kd(*rounds, "--beta", "0.2")
     assert "`beta` was 0.1 and is 0.2" in changed.error
@@ -202,27 +222,6 @@ def test_companions_without_rounds(name, value, trl_kd, base):
     error = trl_kd(*base, f"--{name}", value).error
     assert f"`{name}` is" in error
     assert "`rounds` is not set" in error
-
-
-def test_what_is_pushed(trl_kd, rounds, out, monkeypatch):
-    uploads = []
-
-    class Hub:
-        def __init__(self, token=None): ...
-
-        def create_repo(self, name, **options):
-            return type("Repo", (), {"repo_id": f"me/{name}"})
-
-        def upload_folder(self, folder_path, ignore_patterns, **options):
-            files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-            uploads.append(set(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
-
-    monkeypatch.setattr(rounds_module, "HfApi", Hub)
-    done = trl_kd(*rounds, "--rounds", "1", "--push_to_hub")
-    assert done.code == 0, done.err
-    assert "pushed to the Hub: me/out" in done.out
-    assert {"model.safetensors", "README.md", "rounds.json", "rounds.html"} <= uploads[0]
-    assert not [name for name in uploads[0] if "/" in name or name == ".lock"]
 
 
 def test_a_page_of_rounds_under_way(tmp_path):

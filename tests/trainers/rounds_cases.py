@@ -1,11 +1,7 @@
-"""Rounds on tiny models, made the same way by the tests, by processes that are killed, and by two processes at once.
-
-Run by `torchrun` as rounds_cases.py OUTPUT_DIR MODEL BATCH_SIZE.
-"""
+"""Rounds on tiny models, made the same way by the tests, by processes that are killed, and by two processes at once."""
 
 import os
 import signal
-import sys
 
 import torch
 from datasets import Dataset
@@ -89,10 +85,13 @@ def make(output_dir, model, args=None, **changed) -> PbKDRounds:
     return PbKDRounds(str(model), config(output_dir, **(args or {})), **parts | changed)
 
 
-if __name__ == "__main__":
+def run_rank(rank, port, output_dir, model, settings):
+    """One of two processes, as a launcher starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    output_dir, model, batch_size = sys.argv[1:]
-    two = {"per_device_train_batch_size": int(batch_size), "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
-    rounds = make(output_dir, model, two, teacher=Teacher(f"{output_dir}.log"))
+    rounds = make(output_dir, model, settings, teacher=Teacher(f"{output_dir}.log"))
     assert rounds.args.world_size == 2, rounds.args.world_size
+    assert rounds.args.distributed_state.distributed_type == "MULTI_CPU"
     rounds.run()
+    torch.distributed.destroy_process_group()

@@ -5,8 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
 from tests.pairs.fakes import Source
-from tests.trainers.rounds_cases import PROMPTS, SAMPLING, DiesAt, Digits, Teacher, config, die, make
+from tests.trainers.rounds_cases import PROMPTS, SAMPLING, DiesAt, Digits, Teacher, config, die, make, run_rank
 from trl_kd import PbKDTrainer
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
@@ -32,7 +31,6 @@ from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret
 from trl_kd.trainers.rounds_students import Carried
 
 
-ROOT = Path(__file__).parents[2]
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
 
 
@@ -44,6 +42,14 @@ def assert_same(ones: dict[str, torch.Tensor], twos: dict[str, torch.Tensor]) ->
     assert ones.keys() == twos.keys()
     for name, weight in ones.items():
         assert torch.equal(weight, twos[name]), name
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes by forking one that has imported everything, or imports would take most of a test's time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainers.test_rounds"])
+    return context
 
 
 @pytest.fixture(scope="module")
@@ -287,13 +293,11 @@ def run_until_death(out, model, point):
 POINTS = ["teacher", "student", (1, 1), (1, 3), "before", "after", (2, 4), "publishing"]
 
 
-def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
+def test_kill_9_anywhere(processes, whole, tiny_dir, tmp_path):
     expected, told, _ = whole
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.trainers.test_rounds"])
     out = tmp_path / "out"
     for point in POINTS:
-        process = context.Process(target=run_until_death, args=(out, tiny_dir, point))
+        process = processes.Process(target=run_until_death, args=(out, tiny_dir, point))
         process.start()
         process.join()
         assert process.exitcode == -9, point
@@ -306,16 +310,32 @@ def test_kill_9_anywhere(whole, tiny_dir, tmp_path):
     assert_same(weights(out), weights(expected))
 
 
+class Paid(Digits):
+    """Counts what it is asked, as a judge behind a server does."""
+
+    def __init__(self):
+        super().__init__()
+        self.usage, self.own = Usage(), 0
+
+    def score(self, prompts, completions, **columns):
+        self.own += len(completions)
+        self.usage.requests += len(completions)
+        return super().score(prompts, completions, **columns)
+
+
 def test_more_rounds_later(whole, tiny_dir, tmp_path):
     expected, told, _ = whole
-    first = make(tmp_path, tiny_dir, rounds=1).run()
+    judges = [Paid(), Paid()]
+    first = make(tmp_path, tiny_dir, rounds=1, preference=judges[0]).run()
     assert first["final"]["round"] == 2
     assert (
         first["final"]["student_win_rate"]
         == json.loads((tmp_path / "after-1/metrics.json").read_text())["student_win_rate"]
     )
-    later = make(tmp_path, tiny_dir, rounds=2).run()
+    later = make(tmp_path, tiny_dir, rounds=2, preference=judges[1]).run()
     assert later == told
+    assert judges[1].usage.requests == judges[0].own + judges[1].own  # caps hold for all rounds together
+    assert min(judge.own for judge in judges) > 0
     assert_same(weights(tmp_path), weights(expected))
     before = (tmp_path / "round-2/student/model.safetensors").stat().st_mtime_ns
     assert make(tmp_path, tiny_dir, rounds=2).run() == told  # nothing is left to do
@@ -448,20 +468,19 @@ def test_fetched_answers_keep_the_teachers_usage(tmp_path):
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(tiny_dir, tmp_path):
+def test_two_processes_equal_one(processes, tiny_dir, tmp_path):
     exact = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     make(tmp_path / "one", tiny_dir, exact).run()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(Path(__file__).with_name("rounds_cases.py"))
-    done = subprocess.run(
-        [*torchrun, script, str(tmp_path / "two"), tiny_dir, "2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    halves = exact | {"per_device_train_batch_size": 2}
+    both = [processes.Process(target=run_rank, args=(k, port, tmp_path / "two", tiny_dir, halves)) for k in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     asked = Counter((tmp_path / "two.log").read_text().splitlines())
     assert set(asked.values()) == {1}  # by one of the two
     for name in ("round-1/pairs", "round-2/pairs"):

@@ -160,7 +160,8 @@ def resume_usage(rounds: Any) -> None:
     """Lets teacher and judge go on from what all rounds have used, so that their caps hold for all rounds together."""
     spent: list[tuple[Usage, Usage]] = []
     folder = rounds.folder
-    places = [*(folder.pairs(number) for number in range(1, rounds.rounds + 1)), folder.after(rounds.rounds) / "pairs"]
+    numbers = range(1, rounds.rounds + 1)
+    places = [*map(folder.pairs, numbers), *(folder.after(number) / "pairs" for number in numbers)]
     for part, name, stores in (
         (getattr(rounds.teacher, "sampler", None), "teacher", [folder.teacher]),
         (rounds.preference, "judge", places),
