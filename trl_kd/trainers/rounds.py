@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from huggingface_hub import HfApi
 from transformers import TrainerCallback
 
 from trl_kd.pairs import build_pairs, load_pairs
+from trl_kd.pairs.dataset import join_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.store import LOCK, lock_folder
 from trl_kd.preferences import Preference
@@ -220,7 +221,7 @@ class PbKDRounds:
     def data(self, number: int) -> Dataset:
         """D as round `number` trains on it: the pairs of all rounds so far, or its own."""
         numbers = range(1, number + 1) if self.accumulate else [number]
-        return concatenate_datasets([load_pairs(self.folder.pairs(k)) for k in numbers])
+        return join_pairs([self.folder.pairs(k) for k in numbers])
 
     def trainer(self, number: int, data: Dataset) -> PbKDTrainer:
         """The trainer of a round, ready to train the student of the one before on `data`."""
