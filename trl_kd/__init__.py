@@ -13,16 +13,18 @@ _PUBLIC = {
     "MMPbKDConfig": "trl_kd.trainers.mm_pbkd_config",
     "MMPbKDTrainer": "trl_kd.trainers.mm_pbkd_trainer",
     "PbKDConfig": "trl_kd.trainers.pbkd_config",
+    "PbKDRounds": "trl_kd.trainers.rounds",
     "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
 }
 
-__all__ = ["MMPbKDConfig", "MMPbKDTrainer", "PbKDConfig", "PbKDTrainer", "__version__"]
+__all__ = ["MMPbKDConfig", "MMPbKDTrainer", "PbKDConfig", "PbKDRounds", "PbKDTrainer", "__version__"]
 
 if TYPE_CHECKING:
     from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
     from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
     from trl_kd.trainers.pbkd_config import PbKDConfig
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+    from trl_kd.trainers.rounds import PbKDRounds
 
 
 def __getattr__(name: str) -> Any:
