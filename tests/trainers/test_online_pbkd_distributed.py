@@ -47,7 +47,9 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
             settings = {**COMMON, "output_dir": str(tmp_path / f"{name} {world}"), **more}
             settings["per_device_train_batch_size"] = 8 // world
             settings["per_device_eval_batch_size"] = 8 // world
-            jobs.append({"model": tiny_dir, "rows": ROWS, "settings": settings, "out": str(tmp_path / f"{name}{world}.pt")})
+            jobs.append(
+                {"model": tiny_dir, "rows": ROWS, "settings": settings, "out": str(tmp_path / f"{name}{world}.pt")}
+            )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     launched = subprocess.run(

@@ -29,7 +29,12 @@ def length(completions, **kwargs):
     "more",
     [
         {},
-        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, "steps_per_generation": 4},
+        {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_iterations": 2,
+            "steps_per_generation": 4,
+        },
         {"beta": 0.0, "reward_weights": [0.5]},
     ],
     ids=["plain", "reused generations", "weights"],

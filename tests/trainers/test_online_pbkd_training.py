@@ -67,11 +67,17 @@ def test_the_teacher_is_asked_once_a_prompt(tiny_dir, settings):
 
 
 def test_pairs_are_of_the_batch(tiny_dir, settings):
-    trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits, max_steps=1, log_completions=True)
+    trainer = make(
+        tiny_dir, settings, teacher=Teacher(), preference_function=digits, max_steps=1, log_completions=True
+    )
     trainer.train()
-    seen = set(zip(trainer._logs["prompt"], trainer._logs["completion"], trainer._logs["extra"]["teacher"], strict=True))
+    seen = set(
+        zip(trainer._logs["prompt"], trainer._logs["completion"], trainer._logs["extra"]["teacher"], strict=True)
+    )
     for row in trainer.learner.pool.rows:
-        theirs, ours = (row[s] for s in (("chosen", "rejected") if row["teacher_side"] == "chosen" else ("rejected", "chosen")))
+        theirs, ours = (
+            row[s] for s in (("chosen", "rejected") if row["teacher_side"] == "chosen" else ("rejected", "chosen"))
+        )
         assert (row["prompt"], ours, theirs) in seen
         assert theirs == row["prompt"][0] * 3
         if row["preference"] is not None:
