@@ -1,4 +1,4 @@
-"""Bad settings, data and parts of `OnlinePbKDTrainer`: a sentence with the field, its value and the fix, before weights load."""
+"""Bad settings, data and parts of `OnlinePbKDTrainer`: a sentence with field, value and fix, before weights load."""
 
 import logging
 import math
