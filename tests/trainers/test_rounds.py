@@ -22,7 +22,7 @@ from trl_kd.pairs import StoreError, build_pairs, load_pairs
 from trl_kd.pairs.store import lock_folder
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.trainers.rounds_folder import RoundsFolder, last_checkpoint
+from trl_kd.trainers.rounds_folder import RoundsFolder
 from trl_kd.trainers.rounds_students import Carried
 
 
@@ -366,18 +366,6 @@ def test_one_process_at_a_time(tiny_dir, tmp_path):
     (tmp_path / "out").mkdir()
     with lock_folder(tmp_path / "out"), pytest.raises(StoreError, match=f"written by process {os.getpid()}"):
         make(tmp_path / "out", tiny_dir).run()
-
-
-def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
-    for step, text in (
-        (2, '{"global_step": 2, "max_steps": 5}'),
-        (4, '{"global_step"'),
-        (5, '{"global_step": 5, "max_steps": 5}'),
-    ):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-10").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.distributed

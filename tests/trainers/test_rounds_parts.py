@@ -11,6 +11,7 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
+from trl_kd.trainers.rounds_folder import last_checkpoint
 from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
 
 
@@ -88,3 +89,15 @@ def test_fetched_answers_keep_the_teachers_usage(tmp_path):
     assert fetched.count() == 6
     with pytest.raises(ValueError, match="holds answers of another teacher"):
         FetchedAnswers(Source("other"), tmp_path / "teacher", 1).fetch(PROMPTS, show_progress=False)
+
+
+def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
+    for step, text in (
+        (2, '{"global_step": 2, "max_steps": 5}'),
+        (4, '{"global_step"'),
+        (5, '{"global_step": 5, "max_steps": 5}'),
+    ):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-10").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
