@@ -46,9 +46,10 @@ class FetchedAnswers:
     def describe(self) -> dict[str, Any]:
         return self.sampler.describe()
 
-    def fetch(self, prompts: Dataset, show_progress: bool = True) -> int:
+    def fetch(self, prompts: Dataset, show_progress: bool = True, release: bool = True) -> int:
         """
-        Asks for every answer to `prompts` that is not stored, and returns how many these were.
+        Asks for every answer to `prompts` that is not stored, and returns how many these were. Then `release` gives back the
+        memory of a model that has answered.
 
         Raises:
             `ValueError`: the folder holds answers that were made with other settings.
@@ -65,6 +66,9 @@ class FetchedAnswers:
             with Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
                 asked = self._ask(MissingRequests(prompts, None, store, self.source, self.samples, bar), store, bar)
             store.commit()
+        close = getattr(self.sampler, "close", None)
+        if asked and release and callable(close):
+            close()
         return asked
 
     def _ask(self, requests: MissingRequests, store: AnswerStore, bar: Bar) -> int:
@@ -80,9 +84,6 @@ class FetchedAnswers:
             bar.update(len(answers))
             show_cost(bar, self.sampler)
         requests.check()
-        close = getattr(self.sampler, "close", None)
-        if callable(close):
-            close()
         return asked
 
     def count(self) -> int:

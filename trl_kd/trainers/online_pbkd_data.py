@@ -75,26 +75,20 @@ def group_rows(rows: list[tuple[dict[str, Any], Answer]], used_up: str | None) -
     return list(groups.values())
 
 
-class Asker:
-    """
-    The one process that asks teacher and preference function.
-
-    Args:
-        pairs (`BatchPairs`):
-            Both of them.
-    """
-
-    def __init__(self, pairs: BatchPairs):
-        self._pairs = pairs
-
-    def fill(self, groups: list[PromptGroup]) -> None:
-        """Gives each group the teacher's answer and its pairs."""
-        rows = [group.row for group in groups]
-        answers = self._pairs.teacher_answers(rows)
-        for group, answer in zip(groups, answers, strict=True):
-            group.teacher = answer
-            made = self._pairs.pairs([group.row], [answer], [group.student]) if answer.text is not None else []
-            group.pairs = made
+def fill_groups(groups: list[PromptGroup], asker: BatchPairs) -> None:
+    """Gives each group the teacher's answer and its pairs."""
+    rows = [group.row for group in groups]
+    answers = asker.teacher_answers(rows)
+    for group, answer in zip(groups, answers, strict=True):
+        group.teacher = answer
+    answered = [group for group in groups if group.teacher.text is not None]
+    made = asker.pairs(
+        [group.row for group in answered],
+        [group.teacher for group in answered],
+        [group.student for group in answered],
+    )
+    for group, pairs in zip(answered, made, strict=True):
+        group.pairs = pairs
 
 
 @dataclass
@@ -129,11 +123,11 @@ reward_model (`str` or `PreTrainedModel`):
         """The teacher, or the column that stands for it."""
         return self.teacher if self.teacher is not None else ColumnSampler(self.args.teacher_column)
 
-    def asker(self, folder: str, accelerator: Accelerator) -> Asker | None:
+    def asker(self, folder: str, accelerator: Accelerator) -> BatchPairs | None:
         """On the process that asks."""
         if not self.needs_teacher or not accelerator.is_main_process:
             return None
-        return Asker(BatchPairs(self.sampler(), self.preference, Path(folder)))
+        return BatchPairs(self.sampler(), self.preference, Path(folder))
 
     def given_pairs(self) -> list[dict[str, Any]]:
         """D at the start.

@@ -8,24 +8,22 @@ what TRL goes on with. Imitation of the teacher's answers rides in the policy's 
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
-from trl_kd.preferences.tokens import tokenize_response
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
+from trl_kd.trainers.imitation_rows import ImitationRows
 from trl_kd.trainers.mm_pbkd_data import EpochOrder
 from trl_kd.trainers.model_card import PAPER, add_online_sections
 from trl_kd.trainers.online_pbkd_config import as_online_pbkd_config
@@ -34,6 +32,7 @@ from trl_kd.trainers.online_pbkd_data import (
     OnlineParts,
     PromptGroup,
     check_parts,
+    fill_groups,
     group_rows,
     reward_columns,
 )
@@ -49,7 +48,7 @@ COMPANIONS = "_online"
 """Folder of what belongs to a run beside the student. Its name begins as the Hub's uploads leave out."""
 
 
-class OnlinePbKDTrainer(DualCheckpoints, RLOOTrainer):
+class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
     """
     Trainer for online preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): a reward model looks for the gap between student and teacher, within
@@ -156,7 +155,6 @@ optimizers, quantization_config, peft_config:
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS, "teacher"), self.accelerator)
         self._watch = HackingWatch()
         self._groups: list[PromptGroup] = []
-        self._teacher_logps: torch.Tensor | None = None
         self.dual = DualVariable(value=0.0, maximum=0.0)
         self.learner: RewardLearner | None = None
         if args.adversary != "off":
@@ -217,7 +215,7 @@ optimizers, quantization_config, peft_config:
         rows = gather_object([(row, answer) for row, answer in zip(inputs, answers, strict=True)])
         groups = group_rows(rows, self.args.teacher_column if self.parts.teacher is None else None)
         if self._asker is not None:
-            self._asker.fill(groups)
+            fill_groups(groups, self._asker)
         groups = broadcast_object_list([groups])[0] if self.accelerator.num_processes > 1 else groups
         return groups
 
@@ -250,85 +248,6 @@ optimizers, quantization_config, peft_config:
     def _record(self, mode: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._metrics[mode][f"pbkd/{name}"].append(value)
-
-    # ---- Imitation -------------------------------------------------------------------------------------------------------
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self.args.imitation_weight > 0:
-            output |= self._teacher_rows(len(inputs))
-        return output
-
-    def _teacher_rows(self, count: int) -> dict[str, torch.Tensor]:
-        """For each row of the batch the teacher's answer as tokens, and its weight in the loss: that of one row in each
-        prompt's group is such that the whole is a mean over prompts."""
-        first = self.accelerator.process_index * count
-        answered = [group for group in self._groups if group.teacher.text is not None]
-        micro_batches = self.accelerator.num_processes * self.args.steps_per_generation
-        weight_B = torch.zeros(count)
-        ids: list[torch.Tensor] = [torch.zeros(0, dtype=torch.long) for _ in range(count)]
-        labels = list(ids)
-        for group in answered:
-            place = group.places[0] - first
-            if 0 <= place < count:
-                answer = group.teacher
-                complete = answer.finish_reason != "length"
-                assert answer.text is not None
-                prompt, response = tokenize_response(
-                    self._tokenizer, group.row.prompt, answer.text, self.chat_template_kwargs, complete=complete
-                )
-                response = response[: self.max_completion_length]
-                ids[place] = torch.tensor(prompt + response)
-                labels[place] = torch.tensor([-100] * len(prompt) + response)
-                weight_B[place] = micro_batches / len(answered)
-        rows = {
-            "teacher_ids": pad_sequence(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id),
-            "teacher_labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "teacher_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "teacher_weight": weight_B,
-        }
-        return {name: value.to(self.accelerator.device) for name, value in rows.items()}
-
-    def _compute_loss(self, model, inputs):
-        if "teacher_weight" not in inputs:
-            return super()._compute_loss(model, inputs)
-        chosen = inputs["teacher_weight"] > 0
-        self._teacher_logps = inputs["teacher_weight"].new_zeros(0)
-        forward = model if not chosen.any() else self._with_teacher(model, inputs, chosen)
-        loss = super()._compute_loss(forward, inputs)
-        nll = -(self._teacher_logps * inputs["teacher_weight"][chosen]).sum()
-        total = self.accelerator.reduce(nll.detach(), reduction="sum") / self.accelerator.num_processes
-        self._record("train", {"imitation_nll": total.item()})
-        return loss + self.args.imitation_weight * nll
-
-    def _with_teacher(self, model, inputs, chosen: torch.Tensor) -> Callable:
-        """The student's forward, with the teacher's answers as further rows: a wrapped student allows one forward."""
-        theirs = {name: inputs[f"teacher_{name}"][chosen] for name in ("ids", "labels", "mask")}
-
-        def forward(input_ids, attention_mask, labels, **kwargs):
-            length = input_ids.size(1)
-            width = max(length, theirs["ids"].size(1))
-
-            def both(ours, other, value):
-                rows = (
-                    torch.nn.functional.pad(part, (0, width - part.size(1)), value=value) for part in (ours, other)
-                )
-                return torch.cat(list(rows))
-
-            output = model(
-                input_ids=both(input_ids, theirs["ids"], self._tokenizer.pad_token_id),
-                attention_mask=both(attention_mask, theirs["mask"], 0),
-                labels=both(labels, theirs["labels"], -100),
-                **kwargs,
-            )
-            # Prompt learning puts virtual tokens in front
-            logps, entropy = (part[:, part.size(1) - width + 1 :] for part in (output.log_probs, output.entropy))
-            self._teacher_logps = logps[len(input_ids) :].sum(1)
-            ours = {"log_probs": logps, "entropy": entropy}
-            ours = {name: part[: len(input_ids), : length - 1] for name, part in ours.items()}
-            return SimpleNamespace(**ours, aux_loss=getattr(output, "aux_loss", None))
-
-        return forward
 
     # ---- Training and evaluation -----------------------------------------------------------------------------------------
 
