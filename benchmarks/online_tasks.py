@@ -1,0 +1,179 @@
+"""Online distillation on the bundled tasks, five seeds each: rounds, a reward model that the student climbs, and what they
+are to be held against: PbKD offline, RLOO on the true reward, a discriminator.
+
+    python benchmarks/online_tasks.py                # needs runs/bundled_tasks, else trains its teachers and starts anew
+    python benchmarks/online_tasks.py --prompts 500  # a quarter of the teacher's answers
+
+Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each of
+the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
+answers; what differs is how often the student is sampled. Every cell (task, seed, method) is kept under `runs/`, so that an
+interrupted run goes on where it stopped. Numbers are of test questions, on which nothing was chosen. Results go to
+benchmarks/results/online_tasks.json.
+"""
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from white_box_tasks import row, summarise
+
+from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds
+from trl_kd.preferences.reward_function import RewardFunctionPreference
+from trl_kd.sampling import SamplingSettings
+from trl_kd.sampling.local import LocalSampler
+from trl_kd.scripts.demo_experiment import Cell, DemoSettings, columns, fingerprint, load
+from trl_kd.scripts.demo_methods import Recipe
+from trl_kd.scripts.demo_quiet import quiet_libraries
+from trl_kd.scripts.demo_report import environment
+from trl_kd.scripts.demo_stage import check_settings, stage, write_json
+from trl_kd.tasks import TASKS
+
+
+ROUNDS = 6
+ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, settings)
+    "online_mle": ("Online, MLE head (ζ = 0)", {"confidence_radius": 0.0}),
+    "online_0.02": ("Online PbKD, ζ = 0.02", {"confidence_radius": 0.02}),
+    "online_0.05": ("Online PbKD, ζ = 0.05", {"confidence_radius": 0.05}),
+    "online_0.2": ("Online PbKD, ζ = 0.2", {"confidence_radius": 0.2}),
+    "online_1": ("Online PbKD, ζ = 1", {"confidence_radius": 1.0}),
+    "online_mle_imitation": ("Online, MLE head, imitation", {"confidence_radius": 0.0, "imitation_weight": 0.05}),
+    "online_0.05_imitation": (
+        "Online PbKD, ζ = 0.05, imitation",
+        {"confidence_radius": 0.05, "imitation_weight": 0.05},
+    ),
+    "discriminator": ("Discriminator (GAD-like)", {"adversary": "discriminator"}),
+    "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off"}),
+}
+METHODS = {
+    "pbkd": "PbKD, offline",
+    "rounds": "PbKD in rounds, pairs accumulate",
+    "rounds_newest": "PbKD in rounds, newest pairs",
+    **{name: seen for name, (seen, _) in ONLINE.items()},
+}
+OF_ONLINE = {
+    "num_generations": 4,
+    "rm_lora_r": 0,
+    "rm_learning_rate": 1e-3,
+    "rm_warmup_steps": 4000,
+}
+
+
+class OnlineCell(Cell):
+    """With the methods of this file, on the first `prompts` questions."""
+
+    prompts = 2000
+
+    def questions(self) -> Dataset:
+        found = columns(self.task.questions("train", self.settings.prompts, self.seed))
+        return Dataset.from_dict(found).select(range(self.prompts))
+
+    def teacher(self) -> LocalSampler:
+        settings = SamplingSettings(
+            max_new_tokens=self.task.max_response_tokens, seed=10 * self.seed
+        )  # as of the pairs
+        return LocalSampler(str(self.model_folder("teacher")), settings)
+
+    def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
+        if method not in ONLINE:
+            return super().recipe(method, rows[: self.prompts])
+        settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **ONLINE[method][1]}
+        if method == "rloo":
+            arguments: dict[str, Any] = {"reward_funcs": self.task.score}
+        else:
+            preference = RewardFunctionPreference(self.task.score)
+            arguments = {"teacher": self.teacher(), "preference_function": preference}
+        return Recipe(OnlinePbKDTrainer, OnlinePbKDConfig, self.questions(), settings, arguments)
+
+    def distil(self, method: str, folder: Path) -> dict[str, Any]:
+        if method.startswith("rounds"):
+            return self._rounds(folder, accumulate=method == "rounds")
+        trainer = self.trainer(method, folder)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        tested = self._test(trainer.model, trainer.processing_class)
+        return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+    def _rounds(self, folder: Path, accumulate: bool) -> dict[str, Any]:
+        settings = self.settings
+        with tempfile.TemporaryDirectory() as scratch:
+            args = self._arguments(
+                PbKDConfig,
+                folder,
+                seed=self.seed,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                max_steps=settings.steps // ROUNDS,
+                max_length=128,
+            )
+            args.output_dir = scratch
+            found = PbKDRounds(
+                str(self.model_folder("start")),
+                args,
+                prompts=self.questions(),
+                teacher=self.teacher(),
+                preference=RewardFunctionPreference(self.task.score),
+                student=SamplingSettings(max_new_tokens=self.task.max_response_tokens, seed=10 * self.seed + 1),
+                rounds=ROUNDS,
+                accumulate=accumulate,
+                show_progress=False,
+            ).run()
+            tested = self._test(*load(Path(scratch)))
+        return tested | {"steps": settings.steps, "log": found["rounds"]}
+
+
+def main() -> None:
+    arguments = _arguments()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    settings = DemoSettings(curve_every=600)
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        for task in (TASKS[name] for name in arguments.tasks):
+            shared = arguments.bundled / task.name
+            check_settings(shared, fingerprint(task, DemoSettings()))
+            cell = OnlineCell(task, seed, settings, shared / f"seed{seed}")
+            cell.prompts = arguments.prompts
+            results = cell.run([])
+            rows += [row(task.name, seed, name, results[name]) for name in ("teacher", "start")]
+            for method in arguments.methods:
+                folder = arguments.cells / task.name / f"seed{seed}" / f"{method}_{arguments.prompts}"
+                found = stage(folder, partial(cell.distil, method))
+                rows.append(row(task.name, seed, method, found))
+                print(*rows[-1].values(), flush=True)
+            write_json(
+                arguments.output,
+                {
+                    "what": "exact match on unseen questions, in [0, 1]: mean and standard deviation over seeds",
+                    "prompts, each answered once by the teacher": arguments.prompts,
+                    "summary": summarise(rows),
+                    "rows": rows,
+                    "settings": asdict(settings) | OF_ONLINE,
+                    "environment": environment(),
+                },
+            )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--prompts", type=int, default=2000, help="questions, and so answers of the teacher")
+    parser.add_argument("--bundled", type=Path, default=Path("runs/bundled_tasks"), help="teachers, starts and pairs")
+    parser.add_argument("--cells", type=Path, default=Path("runs/online_tasks"), help="where cells are kept")
+    parser.add_argument("--output", type=Path, default=None, help="results")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        name = "online_tasks.json" if arguments.prompts == 2000 else f"online_tasks_{arguments.prompts}.json"
+        arguments.output = Path(__file__).parent / "results" / name
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
