@@ -101,6 +101,18 @@ def test_bad_parts(tiny_dir, settings, case):
         make(tiny_dir, settings, **options)
 
 
+def test_a_language_model_is_no_reward_model(tiny_dir, settings):
+    with pytest.raises(
+        ValueError, match="`reward_model` is .*give a sequence-classification checkpoint with one label"
+    ):
+        make(tiny_dir, settings, preference_function=digits, reward_model=tiny_dir)
+
+
+def test_a_reward_model_that_is_nowhere_is_named(tiny_dir, settings):
+    with pytest.raises(OSError, match="`reward_model` is 'nosuch/model', which cannot be loaded"):
+        make(tiny_dir, settings, preference_function=digits, reward_model="nosuch/model")
+
+
 def test_a_name_is_no_teacher(tiny_dir, settings):
     with pytest.raises(TypeError, match="`teacher` is the text 'gpt'"):
         make(tiny_dir, settings, teacher="gpt", preference_function=digits)

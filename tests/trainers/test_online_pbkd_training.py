@@ -258,6 +258,28 @@ def test_reward_model_and_pairs_are_of_use_afterwards(tiny_dir, settings, rank, 
     trainer.train()  # it goes on undisturbed
 
 
+def test_a_reward_model_is_of_use_again(tiny_dir, settings):
+    """What one run has saved is where another begins, whole or with adapters."""
+    first = make(tiny_dir, settings, preference_function=digits)
+    first.train()
+    first.save_model()
+    saved = os.path.join(settings["output_dir"], "_online", "reward_model")
+    for rank in (0, 2):
+        second = make(tiny_dir, settings, preference_function=digits, reward_model=saved, rm_lora_r=rank)
+        ids = first.learner.encode("1+1=", "2", True)
+        assert second.learner.score([ids]).item() == pytest.approx(first.learner.score([ids]).item(), abs=1e-5)
+        second.train()
+
+
+def test_a_student_in_bfloat16(tiny_dir, settings):
+    init = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = make(tiny_dir, settings, preference_function=digits, rm_lora_r=2, imitation_weight=0.1, **init)
+    trainer.train()
+    dtypes = {p.dtype for p in trainer.learner.model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    assert trainer.learner.model.model.base_model.model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_the_card_says_how(tiny_dir, settings):
     trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits)
     trainer.train()

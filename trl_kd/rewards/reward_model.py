@@ -33,6 +33,7 @@ class TwoHeads(nn.Module):
         self.adversary_trains_trunk = False
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = features.to(self.mle.weight.dtype)  # float32 on a backbone of less
         seen = features if self.adversary_trains_trunk else features.detach()
         return torch.cat([self.mle(features), self.adversary(seen)], dim=-1)
 
@@ -147,12 +148,12 @@ def _classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     return name, layer
 
 
-def from_student(student: PreTrainedModel) -> PreTrainedModel:
+def from_student(student: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A sequence-classification model of one label with the weights of a causal language model, and a head that is zero: at
     the start every response has the same reward."""
     config = copy.deepcopy(student.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     prefix = student.base_model_prefix
     weights = getattr(student, prefix).state_dict()
     getattr(model, model.base_model_prefix).load_state_dict(weights)

@@ -14,9 +14,9 @@ from trl_kd.trainers.online_pbkd_data import PromptGroup
 
 class ImitationRows:
     """
-    Mixin before `RLOOTrainer`: adds `args.imitation_weight` · −log π(y_T|x), summed over tokens and averaged over the prompts
-    of a generation batch, to the loss. The teacher's answers are further rows of the forward that TRL's loss makes, since
-    a wrapped student (DDP, FSDP, DeepSpeed) allows one.
+    Mixin before `RLOOTrainer`: adds `args.imitation_weight` · −log π(y_T|x), summed over tokens and averaged over the
+    prompts of a generation batch, to the loss. The teacher's answers are further rows of the forward that TRL's loss makes,
+    since a wrapped student (DDP, FSDP, DeepSpeed) allows one.
     """
 
     args: Any

@@ -39,7 +39,7 @@ from trl_kd.trainers.online_pbkd_data import (
 from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.reward_learner import RewardLearner
-from trl_kd.trainers.reward_loading import load_reward_model
+from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
 
 
 logger = get_logger(__name__)
@@ -135,6 +135,7 @@ optimizers, quantization_config, peft_config:
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
+        check_reward_model(reward_model, args)
         pairs = parts.given_pairs()
         functions, classes = reward_columns(args, reward_funcs, reward_processing_classes)
 
@@ -185,7 +186,8 @@ optimizers, quantization_config, peft_config:
         texts: list[Any] = [None] * count
         for group in groups:
             for place in group.places:
-                texts[place] = group.teacher.text
+                text = group.teacher.text
+                texts[place] = text if text is None or isinstance(text, str) else text[-1].get("content")
         self._log_completion_extra("teacher", texts[mine])
         wins = [win for group in groups for win in group.wins]
         if wins:

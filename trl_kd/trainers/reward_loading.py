@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.reward_model import RewardModel, from_student
@@ -39,14 +39,16 @@ def load_reward_model(
         `tuple[RewardModel, PreTrainedTokenizerBase]`: the reward model and its tokenizer.
     """
     tokenizer = student_tokenizer
+    # Adapters alone are trained in float32 beside a backbone of less
+    whole: dict[str, Any] = {} if args.rm_lora_r else {"dtype": torch.float32}
     # Of a stream of its own, so that the student's is TRL's
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         if source is None:
-            model = _from_student(student, quantization_config)
+            model = _from_student(student, quantization_config, whole.get("dtype", student.dtype))
         elif isinstance(source, str):
             options = {"trust_remote_code": args.trust_remote_code}
-            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options)
+            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options, **whole)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         else:
             model = source
@@ -60,10 +62,34 @@ def load_reward_model(
     return reward, tokenizer
 
 
-def _from_student(student: Any, quantization_config: Any) -> PreTrainedModel:
+def check_reward_model(source: str | PreTrainedModel | None, args: OnlinePbKDConfig) -> None:
+    """
+    Raises:
+        `ValueError`: the reward model has another number of labels than one.
+        `OSError`: it is nowhere.
+    """
+    if source is None:
+        return
+    config: Any
+    if isinstance(source, str):
+        try:
+            name, config = source, AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        except OSError as error:
+            raise OSError(f"`reward_model` is {source!r}, which cannot be loaded: {error}") from error
+    else:
+        name, config = get_config_model_id(source.config), source.config
+    classifier = any("SequenceClassification" in kind for kind in config.architectures or [type(source).__name__])
+    if config.num_labels != 1 or not classifier:
+        raise ValueError(
+            f"`reward_model` is {name!r}, with the classes {config.architectures} and {config.num_labels} labels: give a "
+            "sequence-classification checkpoint with one label, or None to start from the student."
+        )
+
+
+def _from_student(student: Any, quantization_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     if is_peft_model(student) or getattr(student, "is_quantized", False):
         name = get_config_model_id(student.config)
         logger.info(f"The reward model starts from {name}, without the student's adapters.")
         quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **quantized)
-    return from_student(student)
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype, **quantized)
+    return from_student(student, dtype)
