@@ -202,8 +202,9 @@ optimizers, quantization_config, peft_config:
         theirs = [self._encode_teacher(group) for group in groups if group.teacher.text is not None]
         if theirs:
             answered = [place for group in groups if group.teacher.text is not None for place in group.places]
-            gap = self.learner.score(theirs).mean() - rewards[answered, -1].mean()
-            self._record(mode, {"imitation_gap": gap.item()})
+            world = self.accelerator.num_processes
+            total = self.accelerator.reduce(self.learner.score(theirs[rank::world]).sum(), reduction="sum")
+            self._record(mode, {"imitation_gap": (total / len(theirs) - rewards[answered, -1].mean()).item()})
         return rewards
 
     def _ask(self, inputs, prompts, completions, completion_ids_list) -> list[PromptGroup]:
@@ -216,9 +217,18 @@ optimizers, quantization_config, peft_config:
         ]
         rows = gather_object([(row, answer) for row, answer in zip(inputs, answers, strict=True)])
         groups = group_rows(rows, self.args.teacher_column if self.parts.teacher is None else None)
+        error = None
         if self._asker is not None:
-            fill_groups(groups, self._asker)
-        groups = broadcast_object_list([groups])[0] if self.accelerator.num_processes > 1 else groups
+            try:
+                fill_groups(groups, self._asker)
+            except Exception as failed:  # whatever it is, nobody must wait for it
+                error = failed
+        if self.accelerator.num_processes > 1:
+            groups, said = broadcast_object_list([groups, None if error is None else str(error)])
+            if error is None and said is not None:
+                raise RuntimeError(f"The main process could not ask teacher or preference function: {said}")
+        if error is not None:
+            raise error
         return groups
 
     def _encode_teacher(self, group: PromptGroup) -> list[int]:
