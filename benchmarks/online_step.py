@@ -6,8 +6,8 @@
 Parts, in processor time of a step (on a CPU, one thread; on a GPU, wall time with synchronisation): generation by the
 student; asking (teacher's answers from a column, labels by a function that counts characters); the reward model (its step
 and its rewards); the policy (everything else: old and reference log-probabilities, loss, backward, optimizer). RLOO has a
-reward function that costs nothing. Steps of both trainers are interleaved; the first ones warm up; numbers are medians. Results go
-to benchmarks/results/online_step_<device>.json.
+reward function that costs nothing. Steps of both trainers are interleaved; the first ones warm up; numbers are medians.
+Results go to benchmarks/results/online_step_<device>.json.
 """
 
 import argparse
