@@ -95,7 +95,7 @@ def plain_moments(student, teacher, q_NE=None, q_embedding_VE=None, *, q_bound, 
     """`moment_matching` at beta = 1 with whole tables of logits."""
     log_pi = (student.hidden_NH @ student.weight_VH.T).float().div(temperature).log_softmax(-1)
     log_mu = (teacher.hidden_NH @ teacher.weight_VH.T).float().div(temperature).log_softmax(-1)
-    q = q_bound * torch.tanh((q_NE.to(q_embedding_VE.dtype) @ q_embedding_VE.T).float() / q_bound)
+    q = q_bound * torch.tanh((q_NE @ q_embedding_VE.T).float() / q_bound)
     pi, mu = log_pi.exp(), log_mu.exp()
     fixed_pi = pi.detach()
     return MomentOutput(

@@ -112,7 +112,7 @@ def test_yaml_blocks_are_understood(code, tmp_path):
     path = tmp_path / "page.yaml"
     path.write_text(code)
     keys = set(re.findall(r"^(\w+):", code, re.MULTILINE))
-    command = "mm-pbkd" if code.startswith("# mm_") else "pbkd"
+    command = "mm-pbkd" if code.startswith("# mm_") else "pairs" if code.startswith("# pairs") else "pbkd"
     values = parsed(command, ["--config", str(path)]).values
     assert keys
     for key in keys:

@@ -15,6 +15,7 @@ _PUBLIC = {
     "OnlinePbKDConfig": "trl_kd.trainers.online_pbkd_config",
     "OnlinePbKDTrainer": "trl_kd.trainers.online_pbkd_trainer",
     "PbKDConfig": "trl_kd.trainers.pbkd_config",
+    "PbKDRounds": "trl_kd.trainers.rounds",
     "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
 }
 
@@ -24,6 +25,7 @@ __all__ = [
     "OnlinePbKDConfig",
     "OnlinePbKDTrainer",
     "PbKDConfig",
+    "PbKDRounds",
     "PbKDTrainer",
     "__version__",
 ]
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from trl_kd.trainers.online_pbkd_trainer import OnlinePbKDTrainer
     from trl_kd.trainers.pbkd_config import PbKDConfig
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+    from trl_kd.trainers.rounds import PbKDRounds
 
 
 def __getattr__(name: str) -> Any:

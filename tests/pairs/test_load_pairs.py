@@ -11,7 +11,8 @@ from trl.trainer import dpo_trainer, reward_trainer
 from tests.pairs.fakes import Column, Pairwise
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.pairs import build_pairs, load_pairs
-from trl_kd.pairs.dataset import RESERVED
+from trl_kd.pairs.dataset import RESERVED, join_pairs
+from trl_kd.preferences.simple import TeacherWins
 
 
 STRENGTHS = {"t": 3.0, "a": 1.0, "b": 3.0, "c": 0.0}
@@ -106,3 +107,35 @@ def test_every_column_that_trl_reads_is_reserved(module):
     }
     assert some[module] <= read
     assert read - RESERVED <= {"prompt", "tools", "chat_template_kwargs"}
+
+
+def test_folders_are_joined_whatever_fields_their_messages_have(tmp_path):
+    def answered(folder, prompts):
+        call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+        rows = []
+        for text in prompts:
+            answer = {"role": "assistant", "content": text, **({"tool_calls": [call]} if text == "call" else {})}
+            student = [{"role": "assistant", "content": "?"}]
+            rows.append(
+                {"prompt": [{"role": "user", "content": text}], "t": [answer], "s": student, "level": len(text)}
+            )
+        build_pairs(
+            Dataset.from_list(rows),
+            teacher=Column("t"),
+            student=Column("s"),
+            preference=TeacherWins(),
+            output_dir=folder,
+            show_progress=False,
+        )
+        return folder
+
+    with_calls, without = answered(tmp_path / "a", ["call", "plain"]), answered(tmp_path / "b", ["other"])
+    assert join_pairs([without]).to_list() == load_pairs(without).to_list()
+    for folders in ([with_calls, without], [without, with_calls]):
+        joined = join_pairs(folders)
+        chosen = {row["prompt"][0]["content"]: row["chosen"][0] for row in joined}
+        assert list(chosen) == [row["prompt"][0]["content"] for folder in folders for row in load_pairs(folder)]
+        assert chosen["call"]["tool_calls"][0]["function"]["name"] == "add"
+        assert chosen["plain"]["tool_calls"] is chosen["other"]["tool_calls"] is None
+        assert joined.features["level"].dtype == "int64"
+        assert len(joined) == 3

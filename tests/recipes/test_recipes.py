@@ -17,9 +17,10 @@ from trl_kd.scripts.pairs_arguments import PairsArguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(RECIPES.rglob("*.yaml"))
-PAIRS = [path for path in ALL if path.stem == "pairs"]
+PAIRS = [path for path in ALL if path.stem.startswith("pairs")]
 FILES = [path for path in ALL if path not in PAIRS]
 MATCHING = [path for path in FILES if path.stem.startswith("mm_pbkd")]
+ROUNDS = [path for path in FILES if path.stem.endswith("rounds")]
 
 pytestmark = pytest.mark.skipif("WORLD_SIZE" in os.environ, reason="runs in this process")
 
@@ -45,6 +46,14 @@ def chats(pairs, tmp_path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def sums(tmp_path) -> str:
+    """Prompts of running sums, each with its answer."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{n}+1+1=", "answer": f"{n + 1},{n + 2}"}) for n in range(4)))
+    return str(path)
+
+
 def test_there_are_recipes():
     for paths in (MATCHING, [path for path in FILES if path not in MATCHING]):
         assert {"running_sums", "qwen2.5", "gsm8k"} <= {path.parent.name for path in paths}
@@ -61,7 +70,8 @@ def test_its_header_says_what_it_takes(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 class TestRecipe:
-    def test_it_runs_two_steps(self, path, chats, tiny_dir, teacher_dir, tmp_path, capfd):
+    def test_it_runs_two_steps(self, path, chats, sums, tiny_dir, teacher_dir, tmp_path, capfd, monkeypatch):
+        monkeypatch.chdir(RECIPES.parent)
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = {
             "model_name_or_path": tiny_dir,
@@ -81,6 +91,12 @@ class TestRecipe:
             words["q_warmup_steps"] = 2
         else:
             command, words["max_length"] = "pbkd", 64
+        if path in ROUNDS:
+            del words["dataset_name"]
+            pairs = yaml.safe_load(Path(RECIPES.parent, recipe["pairs_config"]).read_text(encoding="utf-8"))
+            pairs |= {"dataset_name": sums, "teacher": teacher_dir}
+            (tmp_path / "rounds_pairs.yaml").write_text(yaml.safe_dump(pairs))
+            words |= {"rounds": 2, "pairs_config": tmp_path / "rounds_pairs.yaml"}
         if "teacher_model_name_or_path" in recipe:
             words["teacher_model_name_or_path"] = teacher_dir
         if "load_in_4bit" in recipe.get("teacher_model_init_kwargs", {}):
@@ -114,7 +130,24 @@ def test_the_running_sums_recipe_is_what_the_demo_does(method):
         assert recipe["preference_dataset"] == recipe["dataset_name"]
 
 
-@pytest.mark.parametrize("path", PAIRS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_rounds_are_the_demos_too():
+    """The same start, teacher, questions and number of updates as its offline runs."""
+    offline, rounds, pairs = (
+        yaml.safe_load((RECIPES / "running_sums" / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("pbkd", "pbkd_rounds", "pairs_rounds")
+    )
+    assert rounds["rounds"] * rounds["max_steps"] == offline["max_steps"]
+    for name in ("model_name_or_path", "per_device_train_batch_size", "learning_rate", "beta", "seed", "max_length"):
+        assert rounds[name] == offline[name]
+    assert pairs["dataset_name"] == f"{offline['dataset_name']}/data"
+    assert str(RECIPES.parent / rounds["pairs_config"]) == str(RECIPES / "running_sums/pairs_rounds.yaml")
+    reward = load_function(f"{RECIPES / 'running_sums' / 'reward.py'}:correct")
+    assert reward(completions=["1,2", " 1,2 ", "2"], answer=["1,2"] * 3) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PAIRS if path.stem == "pairs"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_pairs_recipes_run(path, tiny_dir, teacher_dir, tmp_path, monkeypatch, capfd):
     """On tiny models, both local, with three prompts in the place of the Hub's."""
     monkeypatch.chdir(RECIPES.parent)

@@ -85,13 +85,19 @@ def test_the_scale_of_hidden_states_does_not_matter(kind):
     torch.testing.assert_close(q(1000 * hidden, [0]), q(hidden, [0]))
 
 
-def test_precision():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_are_rounded_last_to_the_dtype_of_the_hidden_states(dtype):
     q, hidden = stir(make("mlp")), torch.randn(5, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = q(hidden.bfloat16(), [0])
-    assert found.dtype == torch.float32
-    assert torch.equal(found, q(hidden.bfloat16().float(), [0]))
-    double = make("mlp", dtype=torch.float64)
+        found = q(hidden.to(dtype), [0])
+    assert found.dtype == dtype
+    assert torch.equal(found, q(hidden.to(dtype).float(), [0]).to(dtype))
+    found.float().square().sum().backward()
+    assert {p.grad.dtype for p in q.parameters()} == {torch.float32}
+
+
+def test_double_precision():
+    double, hidden = make("mlp", dtype=torch.float64), torch.randn(5, 12)
     assert double(hidden.double(), [0]).dtype == torch.float64
     assert {p.dtype for p in double.parameters()} == {torch.float64}
 

@@ -74,6 +74,16 @@ def test_pairs_are_counted(dry, jsonl, mm_base):
     assert line(dry("--dual_max", "0", "--dual_init", "0", base=words), "warm-up") == "none"
 
 
+@pytest.mark.parametrize("implicit", [False, True])
+def test_pairs_are_held_out_by_their_prompts(implicit, dry, jsonl, mm_base):
+    """Six to a prompt, so that of the twenty that make a tenth eighteen are held out."""
+    rows = [{"prompt": f"{i % 34}=", "chosen": f"1{i}", "rejected": f"2{i}"} for i in range(204)]
+    if implicit:
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    words = replaced(mm_base, "--preference_dataset", jsonl(rows, "many.jsonl"))
+    assert line(dry(base=words), "pairs") == "204 rows, 204 known, 204 strict; 18 held out (18 strict)"
+
+
 def test_without_pairs(dry, mm_base):
     words = replaced(mm_base, "--preference_dataset")
     text = dry(base=words)

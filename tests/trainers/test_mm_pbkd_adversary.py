@@ -10,11 +10,10 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from trl import DistillationConfig, DistillationTrainer
 
-from tests.conftest import make_tokenizer
 from tests.trainers.mm_cases import PAIRS, PROMPTS, ROWS, equal, logs_of, make, weights_of
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.adversary import CHECK_EVERY
+from trl_kd.trainers.adversary import FIRST_LOOK, looks_of
 
 
 MANY = [
@@ -42,10 +41,16 @@ def test_the_warm_up_ends_once_held_out_pairs_are_ordered(tiny_dir, teacher_dir,
     with caplog.at_level(logging.INFO):
         trainer.train()
     first = logs_of(trainer)[0]
-    assert first["mmpbkd/warmup_steps"] in range(CHECK_EVERY, 60, CHECK_EVERY)
+    assert first["mmpbkd/warmup_steps"] in (10, 20, 40)
     assert first["mmpbkd/held_out_accuracy"] > 0.5 + 1.645 * 0.5 / math.sqrt(pairs.strict)
     assert pairs.seen == (first["mmpbkd/warmup_steps"] + 1) * 4
-    assert "warm-up" not in caplog.text
+    said = [record for record in caplog.records if "warm-up" in record.message]
+    assert [record.levelname for record in said] == ["INFO", "INFO"]
+    threshold = 0.5 + 2.2414 * 0.5 / math.sqrt(pairs.strict)  # 5 % by four looks, one-sided
+    assert said[0].message.startswith("[RANK 0] After 10 steps of its warm-up Q orders ")
+    assert f"of {pairs.strict} held-out pairs rightly; above {threshold:.1%} the warm-up ends" in said[0].message
+    ended = f"{first['mmpbkd/warmup_steps']:.0f} steps and ended at {first['mmpbkd/held_out_accuracy']:.1%}."
+    assert said[1].message == f"[RANK 0] Q's warm-up took {ended}"
     assert len(trainer.dual.history) == 1  # λ moves with the student's steps alone
 
 
@@ -71,7 +76,7 @@ def test_with_few_pairs_the_warm_up_goes_by_steps_and_says_so(tiny_dir, teacher_
 
 
 def test_labels_at_random_end_a_warm_up_rarely(tiny_dir, teacher_dir, settings):
-    """Ten looks, each at an accuracy that is chance alone, share the 5 %; each at 5 % would end two in five."""
+    """Five looks, each at an accuracy that is chance alone, share the 5 %; each at 5 % would end one in four."""
     options = {"pairs": MANY, "pair_held_out": 0.5, "q_warmup_steps": 100}
     adversary = make(tiny_dir, teacher_dir, settings, **options).adversary
     strict, stream = adversary.pairs.strict, random.Random(0)
@@ -80,7 +85,19 @@ def test_labels_at_random_end_a_warm_up_rarely(tiny_dir, teacher_dir, settings):
     ended = [adversary.warm_up()["warmup_steps"] < 100 for _ in range(400)]
     assert sum(ended) / 400 < 0.08
     adversary.held_out_accuracy = lambda: 0.5 + 3 * 0.5 / math.sqrt(strict)
-    assert adversary.warm_up()["warmup_steps"] == CHECK_EVERY
+    assert adversary.warm_up()["warmup_steps"] == FIRST_LOOK
+
+
+def test_looks_grow_apart(tiny_dir, teacher_dir, settings):
+    """So that they cost a logarithmic number of passes over the held-out pairs."""
+    assert looks_of(100) == [10, 20, 40, 80, 100]
+    assert [looks_of(steps) for steps in (1, 10, 11, 40)] == [[1], [10], [10, 11], [10, 20, 40]]
+    adversary = make(tiny_dir, teacher_dir, settings, pairs=MANY, pair_held_out=0.5, q_warmup_steps=100).adversary
+    taken, looked = [], []
+    adversary.step = lambda moments: taken.append(moments)
+    adversary.held_out_accuracy = lambda: looked.append(len(taken)) or 0.5
+    assert adversary.warm_up() == {"warmup_steps": 100, "held_out_accuracy": 0.5}
+    assert looked == [10, 20, 40, 80, 100]
 
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.5])
@@ -140,25 +157,6 @@ def test_the_label_says_which_response_is_preferred(tiny_dir, teacher_dir, setti
         found.append(weights_of(trainer.adversary.q))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_pairs_come_in_an_order_of_their_own_each_once_an_epoch(tiny_dir, teacher_dir, settings):
-    trainer = make(tiny_dir, teacher_dir, settings, pairs=PAIRS, pair_held_out=0.25, pair_batch_size=6)
-    pairs = trainer.adversary.pairs
-    stream = torch.random.get_rng_state()
-    drawn = [row for _ in range(5) for batch in pairs.draw() for row in chosen(batch)]
-    held_out = [row for batch in pairs.held_out() for row in chosen(batch)]
-    assert torch.equal(torch.random.get_rng_state(), stream)
-    assert pairs.seen == len(drawn) == 30
-    first, second = drawn[:15], drawn[15:]
-    assert sorted(first) == sorted(second) != first != second
-    assert sorted(first + held_out) == sorted(f"{row['prompt']}{row['chosen']}<eos>" for row in PAIRS)
-
-
-def chosen(batch) -> list[str]:
-    """Prompts with their chosen responses, which come before those with the rejected ones."""
-    rows = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return [make_tokenizer().decode(row) for row in rows[: len(rows) // 2]]
 
 
 FIXED_AT_ZERO = {

@@ -71,6 +71,23 @@ def test_on_policy_without_q_is_distillation(tiny_dir, teacher_dir, settings, be
     same(found, expected, 2e-6)
 
 
+def test_it_is_distillation_in_bf16_as_well(tiny_dir, teacher_dir, settings):
+    """`bf16` leaves weights in their dtype, and neither TRL's trainer nor this one runs autocast in what it learns from."""
+    settings |= SGD | {"bf16": True, "max_steps": 3}
+    common = {"model": tiny_dir, "teacher_model": teacher_dir, "train_dataset": Dataset.from_list(ROWS)}
+    expected = train(DistillationTrainer(args=DistillationConfig(**settings), **common))
+    for without_q in ({"moment_coef": 0.0}, {"q_learning_rate": 0.0}):
+        same(train(MMPbKDTrainer(args=MMPbKDConfig(**settings, **without_q), **common)), expected, 2e-6)
+
+
+def test_a_teacher_that_is_the_student_has_nothing_to_teach_in_bf16(tiny_dir, settings):
+    args = MMPbKDConfig(**settings | {"bf16": True}, lmbda=0.5, q_warmup_steps=0)
+    trainer = MMPbKDTrainer(tiny_dir, tiny_dir, args, Dataset.from_list(ROWS))
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["mmpbkd/kl"] == first["grad_norm"] == 0
+
+
 def test_off_policy_without_q_is_forward_kl(tiny_dir, teacher_dir, settings):
     settings |= SGD
     tokenizer = make_tokenizer()

@@ -45,6 +45,9 @@ SETTINGS = [
     ({"dual_max": -1.0}, "`dual_max` is -1.0"),
     ({"confidence_radius": "wide"}, "`confidence_radius` is 'wide'"),
     ({"confidence_radius": -0.1}, "`confidence_radius` is -0.1"),
+    ({"confidence_radius": None}, "`confidence_radius` is None: give a number .* or 'theory'; 0 is the max"),
+    ({"top_p": 0.0}, "`top_p` is 0.0: .* above 0 and at most 1"),
+    ({"top_p": 1.5}, "`top_p` is 1.5"),
     ({"confidence_constant": 0.0}, "`confidence_constant` is 0.0"),
     ({"confidence_delta": 1.0}, "`confidence_delta` is 1.0"),
     ({"pair_max_length": 1}, "`pair_max_length` is 1: .* at least 2"),
@@ -70,7 +73,7 @@ def test_bad_settings(options, message, settings):
         MMPbKDConfig(**{**settings, **options})
 
 
-@pytest.mark.parametrize(("text", "value"), [("theory", "theory"), ("0.02", 0.02), ("1e-3", 1e-3), (None, 0.0)])
+@pytest.mark.parametrize(("text", "value"), [("theory", "theory"), ("0.02", 0.02), ("1e-3", 1e-3)])
 def test_radius_from_the_command_line(text, value, settings):
     assert MMPbKDConfig(**settings, confidence_radius=text).confidence_radius == value
 
@@ -178,6 +181,42 @@ DATA = {
         {"rows": [{"prompt": "1+1=", "completion": ANSWER}], "lmbda": 0.5},
         "`prompt` is text but `completion` is not",
     ),
+    "no messages in a completion": (
+        {"rows": [{"prompt": USER, "completion": ANSWER}, {"prompt": USER, "completion": []}], "lmbda": 0.5},
+        r"Row 1 of the train dataset: `completion` is \[\] \(list\); it must be text or a list of messages",
+    ),
+    "a completion that is a number": (
+        {"rows": [{"prompt": "1+1=", "completion": 2}], "lmbda": 0.5},
+        r"Row 0 of the train dataset: `completion` is 2 \(int\); .* A column of numbers must be cast to text",
+    ),
+    "prompts that are numbers": (
+        {"rows": [{"prompt": 3}] * 4},
+        r"Row 0 of the train dataset: `prompt` is 3 \(int\); .* A column of numbers must be cast to text",
+    ),
+    "prompts that are lists of texts": (
+        {"eval_rows": [{"prompt": ["1+1=", "2"]}]},
+        r"Row 0 of the eval dataset: `prompt` is \['1\+1=', '2'\] \(list\); it must be text or a list of messages",
+    ),
+    "messages without a role": (
+        {"rows": [{"prompt": USER}, {"prompt": [{"role": None, "content": "1"}]}] * 2},
+        "Row 1 of the train dataset: `prompt` is .*a list of messages with a role",
+    ),
+    "messages without content": (
+        {"rows": [{"prompt": USER}, {"prompt": [*USER, {"role": "assistant", "content": None}]}] * 2},
+        "Row 1 of the train dataset: `prompt`: message 1, of the assistant, has no `content`",
+    ),
+    "messages without any content": (
+        {"rows": [{"prompt": [{"role": "user"}]}] * 4},
+        "Row 0 of the train dataset: `prompt`: message 0, of the user, has no `content`",
+    ),
+    "pairs' messages without content": (
+        {"pairs": [{"prompt": [{"role": "user"}], "chosen": ANSWER, "rejected": USER}]},
+        "Row 0 of the preference dataset: `prompt`: message 0, of the user, has no `content`",
+    ),
+    "pairs of equal responses": (
+        {"pairs": [{**row, "rejected": row["chosen"]} for row in PAIRS]},
+        "no row with a known `preference` between two different responses",
+    ),
     "images off-policy": ({"rows": IMAGES, "lmbda": 0.5}, "`lmbda` is 0.5, but images are supported on-policy only"),
     "images to evaluate": ({"eval_rows": IMAGES, "lmbda": 0.0}, "`lmbda` is 0.0, but images are supported"),
     "tools off-policy": (
@@ -237,6 +276,14 @@ def test_a_tokenizer_that_cannot_render_the_data(tokenizer, rows, message, tmp_p
 def test_good_input_passes_the_checks(tiny_dir, teacher_dir, settings):
     """So that the tests above fail for what they say."""
     rows = [{"prompt": USER, "completion": ANSWER}, {"prompt": USER, "completion": None}] * 2
-    for options in ({"rows": rows, "lmbda": 0.5}, {"rows": IMAGES * 4}, {"pairs": PAIRS}, {"tools": [math.sqrt]}):
+    called = [{"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}]
+    tools = {"rows": [{"prompt": [*USER, *called, {"role": "tool", "name": "f", "content": "2"}]}] * 4}
+    for options in (
+        {"rows": rows, "lmbda": 0.5},
+        {"rows": IMAGES * 4},
+        {"pairs": PAIRS},
+        {"tools": [math.sqrt]},
+        tools,
+    ):
         with pytest.raises(AssertionError, match="weights were about to load"):
             make(tiny_dir, teacher_dir, settings, **options)

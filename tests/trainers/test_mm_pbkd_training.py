@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.conftest import make_tokenizer
 from tests.trainers.mm_cases import PAIRS, PROMPTS, ROWS, Recording, equal, logs_of, make, weights_of
 from trl_kd import MMPbKDConfig
+from trl_kd.losses.tiles import Projection
 
 
 LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
@@ -172,18 +175,16 @@ def test_qlora_student(tiny_dir, teacher_dir, settings):
     assert logs_of(trainer)[-1]["mmpbkd/q_abs_mean"] > 0
 
 
-def test_bf16(tiny_dir, teacher_dir, settings):
-    """Q stays in float32, and the first step is nearly that of float32."""
-    first = []
+def test_bf16_is_a_matter_of_generation_where_weights_are_in_float32(tiny_dir, teacher_dir, settings):
+    """As in TRL: the dtype of weights decides, in the states, in the pairs and for Q."""
+    found = []
     for bf16 in (False, True):
-        options = {"bf16": bf16, "pairs": PAIRS, "lmbda": 0.0, "q_warmup_steps": 2}
+        options = {"bf16": bf16, "pairs": PAIRS, "lmbda": 0.0, "q_warmup_steps": 2, "q_steps": 2}
         trainer = make(tiny_dir, teacher_dir, settings, **options)
         trainer.train()
-        assert {p.dtype for p in trainer.adversary.q.parameters()} == {torch.float32}
-        first.append(logs_of(trainer)[0])
-    assert first[0]["loss"] != first[1]["loss"]
-    for name in ("loss", "mmpbkd/kl", "mmpbkd/preference_nll", "mmpbkd/q_abs_mean"):
-        assert first[1][name] == pytest.approx(first[0][name], rel=0.05), name
+        found.append(weights_of(trainer.model) + weights_of(trainer.adversary.q))
+    assert {weight.dtype for weight in found[1]} == {torch.float32}
+    assert equal(*found)
 
 
 def test_a_student_and_a_teacher_in_bf16(tiny_dir, teacher_dir, settings):
@@ -194,6 +195,37 @@ def test_a_student_and_a_teacher_in_bf16(tiny_dir, teacher_dir, settings):
     assert {p.dtype for m in (trainer.model, trainer.teacher_model) for p in m.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in trainer.adversary.q.parameters())
     assert logs_of(trainer)[-1]["mmpbkd/q_abs_mean"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_q_is_projected_in_the_students_dtype(dtype, tiny_dir, teacher_dir, settings, monkeypatch):
+    found, load = set(), Projection.load
+    monkeypatch.setattr(Projection, "load", lambda self, words: (found.add(self.rounded), load(self, words))[1])
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in (tiny_dir, teacher_dir)]
+    options = {"pairs": PAIRS, "lmbda": 0.5, "q_warmup_steps": 1, "q_steps": 2}
+    make(*models, settings, processing_class=make_tokenizer(), **options).train()
+    assert found == {dtype}
+
+
+def test_q_learns_in_bf16_what_it_learns_in_float32(tiny_dir, teacher_dir, settings):
+    """From the same bf16 student: but for the rounding of its features."""
+
+    def gradients(rounded: bool) -> torch.Tensor:
+        models = [AutoModelForCausalLM.from_pretrained(folder).bfloat16() for folder in (tiny_dir, teacher_dir)]
+        options = {"pairs": PAIRS, "lmbda": 0.5, "max_steps": 1, "q_steps": 2, "pair_batch_size": 16}
+        trainer = make(*models, settings, processing_class=make_tokenizer(), **options)
+        q, seen = trainer.adversary.q, []
+        with torch.no_grad():
+            q.outputs.normal_(generator=torch.Generator().manual_seed(0))
+        if not rounded:
+            q.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+        trainer.adversary.optimizer = torch.optim.SGD(q.parameters(), lr=0.0)
+        trainer.adversary.optimizer.register_step_pre_hook(lambda *_: seen.append(q.outputs.grad.clone()))
+        trainer.train()
+        return torch.stack(seen)
+
+    expected = gradients(rounded=False)
+    assert 0 < (gradients(rounded=True) - expected).norm() < 0.01 * expected.norm()
 
 
 HALF = {"model_init_kwargs": {"dtype": "float16"}, "teacher_model_init_kwargs": {"dtype": "float16"}}
@@ -297,3 +329,18 @@ def test_the_hub_token_is_written_nowhere(tiny_dir, teacher_dir, settings):
     assert trainer.args.hub_token == token
     assert AutoModelForCausalLM.from_pretrained(settings["output_dir"]).num_parameters() > 0
     shutil.rmtree(settings["output_dir"])
+
+
+@pytest.mark.parametrize(
+    ("options", "uses"),
+    [({"moment_coef": 0.0}, 2), ({}, 2), ({"q_steps": 2}, 4), ({"q_steps": 2, "pairs": PAIRS}, 8)],
+    ids=["no Q", "Q", "two steps of Q", "two steps of Q with pairs"],
+)
+def test_output_layers_are_made_whole_wherever_they_are_used(
+    options, uses, tiny_dir, teacher_dir, settings, monkeypatch
+):
+    """Forwards and backwards, for weights that are split (ZeRO-3)."""
+    entered = []
+    monkeypatch.setattr(Recording, "_whole_heads", lambda self: nullcontext(entered.append(1)))
+    make(tiny_dir, teacher_dir, settings, max_steps=1, **options).train()
+    assert len(entered) == uses

@@ -224,6 +224,16 @@ def test_a_teacher_equal_to_the_student_has_nothing_to_teach(tiny_dir, pairs, se
     assert max(float(g.abs().max()) for g in gradient) < 1e-5
 
 
+def test_nor_has_it_in_bf16(tiny_dir, pairs, settings):
+    """A prepared student runs under autocast in `DPOTrainer`, and so does the teacher."""
+    args = {"imitation": "token", "teacher_model_name_or_path": tiny_dir, "dual_init": 0.0}
+    settings |= {"bf16": True, "max_steps": 1}
+    trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **args), train_dataset=Dataset.from_list(pairs))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["pbkd/imitation"] == logged["grad_norm"] == 0
+
+
 def test_null_rows_do_not_move_the_student_through_the_preference_loss(tiny_dir, pairs, settings):
     rows = [{**row, "preference": None} for row in pairs[:4]]
     trainer = make_trainer(tiny_dir, rows, settings, imitation_weight=0.0)

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
 from trl_kd.pairs.store import disk_full
 
@@ -301,3 +301,23 @@ def load_pairs(output_dir: str | os.PathLike, strict_only: bool = False) -> Data
             )
         dataset = dataset.select(strict)
     return dataset
+
+
+def join_pairs(folders: Sequence[str | os.PathLike]) -> Dataset:
+    """
+    Reads the pairs of several folders, one after another.
+
+    Fields of messages that only some of them have (the `tool_calls` of an answer, say) are null in the others.
+
+    Args:
+        folders (sequence of `str` or `os.PathLike`):
+            Folders that [`build_pairs`] wrote from prompts of the same columns.
+    """
+    parts = [load_pairs(folder) for folder in folders]
+    if all(part.features == parts[0].features for part in parts):
+        return concatenate_datasets(parts)
+    wider = _unify([part.features.arrow_schema.remove_metadata() for part in parts])
+    inferred = Features.from_arrow_schema(wider)
+    known = {name: feature for name, feature in parts[0].features.items() if not isinstance(feature, List | dict)}
+    schema = wider.with_metadata(Features(inferred | known).arrow_schema.metadata)
+    return Dataset(pa.concat_tables([_as_schema(part.data.table, schema) for part in parts]))

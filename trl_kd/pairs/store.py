@@ -184,18 +184,18 @@ class AnswerStore:
                 f"{shard[0]}/{shard[1]}: give each piece an `output_dir` of its own."
             )
         for source in ("teacher", "student"):
-            changes = list(_differences(before.get(source, settings[source]), settings[source], source))
+            changes = list(differences(before.get(source, settings[source]), settings[source], source))
             if changes and self._holds("answers", "source", source):
                 raise ValueError(
                     f"`{self.path.parent}` holds answers of another {source}, and answers of two settings are never mixed: "
-                    f"set it back, give another `output_dir`, or delete the folder to start anew. {_listed(changes)}."
+                    f"set it back, give another `output_dir`, or delete the folder to start anew. {listed(changes)}."
                 )
         former = before.get("preference", settings["preference"])
-        changes = list(_differences(former, settings["preference"], "preference"))
+        changes = list(differences(former, settings["preference"], "preference"))
         if changes and not relabel and self._holds("labels", "preference", _digest(former)):
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
-                f"`relabel=True` to keep the answers and label them anew. {_listed(changes)}."
+                f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
             )
         self._note(settings)
 
@@ -350,10 +350,11 @@ def _digest(description: Any) -> bytes:
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+def differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    """What differs between two settings that are JSON, a sentence each, which begins with the field's name."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}")
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
     elif old != new:
         before, after = repr(old), repr(new)
         # Long texts that begin alike are shown from shortly before where they part
@@ -367,6 +368,7 @@ def _part(text: str, start: int) -> str:
     return f"{'… ' if start else ''}{text[start : start + 60]}{' …' if len(text) > start + 60 else ''}"
 
 
-def _listed(changes: list[str]) -> str:
+def listed(changes: list[str]) -> str:
+    """At most four of what `differences` says, and how many more there are."""
     more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
     return f"What differs: {'; '.join(changes[:4])}{more}"

@@ -41,6 +41,11 @@ class StoredAnswers(AnswerStore):
         """Closes the database."""
         self._connection.close()
 
+    def answer_count(self, source: str) -> int:
+        """How many answers of a source are stored."""
+        with self._guard():
+            return self._connection.execute("SELECT COUNT(*) FROM answers WHERE source = ?", (source,)).fetchone()[0]
+
     def label_count(self) -> int:
         """How many labels or scores of the present preference are stored."""
         query = "SELECT COUNT(*) FROM labels WHERE preference = ?"

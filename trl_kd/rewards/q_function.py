@@ -69,7 +69,8 @@ class QFunction(nn.Module):
                 Whether the trunk gets a gradient.
 
         Returns:
-            `torch.Tensor` of shape `[len(which), N, E]`.
+            `torch.Tensor` of shape `[len(which), N, E]`, in the dtype of `hidden_NH`, in which they meet the embeddings;
+            what leads to them is computed in the parameters' dtype.
         """
         with torch.autocast(hidden_NH.device.type, enabled=False):
             x = hidden_NH.detach().to(self.outputs.dtype)
@@ -77,7 +78,8 @@ class QFunction(nn.Module):
             if self.trunk is not None:
                 trunk = self.trunk if train_trunk else self.trunk.detach()
                 x = _with_constant(F.gelu(x @ trunk.t()))
-            return torch.stack([x @ self.outputs[k].t() for k in which]) * self.scale
+            features = torch.stack([x @ self.outputs[k].t() for k in which]) * self.scale
+            return features.to(hidden_NH.dtype)
 
     def parameter_groups(self, learning_rate: float) -> list[dict]:
         """For Adam: each layer's share of the learning rate, see above."""

@@ -27,12 +27,18 @@ def check_arguments(
         raise InputError(
             f"`dataset_name` is {script_args.dataset_name!r}, and `datasets` is set too: drop one of them."
         )
+    if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
+        raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
+    check_training(training_args, model_args)
+    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+
+
+def check_training(training_args: Any, model_args: Any) -> None:
+    """Raises for settings of training and model that do not go together, whatever is trained on."""
     if training_args.per_device_train_batch_size < 1:
         raise InputError(
             f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."
         )
-    if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
-        raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
     _check_quantization(model_args)
     teacher: Any = training_args.teacher_model_init_kwargs or {}
     if any(name.startswith("load_in_") for name in teacher) and find_spec("bitsandbytes") is None:
@@ -41,7 +47,6 @@ def check_arguments(
         )
     _check_reporting(training_args.report_to)
     check_output_dir(training_args.output_dir)
-    training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
 
 
 def _check_quantization(model_args: ModelConfig) -> None:

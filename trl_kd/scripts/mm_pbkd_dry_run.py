@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
-from trl import is_conversational
+from trl import is_conversational, maybe_extract_prompt
 
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.dry_run import (
@@ -160,7 +160,7 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
     known = read_pairs(dataset, args)
     sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
-    batches = PairBatches(known.select_columns("preference"), args, world, pad_token_id=0)
+    batches = PairBatches(_told_apart(known), args, world, pad_token_id=0)
     strict = sum(preference != 0.5 for preference in known["preference"])
     held_out = len(known) - len(batches)
     limit = args.pair_max_length
@@ -180,6 +180,15 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
         ),
         ("warm-up", _warm_up(batches.strict, args)),
     ]
+
+
+def _told_apart(known: Dataset) -> Dataset:
+    """Pairs with what tells their prompts apart in place of `prompt_ids`: all of them are not tokenized here."""
+    texts = known.select_columns([c for c in ("prompt", "chosen", "rejected") if c in known.column_names])
+    batches = texts.with_format(None).iter(batch_size=1000)
+    rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+    prompts = [[hash(repr(maybe_extract_prompt(row)["prompt"]))] for row in rows]
+    return known.select_columns("preference").add_column("prompt_ids", prompts)
 
 
 def _warm_up(strict: int, args: Any) -> str:

@@ -169,7 +169,7 @@ def check(args: PairsArguments) -> None:
     if args.merge is not None:
         others = {f.name for f in fields(args)} - {"merge", "output_dir"}
         others = {name for name in others if not name.startswith(("push_to_hub", "hub_"))}
-        _refuse_set(args, sorted(others), "`merge` asks nobody and takes the pieces as they are: drop one of them.")
+        refuse_set(args, sorted(others), "`merge` asks nobody and takes the pieces as they are: drop one of them.")
         for folder in args.merge:
             if not Path(folder).is_dir():
                 raise InputError(f"`merge` names {folder!r}: no such folder.")
@@ -192,9 +192,9 @@ def check(args: PairsArguments) -> None:
     kind = args.preference.partition(":")[0]
     for name, kinds in _OF_PREFERENCES.items():
         if kind not in kinds:
-            _refuse_set(args, [name], f"`preference` is {args.preference!r}: it is for {' or '.join(kinds)}, drop it.")
+            refuse_set(args, [name], f"`preference` is {args.preference!r}: it is for {' or '.join(kinds)}, drop it.")
     if kind != "judge" and not any(is_server(getattr(args, source)) for source in SOURCES):
-        _refuse_set(args, OF_ASKING, "no server is asked: drop it.")
+        refuse_set(args, OF_ASKING, "no server is asked: drop it.")
     for name in (f.name for f in fields(args)):
         if name.endswith(tuple(_JSON)):
             read_json(args, name)
@@ -220,10 +220,10 @@ def _check_source(args: PairsArguments, source: str) -> None:
         (_OF_SAMPLING, model is None, f"the answers are those in the column {column!r}: drop it."),
     ):
         if is_idle:
-            _refuse_set(args, [f"{source}_{name}" for name in names], why)
+            refuse_set(args, [f"{source}_{name}" for name in names], why)
 
 
-def _refuse_set(args: PairsArguments, names: Iterable[str], why: str) -> None:
+def refuse_set(args: PairsArguments, names: Iterable[str], why: str) -> None:
     """Raises an `InputError` if one of these has another value than by default."""
     defaults = {f.name: f.default for f in fields(args)}
     for name in names:

@@ -26,11 +26,21 @@ WEIGHTS_FILE = "q_function.safetensors"
 OPTIMIZER_FILE = "q_optimizer.pt"
 STATE_FILE = "q_state.json"
 
-CHECK_EVERY = 10
-"""Steps of the warm-up between two looks at the held-out pairs."""
+FIRST_LOOK = 10
+"""Steps of the warm-up before the first look at the held-out pairs. The next looks come at twice as many steps each, since a
+look may cost more than the steps before it."""
 
 ADVERSARY = 0
 """Place of the adversary among the Q-functions; the maximum-likelihood twin of baseline b has place 1 + b."""
+
+
+def looks_of(steps: int) -> list[int]:
+    """After which steps of a warm-up of at most `steps` its accuracy is measured, the last time at its end."""
+    looks, step = [], FIRST_LOOK
+    while step < steps:
+        looks.append(step)
+        step *= 2
+    return [*looks, steps]
 
 
 class Baseline(NamedTuple):
@@ -64,6 +74,30 @@ class PairStates(NamedTuple):
     actions_N: torch.Tensor
     row_N: torch.Tensor
     preference_b: torch.Tensor
+
+
+class PairSums(NamedTuple):
+    """
+    Sums over pairs, each a scalar; over all processes, numbers. From `right` on of the Q that the student meets.
+
+    Attributes:
+        nll, nll_mle (`torch.Tensor`):
+            Negative log-likelihoods of the labels in nats, under the adversary and under its twin.
+        right, strict (`torch.Tensor`):
+            Strict pairs that are ordered rightly, and all strict ones.
+        words (`torch.Tensor`):
+            Words of both responses.
+        advantage, advantage_squared (`torch.Tensor`):
+            Sums over those words.
+    """
+
+    nll: torch.Tensor
+    nll_mle: torch.Tensor
+    right: torch.Tensor
+    strict: torch.Tensor
+    words: torch.Tensor
+    advantage: torch.Tensor
+    advantage_squared: torch.Tensor
 
 
 def descend(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
@@ -147,34 +181,32 @@ class Adversary:
             (nats per pair in excess of the labels' entropy), `violation`, `advantage_std` and `accuracy`.
         """
         assert self.pairs is not None
-        weights = [baseline.weight for baseline in self.baselines]
         sums: torch.Tensor | float = 0.0
         for batch in self.pairs.draw():
             states = self._read_pairs(batch)
             total, seen = torch.zeros((), device=states.hidden_NH.device), []
-            for k, weight in enumerate(weights):
+            for k, (_, weight) in enumerate(self.baselines):
                 # With λ = 0 the preferences must not reach the adversary, not even by way of the trunk
-                nll_2b, statistics = self._likelihoods(states, k, train_trunk=dual > 0 or self._follows_twins)
-                adversary, twin = nll_2b[0].sum(), nll_2b[1].sum()
-                total = total + (dual * weight * adversary + twin) / self.pairs.size
-                seen.append(weight * torch.stack([adversary.detach(), twin.detach(), *statistics]))
+                found = self._likelihoods(states, k, train_trunk=dual > 0 or self._follows_twins)
+                total = total + (dual * weight * found.nll + found.nll_mle) / self.pairs.size
+                seen.append(weight * torch.stack(found).detach())
             total.backward()
             entropy = label_entropy(states.preference_b).sum()
-            sums = sums + torch.stack(seen).sum(0) - entropy * seen[0].new_tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-        nll, mle, right, strict, count, first, second = self._accelerator.reduce(sums, reduction="sum").tolist()
-        nll, mle = nll / self.pairs.size, mle / self.pairs.size
-        mean = first / max(count, 1)
+            so_far = PairSums(*(sums + torch.stack(seen).sum(0)))
+            sums = torch.stack(so_far._replace(nll=so_far.nll - entropy, nll_mle=so_far.nll_mle - entropy))
+        whole = PairSums(*self._accelerator.reduce(sums, reduction="sum").tolist())
+        nll, nll_mle = whole.nll / self.pairs.size, whole.nll_mle / self.pairs.size
+        words = max(whole.words, 1)
         return {
             "preference_nll": nll,
-            "preference_nll_mle": mle,
-            "violation": nll - mle - self.dual.radius,
-            "advantage_std": max(second / max(count, 1) - mean**2, 0.0) ** 0.5,
-            "accuracy": right / strict if strict else float("nan"),
+            "preference_nll_mle": nll_mle,
+            "violation": nll - nll_mle - self.dual.radius,
+            "advantage_std": max(whole.advantage_squared / words - (whole.advantage / words) ** 2, 0.0) ** 0.5,
+            "accuracy": whole.right / whole.strict if whole.strict else float("nan"),
         }
 
-    def _likelihoods(self, states: PairStates, baseline: int, train_trunk: bool) -> tuple[torch.Tensor, tuple]:
-        """NLL `[2, b]` of adversary and twin under one baseline; and of the Q that the student meets the number of strict
-        pairs ordered rightly, of strict pairs, of tokens, and the sums of its advantages and of their squares."""
+    def _likelihoods(self, states: PairStates, baseline: int, train_trunk: bool) -> PairSums:
+        """Of a micro-batch under one baseline; the likelihoods with their graph."""
         twin = self.q(states.hidden_NH, [1 + baseline], train_trunk=train_trunk)
         held = twin.detach() if self._follows_twins else self.q(states.hidden_NH, [ADVERSARY], train_trunk=False)
         advantage_2N = advantages(
@@ -193,14 +225,15 @@ class Adversary:
         strict_b = preference_b != 0.5
         right_b = ((margin_2b[met] > 0) == (preference_b > 0.5)) & (margin_2b[met] != 0) & strict_b
         taken_N = advantage_2N[met].detach()
-        statistics = (
-            right_b.sum(),
-            strict_b.sum(),
-            taken_N.new_tensor(len(taken_N)),
-            taken_N.sum(),
-            taken_N.square().sum(),
+        return PairSums(
+            nll=nll_2b[0].sum(),
+            nll_mle=nll_2b[1].sum(),
+            right=right_b.sum().to(nll_2b.dtype),
+            strict=strict_b.sum().to(nll_2b.dtype),
+            words=taken_N.new_tensor(len(taken_N)),
+            advantage=taken_N.sum(),
+            advantage_squared=taken_N.square().sum(),
         )
-        return nll_2b, tuple(value.to(nll_2b.dtype) for value in statistics)
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float:
@@ -210,8 +243,8 @@ class Adversary:
         for batch in self.pairs.held_out():
             states = self._read_pairs(batch)
             for k, baseline in enumerate(self.baselines):
-                _, (right, strict, *_) = self._likelihoods(states, k, train_trunk=False)
-                sums += baseline.weight * torch.stack([right, strict]).to(sums)
+                found = self._likelihoods(states, k, train_trunk=False)
+                sums += baseline.weight * torch.stack([found.right, found.strict]).to(sums)
         right, strict = self._accelerator.reduce(sums, reduction="sum").tolist()
         return right / strict if strict else float("nan")
 
@@ -243,16 +276,22 @@ class Adversary:
                 f"{strict} strict pairs are held out, which is too few to tell when Q has learnt (it takes "
                 f"{LEAST_HELD_OUT}): its warm-up takes all {self._args.q_warmup_steps} steps."
             )
-        # The looks share the 5 % (Bonferroni)
-        looks = math.ceil(self._args.q_warmup_steps / CHECK_EVERY)
-        threshold = 0.5 + NormalDist().inv_cdf(1 - 0.05 / looks) * 0.5 / max(strict, 1) ** 0.5
+        looks = looks_of(self._args.q_warmup_steps)
+        # They share the 5 % (Bonferroni)
+        threshold = 0.5 + NormalDist().inv_cdf(1 - 0.05 / len(looks)) * 0.5 / max(strict, 1) ** 0.5
         accuracy, steps = float("nan"), 0
-        for steps in range(1, self._args.q_warmup_steps + 1):
+        for steps in range(1, looks[-1] + 1):
             self.step(moments=False)
-            if measured and (steps % CHECK_EVERY == 0 or steps == self._args.q_warmup_steps):
+            if measured and steps in looks:
                 accuracy = self.held_out_accuracy()
+                if steps == looks[0]:
+                    logger.info(
+                        f"After {steps} steps of its warm-up Q orders {accuracy:.1%} of {strict} held-out pairs rightly; "
+                        f"above {threshold:.1%} the warm-up ends."
+                    )
                 if accuracy > threshold:
                     break
+        logger.info(f"Q's warm-up took {steps} steps{f' and ended at {accuracy:.1%}' if measured else ''}.")
         if measured and not accuracy > threshold:
             logger.warning(
                 f"After q_warmup_steps={steps} Q orders {accuracy:.1%} of {strict} held-out pairs rightly, which is not "

@@ -28,6 +28,9 @@ class MMPbKDConfig(DistillationConfig):
     (white-box form of [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952);
     derivation in docs/method.md).
 
+    As in TRL, `bf16` serves generation and leaves weights as they are: student and teacher learn in the dtype that they are
+    loaded in, float32 unless `model_init_kwargs` and `teacher_model_init_kwargs` say otherwise.
+
     Parameters:
         > Parameters of the states
 
@@ -62,8 +65,8 @@ class MMPbKDConfig(DistillationConfig):
             Steps of Q, each with pairs of its own, for a step of the student; at least 1.
         q_warmup_steps (`int`, *optional*, defaults to `100`):
             At most so many steps of Q on the preferences alone come first. They end sooner once the accuracy on pairs held
-            out is above chance (one-sided, at 5 % over all looks at it), for which at least 100 strict pairs must be held
-            out. No preferences: no warm-up.
+            out is above chance (one-sided, at 5 % over all looks at it, which come after 10, 20, 40, … steps), for which at
+            least 100 strict pairs must be held out. No preferences: no warm-up.
         dual_init (`float`, *optional*, defaults to `5.0`):
             λ at the start; in [0, `dual_max`]. Below 1/(1 − p), with p the share of pairs that the teacher wins, the
             constraint does not bind.
@@ -87,7 +90,8 @@ class MMPbKDConfig(DistillationConfig):
             Pairs of one step of Q, over all processes, which must divide it. `None`: as many as the student's global batch
             has rows.
         pair_held_out (`float`, *optional*, defaults to `0.1`):
-            In [0, 1), share of the pairs (500 at most) that Q never learns from and its accuracy is measured on.
+            In [0, 1), share of the pairs (500 at most) that Q never learns from and its accuracy is measured on: all pairs
+            of some prompts, as many as fit.
 
     Raises:
         `ValueError`: a field outside its range, or fields that do not go together. The message names the field, its
@@ -124,7 +128,7 @@ class MMPbKDConfig(DistillationConfig):
     dual_init: float = field(default=5.0, metadata={"help": "Dual variable λ at the start; at least 0."})
     dual_learning_rate: float = field(default=0.1, metadata={"help": "Step size of λ; 0 keeps λ fixed."})
     dual_max: float = field(default=50.0, metadata={"help": "Cap of λ; 0 is moment matching without preferences."})
-    confidence_radius: float | str | None = field(
+    confidence_radius: float | str | None = field(  # None, which is refused, makes the command line take 'theory'
         default=0.05,
         metadata={
             "help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N; 0 is the MLE head."
@@ -150,6 +154,11 @@ class MMPbKDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        if self.confidence_radius is None:
+            raise ValueError(
+                "`confidence_radius` is None: give a number of nats per pair, at least 0, or 'theory'; 0 is the "
+                "maximum-likelihood head."
+            )
         self.confidence_radius = parse_radius(self.confidence_radius)
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
@@ -176,6 +185,7 @@ class MMPbKDConfig(DistillationConfig):
         for name in ("pair_batch_size", "max_completion_length"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
         if self.pair_max_length is not None:
             check_integer("pair_max_length", self.pair_max_length, 2)
         if not isinstance(self.state_gradient, bool):

@@ -1,6 +1,7 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import Sampler
 from trl import is_conversational
 
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, prepare_rows, tokenize_rows
+from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows, tokenize_rows
 
 
 logger = get_logger(__name__)
@@ -80,11 +81,15 @@ def check_prompt_count(dataset: Any, args: MMPbKDConfig, processes: int) -> None
 
 
 def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
-    """Raises a `ValueError` for a prompt that is empty, or a completion of another format."""
-    if not row["prompt"]:
+    """Raises a `ValueError` for a prompt that is empty or no prompt, or a completion of another format."""
+    if row["prompt"] in (None, ""):
         raise ValueError(f"{where}: `prompt` is {row['prompt']!r}. Give a text, or drop the row.")
+    check_text(row["prompt"], f"{where}: `prompt`")
     completion = row.get("completion") if mixed else None
-    if completion is not None and isinstance(completion, str) != isinstance(row["prompt"], str):
+    if completion is None:
+        return
+    check_text(completion, f"{where}: `completion`")
+    if isinstance(completion, str) != isinstance(row["prompt"], str):
         kind = "text" if isinstance(row["prompt"], str) else "messages"
         raise ValueError(
             f"{where}: `prompt` is {kind} but `completion` is not: give both as text or both as messages."
@@ -187,7 +192,8 @@ def _pair_settings(args: MMPbKDConfig) -> Any:
 
 def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     """
-    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference.
+    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference: those of two equal
+    responses have none, whatever their label says.
 
     Args:
         dataset (`Dataset`):
@@ -208,14 +214,24 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     if has_images(next(iter(dataset), {})):
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
-    dataset, _ = prepare_rows(dataset.remove_columns(unused), "preference", _pair_settings(args))
-    if "preference" in dataset.column_names:
-        known = [p is not None and not math.isnan(p) for p in dataset["preference"]]
-        dataset = dataset.select([i for i, is_known in enumerate(known) if is_known])
-    else:
+    dataset = dataset.remove_columns(unused)
+    dataset, _ = prepare_rows(dataset, "preference", _pair_settings(args), imitated=False)
+    if "preference" not in dataset.column_names:
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
+    read = dataset.select_columns(["chosen", "rejected", "preference"]).with_format(None).iter(batch_size=1000)
+    rows = (row for b in read for row in zip(b["chosen"], b["rejected"], b["preference"], strict=True))
+    differ = [None if p is None or math.isnan(p) else chosen != rejected for chosen, rejected, p in rows]
+    if False in differ:
+        logger.warning(
+            f"In {differ.count(False)} of {len(dataset)} rows of the preference dataset both responses are equal, so that "
+            "none is preferred: they are left out."
+        )
+    dataset = dataset.select([i for i, use in enumerate(differ) if use])
     if not len(dataset):
-        raise ValueError("`preference_dataset` has no row with a known `preference`: Q would learn nothing from it.")
+        raise ValueError(
+            "`preference_dataset` has no row with a known `preference` between two different responses: Q would learn "
+            "nothing from it."
+        )
     return dataset
 
 
@@ -230,9 +246,35 @@ def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) 
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
 
 
+def hold_out(dataset: Dataset, order: list[int], wanted: int) -> tuple[list[int], list[int]]:
+    """
+    Which rows are held out, and the rest, both in their order. Prompts are held out with all their pairs, since those of
+    one prompt tell of each other (they may share a response): one prompt after another, each that leaves the number of
+    rows at `wanted` or below.
+
+    Args:
+        dataset (`Dataset`):
+            With the column `prompt_ids`.
+        order (`list[int]`):
+            All rows, in the order in which their prompts are looked at.
+        wanted (`int`):
+            Rows to hold out.
+    """
+    if not wanted:
+        return [], order
+    batches = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
+    prompts = [hash(tuple(ids)) for batch in batches for ids in batch["prompt_ids"]]
+    pairs, held, count = Counter(prompts), set(), 0
+    for prompt in dict.fromkeys(prompts[row] for row in order):
+        if count + pairs[prompt] <= wanted:
+            held.add(prompt)
+            count += pairs[prompt]
+    return [row for row in order if prompts[row] in held], [row for row in order if prompts[row] not in held]
+
+
 class PairBatches:
     """
-    Training pairs in an endless order that depends on the seed alone, and pairs held out.
+    Training pairs in an endless order that depends on the seed alone, and pairs held out, with no prompt in common.
 
     Args:
         dataset (`Dataset`):
@@ -258,15 +300,16 @@ class PairBatches:
         self._rank, self._world = accelerator.process_index, accelerator.num_processes
         world = self._world
         self._micro_batch, self._max_length = args.per_device_train_batch_size, args.pair_max_length
-        held_out = min(MOST_HELD_OUT, int(args.pair_held_out * len(dataset))) // world * world
-        order = self._permutation(len(dataset), 0)
-        self._held_out, self._train = order[:held_out], order[held_out:]
+        wanted = min(MOST_HELD_OUT, int(args.pair_held_out * len(dataset))) // world * world
+        self._held_out, self._train = hold_out(dataset, self._permutation(len(dataset), 0).tolist(), wanted)
+        del self._held_out[len(self._held_out) // world * world :]  # and not learnt from: their prompts are held out
+        self._orders: dict[int, torch.Tensor] = {}
         if len(self._train) < world:
             raise ValueError(
                 f"`preference_dataset` has {len(dataset)} pairs to learn from, for {world} processes: give more, or lower "
                 f"`pair_held_out` = {args.pair_held_out}."
             )
-        self.strict = sum(p != 0.5 for p in dataset[self._held_out]["preference"]) if held_out else 0
+        self.strict = sum(p != 0.5 for p in dataset[self._held_out]["preference"]) if self._held_out else 0
         wanted = args.pair_batch_size or self._micro_batch * args.gradient_accumulation_steps * world
         if wanted % world:
             raise ValueError(
@@ -278,18 +321,20 @@ class PairBatches:
     def __len__(self) -> int:
         return len(self._train)
 
-    def _permutation(self, count: int, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(count, generator=generator).tolist()
+    def _permutation(self, count: int, epoch: int) -> torch.Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + epoch))
 
     def draw(self) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches of the next batch."""
         count = len(self._train)
-        epochs = {i // count for i in (self.seen, self.seen + self.size - 1)}
-        orders = {epoch: self._permutation(count, 1 + epoch) for epoch in epochs}
         places = range(self.seen, self.seen + self.size)
+        epochs = {i // count for i in (places[0], places[-1])}
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else self._permutation(count, 1 + epoch)
+            for epoch in epochs
+        }
         self.seen += self.size
-        return self._batches([self._train[orders[i // count][i % count]] for i in places])
+        return self._batches([self._train[int(self._orders[i // count][i % count])] for i in places])
 
     def held_out(self) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches of the pairs held out."""

@@ -171,6 +171,15 @@ def adversary_loss(parts: MomentOutput, states: States) -> torch.Tensor:
     return -states.q_weight * parts.q_gap_N.sum()
 
 
+def learn_moments(kept: list[States], features: Callable[[torch.Tensor, int], torch.Tensor], settings: Any) -> None:
+    """Adds Q's gradient once more, for a further step of Q at states that the student has met. Arguments as in `play`."""
+    for states in kept:
+        features_NE = features(states.student.hidden_NH, states.baseline)
+        if features_NE.requires_grad:
+            parts = moment_matching(states.student, states.teacher, features_NE, states.student.weight_VH, **settings)
+            adversary_loss(parts, states).backward()
+
+
 def _sums(parts: MomentOutput, weight: float) -> torch.Tensor:
     columns = (parts.divergence_N, parts.gap_N, parts.q_abs_N, parts.q_saturation_N)
     return weight * torch.stack([column.detach().sum() for column in columns])

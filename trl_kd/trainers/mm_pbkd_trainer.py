@@ -21,7 +21,6 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
-from trl_kd.losses.moments import moment_matching
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
@@ -38,7 +37,7 @@ from trl_kd.trainers.mm_pbkd_data import (
 from trl_kd.trainers.mm_pbkd_step import (
     Played,
     States,
-    adversary_loss,
+    learn_moments,
     output_head,
     output_layer,
     play,
@@ -85,7 +84,7 @@ quantization_config, peft_config, tools:
             teacher's, for `lmbda` < 1.
         preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
             Pairs in TRL's preference format, as `trl-kd pairs` writes them, with `preference` = P(chosen ≻ rejected), by
-            default 1. Without it Q is held by nothing (moment matching).
+            default 1; equal responses are left out. Without it Q is held by nothing (moment matching).
 
     Attributes:
         adversary ([`~trl_kd.trainers.adversary.Adversary`], *optional*):
@@ -164,7 +163,12 @@ quantization_config, peft_config, tools:
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
         self._check_ends()
-        self._settings: dict[str, Any] = {"temperature": self.temperature, "vocab_size": teacher.shared_tokens}
+        self._settings: dict[str, Any] = {
+            "q_bound": args.q_bound,
+            "temperature": self.temperature,
+            "vocab_size": teacher.shared_tokens,
+            "gather": self._whole_heads,
+        }
         if teacher.shared_tokens is not None:
             self._suppress_tokens(teacher.shared_tokens)
         self._sums_4: torch.Tensor | None = None
@@ -219,9 +223,9 @@ quantization_config, peft_config, tools:
             torch.Generator().manual_seed(args.seed),
             torch.float64 if weight.dtype == torch.float64 else torch.float32,
         ).to(self.accelerator.device)
-        settings = {"q_bound": args.q_bound, "gather": self._whole_heads, **self._settings}
-        self._settings["q_bound"] = args.q_bound
-        return Adversary(q, self.dual, self._baselines, batches, self._read_pairs, self.accelerator, args, settings)
+        return Adversary(
+            q, self.dual, self._baselines, batches, self._read_pairs, self.accelerator, args, self._settings
+        )
 
     def _whole_heads(self) -> AbstractContextManager:
         models = (self.model, self.accelerator.unwrap_model(self.teacher_model))
@@ -239,7 +243,7 @@ quantization_config, peft_config, tools:
         training = unwrapped.training
         unwrapped.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad():  # and without autocast, as TRL runs both: each model in the dtype of its weights
                 return self._forward_redirection(
                     model, unwrapped, self._get_last_hidden_state, unwrapped, input_ids, attention_mask, keep, **images
                 )
@@ -338,13 +342,7 @@ quantization_config, peft_config, tools:
         models = [self.accelerator.unwrap_model(model) for model in (self.model_wrapped, self.teacher_model)]
         for _ in range(self.args.q_steps - 1):
             layers = [output_layer(model) for model in models]
-            for kept in self._kept:
-                states = kept.with_layers(*layers)
-                features = adversary.features(states.student.hidden_NH, states.baseline)
-                if features.requires_grad:
-                    embedding = states.student.weight_VH
-                    parts = moment_matching(states.student, states.teacher, features, embedding, **self._settings)
-                    adversary_loss(parts, states).backward()
+            learn_moments([kept.with_layers(*layers) for kept in self._kept], adversary.features, self._settings)
             adversary.step()
         self._kept = []
         reshard(models[0])

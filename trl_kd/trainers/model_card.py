@@ -126,6 +126,31 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
     _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
 
 
+def add_rounds_section(path: str, told: dict[str, Any]) -> None:
+    """Adds to the card of the last round's student, copied to `path`, how the rounds went: what `rounds.json` holds."""
+    card = ModelCard.load(path)
+    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    card.text = card.text.replace('model="student"', f'model="{name}"', 1)
+    header = ("round", "prompts", "pairs trained on", "student wins, before it", "accuracy", "λ")
+    lines = [
+        "## Rounds",
+        "",
+        "Each round sampled the student as it was, compared its answers with its teacher's, and trained on the pairs.",
+        "",
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
+    ]
+    for record in told["rounds"]:
+        values = (record[k] for k in ("round", "prompts", "pairs", "student_win_rate", "accuracy", "dual"))
+        lines.append(f"| {' | '.join('' if value is None else _cell(value) for value in values)} |")
+    final = told["final"]
+    if final is not None and final["student_win_rate"] is not None:
+        wins = f"{100 * final['student_win_rate']:.1f} % of {final['teacher_pairs']} comparisons with its teacher"
+        lines += ["", f"This student, after the last round, wins {wins}, on the last round's prompts."]
+    card.text = card.text.replace("## Training procedure", "\n".join([*lines, "", "## Training procedure"]), 1)
+    card.save(path)
+
+
 def _add_sections(path: str, trainer: Any, data: list[str], settings: tuple[str, ...]) -> None:
     card = ModelCard.load(path)
     # TRL names neither a base model in a folder nor a repository that does not exist yet

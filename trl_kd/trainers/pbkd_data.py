@@ -68,7 +68,7 @@ class RowCounts:
 
 
 def prepare_rows(
-    dataset: Dataset | IterableDataset, name: str, args: PbKDConfig
+    dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, *, imitated: bool = True
 ) -> tuple[Dataset | IterableDataset, RowCounts | None]:
     """
     Checks every row, resolves `teacher` texts to `teacher_side`, and gives a third text a row of its own.
@@ -80,6 +80,8 @@ def prepare_rows(
             Name of the dataset in messages.
         args (`PbKDConfig`):
             Settings, which must be able to serve the labels found.
+        imitated (`bool`, *optional*, defaults to `True`):
+            Whether anything follows from who wrote what.
 
     Returns:
         The dataset, and its `RowCounts` (`None` for a stream).
@@ -96,7 +98,7 @@ def prepare_rows(
             f"The {name} dataset lacks the column {' and '.join(map(repr, missing))}: it has {', '.join(sorted(first))}. "
             "Preference data needs 'chosen' and 'rejected' (and 'prompt', unless both begin with it)."
         )
-    if "teacher_side" not in first and "teacher" not in first:
+    if imitated and "teacher_side" not in first and "teacher" not in first:
         logger.info(
             f"The {name} dataset says nothing of the teacher: its chosen responses are taken as the teacher's."
         )
@@ -156,7 +158,7 @@ class _RowReader:
         for column in texts:
             if row[column] is None:
                 raise ValueError(f"{where}: `{column}` is null. Give a text, or drop the row.")
-            _check_text(row[column], f"{where}: `{column}`")
+            check_text(row[column], f"{where}: `{column}`")
         if len({isinstance(row[column], str) for column in texts}) > 1:
             raise ValueError(f"{where}: {' and '.join(texts)} must be all text or all messages.")
         if (
@@ -254,15 +256,21 @@ class _RowReader:
         return {column: [row[column] for row in expanded] for column in expanded[0]}
 
 
-def _check_text(value: Any, where: str) -> None:
+def check_text(value: Any, where: str) -> None:
+    """Raises a `ValueError` that begins with `where`, unless the value is text, or messages with a role and content each."""
     if isinstance(value, str):
         return
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and m.get("role") for m in value):
         hint = ". A column of numbers must be cast to text" if isinstance(value, Real) else ""
         raise ValueError(
             f"{where} is {repr(value)[:60]} ({type(value).__name__}); it must be text or a list of messages with a role "
             f"each{hint}."
         )
+    for index, message in enumerate(value):
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise ValueError(
+                f"{where}: message {index}, of the {message['role']}, has no `content`. Give a text, or drop the row."
+            )
 
 
 def _is_empty(response: Any) -> bool:

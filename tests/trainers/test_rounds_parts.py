@@ -1,0 +1,90 @@
+"""Parts of `PbKDRounds`: what is refused before weights load, the regret view, and answers that are fetched once."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
+
+from tests.pairs.fakes import Source
+from tests.trainers.rounds_cases import PROMPTS, make
+from trl_kd.pairs.fetched import FetchedAnswers
+from trl_kd.preferences.simple import LabelColumn
+from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.column import ColumnSampler
+from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
+
+
+@pytest.mark.parametrize(
+    ("args", "changed", "said"),
+    [
+        ({}, {"rounds": 0}, "`rounds` is 0"),
+        ({}, {"rounds": 1.5}, "`rounds` is 1.5"),
+        ({}, {"num_teacher_samples": 0}, "`num_teacher_samples` is 0"),
+        ({}, {"prompts_per_round": 7}, "`prompts_per_round` is 7, but there are 6 prompts"),
+        ({}, {"prompts": PROMPTS.select([])}, "`prompts` is empty"),
+        ({}, {"prompts": PROMPTS.to_iterable_dataset()}, "`prompts` is a IterableDataset"),
+        ({}, {"prompts": PROMPTS.rename_column("prompt", "question")}, "no column 'prompt'"),
+        ({}, {"reference": "end"}, "`reference` is 'end'"),
+        ({}, {"optimizer": "new"}, "`optimizer` is 'new'"),
+        ({}, {"policy": "some"}, "`policy` is 'some'"),
+        ({}, {"shard": (0, 2)}, "`shard` is no argument"),
+        ({}, {"polici": "all"}, "`polici` is no argument"),
+        ({}, {"teacher": "gpt"}, "`teacher` is the text 'gpt'"),
+        ({}, {"preference": LabelColumn("label")}, "`preference` reads the column 'label'"),
+        ({}, {"student": lambda model, number: ColumnSampler("a")}, "`student` looks its answers up"),
+        ({"eval_strategy": "steps"}, {}, "`eval_strategy` is 'steps', but `eval_dataset` is not given"),
+        ({}, {"peft_config": LoraConfig(init_lora_weights="pissa")}, "`init_lora_weights` = 'pissa'"),
+        ({}, {"model": "no/such/folder"}, "`model` is 'no/such/folder'"),
+    ],
+)  # fmt: skip
+def test_bad_input_before_weights(args, changed, said, tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    with pytest.raises((ValueError, TypeError, OSError)) as error:
+        make(tmp_path / "out", changed.pop("model", tiny_dir), args, **changed)
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_start_cannot_be_its_own_reference_later(tiny_dir, tmp_path):
+    kwargs = {"model_init_kwargs": {"load_in_4bit": True}}
+    with pytest.raises(ValueError, match="`reference` is 'previous', but the start is quantized"):
+        make(tmp_path, tiny_dir, kwargs, reference="previous", peft_config=LoraConfig(r=2))
+
+
+def test_regret():
+    assert cumulative_regret([0.75, None, 0.25, 1.0]) == 0.5
+    assert regret_coefficient([]) is None
+    rows = [
+        ("a", "a", None, "student"),
+        ("a", "b", 1.0, "student"),
+        ("a", "a", None, "teacher"),
+        ("a", "b", None, "student"),
+    ]
+    names = ("chosen", "rejected", "preference", "rejected_source")
+    pairs = [{**dict(zip(names, row, strict=True)), "chosen_source": "teacher"} for row in rows]
+    assert count_equal(Dataset.from_list(pairs)) == 1
+    assert (with_ties(0.8, 10, 10), with_ties(None, 0, 4), with_ties(None, 0, 0)) == (0.65, 0.5, None)
+    assert regret_coefficient([0.3 * k**0.5 for k in range(1, 9)]) == pytest.approx(0.3)
+
+
+def test_fetched_answers_keep_the_teachers_usage(tmp_path):
+    class Paid(Source):
+        def __init__(self):
+            super().__init__("teacher", tmp_path / "log")
+            self.usage = Usage()
+
+        def _answer(self, waiting):
+            for answer in super()._answer(waiting):
+                self.usage.requests += 1
+                yield answer
+
+    for rows, asked in ((range(4), 4), (range(2, 6), 2), (range(6), 0)):
+        teacher = Paid()
+        assert (
+            FetchedAnswers(teacher, tmp_path / "teacher", 1).fetch(PROMPTS.select(rows), show_progress=False) == asked
+        )
+    assert teacher.usage.requests == 6
+    fetched = FetchedAnswers(Paid(), tmp_path / "teacher", 1)
+    assert fetched.count() == 6
+    with pytest.raises(ValueError, match="holds answers of another teacher"):
+        FetchedAnswers(Source("other"), tmp_path / "teacher", 1).fetch(PROMPTS, show_progress=False)

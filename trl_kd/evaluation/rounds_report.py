@@ -1,0 +1,168 @@
+"""The report page of rounds: win rate, accuracy, λ and the size of D over the rounds, and the regret view."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from trl_kd import __version__
+from trl_kd.evaluation.charts import LineChart, Point, Series
+from trl_kd.evaluation.report import Page, Section, Table, write_report
+from trl_kd.trainers.rounds_folder import REPORT
+
+
+def write_rounds_report(output_dir: str | Path) -> Path:
+    """
+    Writes `rounds.html` into the folder of a [`~trl_kd.PbKDRounds`], from its `rounds.json`; also while they run.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The folder.
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        `FileNotFoundError`: the folder has no `rounds.json`.
+        `ImportError`: Jinja is not installed; the message names the extra.
+    """
+    folder = Path(output_dir)
+    if not (folder / REPORT).is_file():
+        raise FileNotFoundError(f"`{output_dir}` has no `{REPORT}`: it is not the folder of rounds.")
+    path = folder / "rounds.html"
+    write_report(path, make_page(json.loads((folder / REPORT).read_text(encoding="utf-8")), folder.resolve().name))
+    return path
+
+
+def make_page(told: dict[str, Any], name: str) -> Page:
+    """
+    Args:
+        told (`dict[str, Any]`):
+            What `rounds.json` holds.
+        name (`str`):
+            What the student is called.
+    """
+    settings = told["settings"]
+    grown = "the pairs of all rounds so far" if settings["accumulate"] else "the pairs of that round alone"
+    reference = "the start" if settings["reference"] == "start" else "the student of the round before"
+    return Page(
+        title=f"Rounds of preference-based distillation: {name}",
+        lead=[
+            "Each round samples the student as it is, compares its answers with its teacher's, and trains it on the pairs.",
+            f"It trains on {grown}; the reference is {reference}. Numbers of a round are those of its beginning (win rate) "
+            "and of its end (accuracy, λ).",
+        ],
+        sections=[_results(told), _regret(told), _settings(settings)],
+        footer=f"Made by trl-kd {__version__}.",
+    )
+
+
+def _results(told: dict[str, Any]) -> Section:
+    rounds, final = told["rounds"], told["final"]
+    measured = [*rounds, *([final] if final is not None else [])]
+    wins = [(record["round"], record["student_win_rate"]) for record in measured]
+    known = [record for record in measured if record["teacher_preferred"] is not None]
+    with_ties = [(record["round"], 1 - record["teacher_preferred"]) for record in known]
+    level = [(1.0, 0.5), (float(max(len(measured), 2)), 0.5)]
+    rates = [
+        Series("student wins, equal answers counting half", _points(with_ties), 0),
+        Series("student wins where the answers differ", _points(wins), 1),
+        Series("accuracy", _logged(rounds, "accuracy"), 2),
+        Series("as good as its teacher", level, 4, dashed=True),
+    ]
+    note = (
+        "How often the student's answer is preferred to its teacher's, as it comes into the round; the last point is the "
+        "student after all rounds, on prompts that the last one trained on. Accuracy: of the training pairs, at each end."
+    )
+    imitation = Series("−log π(teacher's answer)", _logged(rounds, "imitation"), 3)
+    charts = [
+        LineChart("Against the teacher", "round", "share", rates, percent=True, note=note),
+        LineChart("λ, the weight of the preferences", "round", "λ", [Series("λ", _logged(rounds, "dual"), 0)]),
+        LineChart("Size of D", "round", "pairs", [Series("pairs trained on", _logged(rounds, "pairs"), 1)]),
+        LineChart("Imitation", "round", "nats per answer", [imitation]),
+    ]
+    return Section(title="Round by round", tables=[_table(rounds, final)], charts=charts)
+
+
+def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None) -> Table:
+    header = [
+        "round",
+        "prompts",
+        "student wins where answers differ",
+        "equal answers",
+        "new pairs",
+        "pairs in D",
+        "accuracy",
+        "λ",
+        "regret",
+    ]
+    lines = []
+    for record in rounds:
+        values = [
+            f"{record['equal_answers']:,}",
+            f"{record['new_pairs']:,}",
+            f"{record['pairs']:,}",
+            _percent(record.get("accuracy")),
+        ]
+        values += [_number(record.get("dual")), _number(record["regret"])]
+        lines.append([str(record["round"]), f"{record['prompts']:,}", _wins(record), *values])
+    if final is not None:
+        lines.append(
+            ["after the last", f"{final['prompts']:,}", _wins(final), f"{final['equal_answers']:,}", *[""] * 5]
+        )
+    highlighted = len(lines) - 1 if final is not None else None
+    return Table(header, lines, highlighted=highlighted, caption="In small print: 95 % interval, clustered by prompt.")
+
+
+def _regret(told: dict[str, Any]) -> Section:
+    regrets, c = told["rounds"], told["regret_coefficient"]
+    lines = [Series("cumulative regret", _logged(regrets, "regret"), 0)]
+    if c is not None:
+        steps = [1 + i * (len(regrets) - 1) / 40 for i in range(41)] if len(regrets) > 1 else [1.0]
+        lines.append(Series(f"{c:.3g}·√k", [(k, c * math.sqrt(k)) for k in steps], 4, dashed=True))
+    return Section(
+        title="Regret",
+        text=[
+            "The sum over the rounds of P(teacher ≻ student) − ½, in which equal answers are ties. A student as good as its "
+            "teacher adds nothing, a better one takes away. Theory bounds the regret of the online method by about √k. A "
+            "curve that bends as the fitted c·√k does, or more, is what one hopes for; a straight one says that the rounds "
+            "do not help.",
+        ],
+        charts=[LineChart("Cumulative regret", "round k", "regret", lines)],
+    )
+
+
+def _settings(settings: dict[str, Any]) -> Section:
+    ours = ["model", "teacher", "student", "preference", "prompts", "prompts_per_round", "accumulate", "reference"]
+    ours += ["optimizer", "num_teacher_samples", "num_student_samples", "peft_config"]
+    trained = ["learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"]
+    trained += ["gradient_accumulation_steps", "beta", "imitation_weight", "dual_init", "dual_learning_rate", "seed"]
+    rows = [[name, _told(settings.get(name))] for name in (*ours, *trained)]
+    return Section(title="Settings", tables=[Table(["setting", "value"], rows, words=True)], folded=True)
+
+
+def _told(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _logged(records: list[dict[str, Any]], name: str) -> list[Point]:
+    return _points([(record["round"], record.get(name)) for record in records])
+
+
+def _points(values: list[tuple[int, float | None]]) -> list[Point]:
+    return [(float(x), float(y)) for x, y in values if y is not None]
+
+
+def _wins(record: dict[str, Any]) -> str:
+    if record["student_win_rate"] is None:
+        return "no known pair"
+    low, high = record["teacher_win_interval"]
+    return f"{_percent(record['student_win_rate'])}\n{_percent(1 - high)} to {_percent(1 - low)}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

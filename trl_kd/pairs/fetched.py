@@ -1,0 +1,102 @@
+"""A source that is asked once for each answer, and looked up from then on: what a loop over several builds gives them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from trl_kd.pairs.asking import MissingRequests, together
+from trl_kd.pairs.progress import Bar, show_cost
+from trl_kd.pairs.prompts import prompt_key
+from trl_kd.pairs.store import AnswerStore
+from trl_kd.pairs.stored import StoredAnswers
+from trl_kd.sampling import Answer, Request, Sampler
+from trl_kd.sampling.budget import Usage
+
+
+class FetchedAnswers:
+    """
+    Answers of a sampler, kept in a folder for good, as a [`Sampler`] that looks them up.
+
+    `fetch` asks for those that the folder lacks. They are stored as they arrive, so that it may be interrupted at any
+    moment. What the sampler has used (its `usage`) is kept there too: its caps hold for all that was ever fetched.
+
+    Args:
+        sampler (`Sampler`):
+            Who answers.
+        folder (`str` or `Path`):
+            Where the answers are kept; made by the first `fetch`.
+        samples (`int`):
+            Answers to each prompt.
+        source (`str`, *optional*, defaults to `"teacher"`):
+            What the sampler is called in the store and in messages.
+    """
+
+    is_lookup = True
+
+    def __init__(self, sampler: Sampler, folder: str | Path, samples: int, source: str = "teacher"):
+        self.sampler = sampler
+        self.folder = Path(folder)
+        self.samples = samples
+        self.source = source
+
+    def describe(self) -> dict[str, Any]:
+        return self.sampler.describe()
+
+    def fetch(self, prompts: Dataset, show_progress: bool = True) -> int:
+        """
+        Asks for every answer to `prompts` that is not stored, and returns how many these were.
+
+        Raises:
+            `ValueError`: the folder holds answers that were made with other settings.
+            `StoreError`: the folder is in use, damaged, or its disk full.
+        """
+        others: dict[str, Any] = {name: {} for name in ("teacher", "student", "preference") if name != self.source}
+        with closing(AnswerStore(self.folder)) as store:
+            store.check_settings({self.source: self.describe(), **others})
+            usage = getattr(self.sampler, "usage", None)
+            if isinstance(usage, Usage):
+                usage.resume(store.usage(self.source))
+                store.count_usage(self.source, usage)
+            total = len(prompts) * self.samples
+            with Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
+                asked = self._ask(MissingRequests(prompts, None, store, self.source, self.samples, bar), store, bar)
+            store.commit()
+        return asked
+
+    def _ask(self, requests: MissingRequests, store: AnswerStore, bar: Bar) -> int:
+        reading, asked = iter(requests), 0
+        first = next(reading, None)
+        if first is None:  # or a model would be loaded for nothing
+            return 0
+        for answers in together(self.sampler, chain([first], reading)):
+            store.add_answers(self.source, [(request.key, sample, answer) for request, sample, answer in answers])
+            for request, sample, _ in answers:
+                requests.answered(request.key, sample)
+            asked += len(answers)
+            bar.update(len(answers))
+            show_cost(bar, self.sampler)
+        requests.check()
+        close = getattr(self.sampler, "close", None)
+        if callable(close):
+            close()
+        return asked
+
+    def count(self) -> int:
+        """How many answers are stored."""
+        with closing(StoredAnswers(self.folder)) as stored:
+            return stored.answer_count(self.source)
+
+    def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
+        given = list(requests)
+        keys = [prompt_key(request.prompt, dict(request.columns)) for request in given]
+        with closing(StoredAnswers(self.folder)) as stored:
+            answers = stored.answers(self.source, keys, self.samples)
+        for request, key in zip(given, keys, strict=True):
+            for sample in request.samples:
+                if sample not in answers[key]:
+                    raise ValueError(f"Answer {sample} of the {self.source} is not fetched yet: call `fetch` first.")
+                yield request, sample, answers[key][sample]

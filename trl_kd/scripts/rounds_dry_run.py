@@ -1,0 +1,127 @@
+"""`trl-kd pbkd --rounds N --dry_run`: what a round will do and what all of them take, then one answer of each source."""
+
+import math
+from typing import Any
+
+from trl import ModelConfig
+
+from trl_kd.pairs.fetched import FetchedAnswers
+from trl_kd.pairs.pairing import Candidate, PairingSettings, choose_pairs
+from trl_kd.pairs.prompts import read_prompts
+from trl_kd.scripts.dry_run import (
+    Table,
+    as_text,
+    describe_memory,
+    describe_output,
+    describe_teacher,
+    describe_tokenizer,
+    load_student_processor,
+    student_memory,
+    teacher_memory,
+)
+from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
+from trl_kd.scripts.rounds import make_rounds, read_pairs_config
+from trl_kd.trainers.rounds_folder import TRAINED
+
+
+def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, processes: int = 1) -> str:
+    """
+    Args:
+        script_args, training_args, model_args:
+            The arguments of the command, checked.
+        processes (`int`, *optional*, defaults to `1`):
+            How many processes the run will have.
+
+    Returns:
+        A table of the rounds, made without weights, and that of `trl-kd pairs --dry_run` for the first round, for which each
+        source is asked for one answer.
+
+    Raises:
+        `ValueError` or `InputError`: what the run itself would refuse.
+    """
+    rounds = make_rounds(script_args, training_args, model_args)
+    rounds.check()
+    table = as_text(lambda: _describe(rounds, training_args, model_args, processes))
+    return f"{table}\n\nThe first round's pairs. {_of_a_round(rounds, script_args, training_args, model_args)}"
+
+
+def _describe(rounds: Any, args: Any, model_args: ModelConfig, processes: int) -> Table:
+    table = describe_output(args)
+    done = sum(record["stage"] == TRAINED for record in rounds.folder.records())
+    table.append(("rounds", f"{rounds.rounds}" + (f", of which {done} are finished" if done else "")))
+    prompts, each = len(rounds.prompts), rounds.prompts_per_round or len(rounds.prompts)
+    table.append(("prompts", f"{each:,} a round, of {prompts:,}"))
+    table += _describe_answers(rounds, each)
+    sizes = _sizes(rounds, each)
+    table.append(("pairs of a round", f"at most {sizes[0]:,}"))
+    table.append(
+        ("D in the last", f"at most {sizes[-1]:,}, {'all rounds' if rounds.accumulate else 'the newest alone'}")
+    )
+    tokenizer = load_student_processor(args, model_args)
+    table += describe_tokenizer(tokenizer)
+    if args.teacher_model_name_or_path is not None:
+        table += describe_teacher(getattr(tokenizer, "tokenizer", tokenizer), args, model_args)
+    table += _describe_steps(sizes, args, processes)
+    return table + _describe_memory(rounds, args, model_args)
+
+
+def _describe_answers(rounds: Any, each: int) -> Table:
+    """Answers to ask, and those of the teacher in all rounds, which are asked once."""
+    met = len({row.key for k in _met(rounds) for rows in read_prompts(rounds.prompts_of(k)) for row in rows})
+    asked = met * rounds.num_teacher_samples
+    teacher = f"{asked:,} in all, each once" if isinstance(rounds.teacher, FetchedAnswers) else "read from a column"
+    student = each * rounds.num_student_samples
+    return [
+        ("student answers", f"{student:,} a round, {student * (rounds.rounds + 1):,} in all (at the end once more)"),
+        ("teacher answers", teacher),
+    ]
+
+
+def _met(rounds: Any) -> range:
+    """The rounds after which no prompt is new."""
+    if rounds.prompts_per_round is None:
+        return range(1, 2)
+    return range(1, min(rounds.rounds, math.ceil(len(rounds.prompts) / rounds.prompts_per_round)) + 1)
+
+
+def _sizes(rounds: Any, each: int) -> list[int]:
+    """The most pairs that D may have in each round."""
+    everyone = [Candidate("teacher", f"t{sample}") for sample in range(rounds.num_teacher_samples)]
+    everyone += [Candidate("student", f"s{sample}") for sample in range(rounds.num_student_samples)]
+    new = each * len(choose_pairs("", everyone, _pairing(rounds)))
+    return [new * (number if rounds.accumulate else 1) for number in range(1, rounds.rounds + 1)]
+
+
+def _pairing(rounds: Any) -> PairingSettings:
+    names = ("policy", "max_pairs_per_prompt", "truncated", "seed")
+    return PairingSettings(*(rounds.pairs_options[name] for name in names))
+
+
+def _describe_steps(sizes: list[int], args: Any, processes: int) -> Table:
+    batch = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    told = f"{batch} rows a step"
+    if args.max_steps > 0:
+        return [("steps", f"{args.max_steps} a round, {args.max_steps * len(sizes):,} in all, {told}")]
+    steps = [math.ceil(args.num_train_epochs * math.ceil(size / batch)) for size in sizes]
+    range_ = f"{steps[0]:,}" if steps[0] == steps[-1] else f"{steps[0]:,} in the first to {steps[-1]:,} in the last"
+    return [("steps", f"at most {range_} round, {sum(steps):,} in all: {args.num_train_epochs:g} epochs each, {told}")]
+
+
+def _describe_memory(rounds: Any, args: Any, model_args: ModelConfig) -> Table:
+    _, size, trained, parts = student_memory(args, model_args)
+    if not model_args.use_peft or rounds.reference == "previous":
+        parts["reference"] = size.bytes
+    if args.teacher_model_name_or_path is not None:
+        parts["teacher"] = teacher_memory(args)
+    return describe_memory(size, trained, parts, without="activations, logits and batches")
+
+
+def _of_a_round(rounds: Any, script_args: Any, args: Any, model_args: ModelConfig) -> str:
+    teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
+    sources = {
+        "teacher": (teacher, rounds.num_teacher_samples),
+        "student": (rounds.student(rounds.model, 1), rounds.num_student_samples),
+    }
+    folder = read_pairs_config(script_args, args, model_args).output_dir
+    assert folder is not None
+    return pairs_dry_run(rounds.prompts_of(1), sources, rounds.preference, _pairing(rounds), folder)

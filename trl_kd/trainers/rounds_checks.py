@@ -1,0 +1,181 @@
+"""What `PbKDRounds` refuses before any weight is loaded, and what it is in words: the settings that a resume compares."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DistributedType
+from datasets import Dataset
+
+from trl_kd.pairs import build_pairs
+from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.fetched import FetchedAnswers
+from trl_kd.pairs.labels import describe_preference
+from trl_kd.pairs.pairing import PairingSettings
+from trl_kd.pairs.prompts import Fingerprint, read_prompts
+from trl_kd.pairs.stored import StoredAnswers
+from trl_kd.sampling.budget import Usage
+from trl_kd.trainers.fields import check_integer
+from trl_kd.trainers.pbkd_data import load_processing_class
+from trl_kd.trainers.rounds_folder import as_json, compared_settings
+
+
+_OURS = {"prompts", "teacher", "student", "preference", "output_dir", "num_teacher_samples", "num_student_samples"}
+_REFUSED = {"shard", "relabel"}
+PAIRS_OPTIONS = set(inspect.signature(build_pairs).parameters) - _OURS - _REFUSED
+"""What `PbKDRounds` passes on to `build_pairs` as it is."""
+
+_CHOICES = {"reference": ("start", "previous"), "optimizer": ("fresh", "carried")}
+_MUTATING = ("pissa", "olora", "corda", "loftq")
+"""Initialisations of LoRA that change the base model's weights, so that start plus adapter is no longer the student."""
+
+
+def check_rounds(rounds: Any) -> None:
+    """
+    Checks everything about a [`PbKDRounds`] that needs no weights.
+
+    Raises:
+        `ValueError`, `TypeError`: the sentence names the argument, its value and the way out.
+    """
+    _check_numbers(rounds)
+    unknown = sorted(set(rounds.pairs_options) - PAIRS_OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"`{unknown[0]}` is no argument of `PbKDRounds`, and none of `build_pairs` that it passes on "
+            f"({', '.join(sorted(PAIRS_OPTIONS))})."
+        )
+    PairingSettings(**{name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options})
+    _check_model(rounds)
+    load_processing_class(rounds.model, rounds.args)  # or the sentence that names the model
+    if getattr(rounds.preference, "is_lookup", False) and hasattr(rounds.preference, "column"):
+        raise ValueError(
+            f"`preference` reads the column {rounds.preference.column!r}, whose labels belong to answers that are there "
+            "already, and each round's student answers anew: give a preference that can be asked."
+        )
+    first = next(read_prompts(rounds.prompts, batch_size=CHECKED_ROWS))
+    teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
+    sources = {
+        "teacher": (teacher, rounds.num_teacher_samples),
+        "student": (rounds.student(rounds.model, 1), rounds.num_student_samples),
+    }
+    if getattr(sources["student"][0], "is_lookup", False):
+        raise ValueError(
+            "`student` looks its answers up, and each round's student answers anew: give one that samples."
+        )
+    check_parts(first, sources, rounds.preference)
+
+
+_PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed")
+
+
+def _check_numbers(rounds: Any) -> None:
+    for name in ("rounds", "num_teacher_samples", "num_student_samples"):
+        check_integer(name, getattr(rounds, name), least=1)
+    if not isinstance(rounds.prompts, Dataset):
+        raise ValueError(
+            f"`prompts` is a {type(rounds.prompts).__name__}, and rounds read it again and again, in parts: give a "
+            "`Dataset` with a column 'prompt'."
+        )
+    if not len(rounds.prompts):
+        raise ValueError("`prompts` is empty: it needs at least one row.")
+    if rounds.prompts_per_round is not None:
+        check_integer("prompts_per_round", rounds.prompts_per_round, least=1)
+        if rounds.prompts_per_round > len(rounds.prompts):
+            raise ValueError(
+                f"`prompts_per_round` is {rounds.prompts_per_round}, but there are {len(rounds.prompts)} prompts: lower it, "
+                "or leave it out to take all of them in each round."
+            )
+    for name, choices in _CHOICES.items():
+        if getattr(rounds, name) not in choices:
+            raise ValueError(f"`{name}` is {getattr(rounds, name)!r}: use {' or '.join(map(repr, choices))}.")
+
+
+def _check_model(rounds: Any) -> None:
+    model, peft = rounds.model, rounds.peft_config
+    if not isinstance(model, str):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}: give the name of the start, a Hub id or a folder. Each round loads it "
+            "again, as the reference."
+        )
+    if Path(model, "adapter_config.json").is_file():
+        raise ValueError(
+            f"`model` is {model!r}, an adapter: merge it into its base model first (`merge_and_unload` of PEFT), and save "
+            "that."
+        )
+    args = rounds.args
+    if args.eval_strategy != "no" and rounds.eval_dataset is None:
+        raise ValueError(f"`eval_strategy` is {args.eval_strategy.value!r}, but `eval_dataset` is not given: give it.")
+    sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if rounds.optimizer == "carried" and (sharded or args.deepspeed or args.fsdp):
+        raise ValueError(
+            "`optimizer` is 'carried', but under FSDP or DeepSpeed its state is cut up among the processes: use 'fresh'."
+        )
+    if peft is None:
+        return
+    if getattr(peft, "is_prompt_learning", False):
+        raise ValueError(f"`peft_config` is a {type(peft).__name__}, which learns a prompt: only LoRA can be sampled.")
+    init = getattr(peft, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise ValueError(
+            f"`peft_config` has `init_lora_weights` = {init!r}, which changes the start's own weights: they would no longer "
+            "be the reference. Use True or 'gaussian'."
+        )
+    if args.deepspeed:
+        raise ValueError(
+            "`peft_config` is set, and `deepspeed` too: rounds of LoRA load adapters into a whole model. Use DDP."
+        )
+    quantized = rounds.quantization_config is not None or any(
+        name.startswith(("load_in_", "quantization_config")) for name in args.model_init_kwargs or {}
+    )
+    if rounds.reference == "previous" and quantized:
+        raise ValueError(
+            "`reference` is 'previous', but the start is quantized, and an adapter cannot be merged into it without loss: "
+            "use 'start', whose reference is the start without its adapter."
+        )
+
+
+def describe_rounds(rounds: Any) -> dict[str, Any]:
+    """Everything that the rounds depend on but their number, as JSON."""
+    prompts = Fingerprint()
+    for _ in read_prompts(rounds.prompts, fingerprint=prompts):
+        pass
+    eval_rows = None if rounds.eval_dataset is None else "given"
+    described = {
+        "model": rounds.model,
+        "prompts": prompts.describe(),
+        "teacher": rounds.teacher.describe(),
+        "student": rounds.student(rounds.model, 1).describe(),
+        "preference": describe_preference(rounds.preference),
+        **{name: getattr(rounds, name) for name in ("prompts_per_round", "accumulate", "reference", "optimizer")},
+        **{name: getattr(rounds, name) for name in ("num_teacher_samples", "num_student_samples")},
+        "pairs": {name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options},
+        "peft_config": None if rounds.peft_config is None else rounds.peft_config.to_dict(),
+        "quantization_config": rounds.quantization_config,
+        "eval_dataset": eval_rows,
+    }
+    return as_json(described) | compared_settings(rounds.args)
+
+
+def resume_usage(rounds: Any) -> None:
+    """Lets teacher and judge go on from what all rounds have used, so that their caps hold for all rounds together."""
+    spent: list[tuple[Usage, Usage]] = []
+    folder = rounds.folder
+    numbers = range(1, rounds.rounds + 1)
+    places = [*map(folder.pairs, numbers), *(folder.after(number) / "pairs" for number in numbers)]
+    for part, name, stores in (
+        (getattr(rounds.teacher, "sampler", None), "teacher", [folder.teacher]),
+        (rounds.preference, "judge", places),
+    ):
+        usage = getattr(part, "usage", None)
+        if isinstance(usage, Usage):
+            spent.append((usage, sum((_stored_usage(store, name) for store in stores), Usage())))
+    for usage, _ in spent:  # two that share a client, from the sum
+        usage.resume(sum((stored for other, stored in spent if other is usage), Usage()))
+
+
+def _stored_usage(folder: Path, name: str) -> Usage:
+    stored = StoredAnswers(folder)
+    try:
+        return stored.usage(name)
+    finally:
+        stored.close()

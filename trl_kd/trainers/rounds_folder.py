@@ -1,0 +1,214 @@
+"""The folder of rounds: what is where, what is finished, and the settings that it was begun with."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from trl_kd.pairs.store import differences, listed
+from trl_kd.trainers.rounds_regret import regret_coefficient
+
+
+RECORD, REPORT = "metrics.json", "rounds.json"
+SAMPLED, TRAINED = "sampled", "trained"
+"""Stages of a round, as its record has them: its pairs are finished, its student is."""
+
+LOGGED = {
+    "accuracy": "rewards/accuracies",
+    "dual": "pbkd/dual",
+    "imitation": "pbkd/imitation",
+    "preference_nll": "pbkd/preference_nll",
+}
+"""What a round's record has of its trainer's last log."""
+
+CARD_RESULTS = {
+    "student_win_rate": "win rate against the teacher, before this round",
+    "accuracy": "preference accuracy on the training pairs, at its end",
+}
+
+_NOT_COMPARED = {
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "push_to_hub"),
+    *(
+        "resume_from_checkpoint",
+        "local_rank",
+        "use_cpu",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "per_device_eval_batch_size",
+    ),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "dataset_num_proc", "torch_empty_cache_steps"),
+    *(
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+    ),
+    *("include_for_metrics", "include_num_input_tokens_seen", "batch_eval_metrics", "prediction_loss_only"),
+}
+_NOT_COMPARED_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "ddp_", "trackio_")
+
+
+class RoundsFolder:
+    """
+    Where `PbKDRounds` keeps its work. A record is written whole or not at all, after what it speaks of.
+
+    Args:
+        path (`str` or `Path`):
+            The `output_dir` of all rounds; made when first written to.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.teacher = self.path / "teacher"
+
+    def round(self, number: int) -> Path:
+        return self.path / f"round-{number}"
+
+    def after(self, number: int) -> Path:
+        """Where the student of a round is measured, as the last one."""
+        return self.path / f"after-{number}"
+
+    def pairs(self, number: int) -> Path:
+        return self.round(number) / "pairs"
+
+    def student(self, number: int) -> Path:
+        return self.round(number) / "student"
+
+    def record(self, place: Path) -> dict[str, Any] | None:
+        """What is written of a round, or of the final measurement; `None` before its pairs are finished."""
+        return _read(place / RECORD)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Those of the rounds, in order."""
+        number = 1
+        while (record := self.record(self.round(number))) is not None:
+            yield record
+            number += 1
+
+    def note(self, place: Path, record: dict[str, Any]) -> None:
+        write_json(place / RECORD, record)
+
+    def stage(self, number: int) -> str | None:
+        """How far a round has got: `None`, `SAMPLED` or `TRAINED`."""
+        return (self.record(self.round(number)) or {}).get("stage")
+
+    def check(self, settings: dict[str, Any], rounds: int) -> None:
+        """
+        Compares today's settings, JSON, with those that the folder was begun with.
+
+        Raises:
+            `ValueError`: one has changed, or more rounds are there than are asked for; the message names the field.
+        """
+        before = (_read(self.path / REPORT) or {}).get("settings", settings)
+        changes = [c for name in sorted({*before, *settings}) for c in _changes(before, settings, name)]
+        if changes:
+            raise ValueError(
+                f"`{self.path}` holds rounds that were made with other settings: set it back, or give another `output_dir`. "
+                f"Only `rounds` may be raised. {listed(changes)}."
+            )
+        there = sum(1 for _ in self.records())
+        if there > rounds:
+            raise ValueError(
+                f"`rounds` is {rounds}, but `{self.path}` holds {there}: ask for {there} at least, or give another "
+                "`output_dir`."
+            )
+
+    def told(self, settings: dict[str, Any], last: int) -> dict[str, Any]:
+        """All records in one. `last` is the round after which the student is measured once more."""
+        records = list(self.records())
+        return {
+            "settings": settings,
+            "rounds": records,
+            "final": self.record(self.after(last)),
+            "regret_coefficient": regret_coefficient([record["regret"] for record in records]),
+        }
+
+    def report(self, settings: dict[str, Any], last: int) -> dict[str, Any]:
+        """Writes `rounds.json`, all records in one, and returns it."""
+        told = self.told(settings, last)
+        write_json(self.path / REPORT, told)
+        return told
+
+    def publish(self, number: int) -> None:
+        """Copies the student of a round to the folder itself, so that it loads from there."""
+        for file in sorted(self.student(number).iterdir()):
+            if file.is_file():
+                shutil.copy2(file, self.path / file.name)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Returns when `done()`, which another process sees to. It looks again and again: a collective would time out."""
+    while not done():
+        time.sleep(0.2)
+
+
+def compared_settings(args: Any) -> dict[str, Any]:
+    """The fields of a training config that decide what comes out, as JSON."""
+    names = [f.name for f in fields(args) if f.name not in _NOT_COMPARED]
+    return as_json({name: getattr(args, name) for name in names if not name.startswith(_NOT_COMPARED_PREFIXES)})
+
+
+def as_json(value: Any) -> Any:
+    """As it will be read again."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], name: str) -> Iterator[str]:
+    return differences(before.get(name), now.get(name), name)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.building")
+    building.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(building, path)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """
+    The newest checkpoint in a trainer's folder that was saved in full (the trainer's state is what it gets last) and from
+    which there is something left to train: `Trainer` would take a step too many from one at the very end.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(checkpoints):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if state["global_step"] < state["max_steps"]:
+            return str(checkpoint)
+    return None
+
+
+def told_of_round(record: dict[str, Any], rounds: int) -> str:
+    """A line on a round that is finished, or on the measurement after the last."""
+    rate = record["student_win_rate"]
+    wins = (
+        "no pair has a known preference"
+        if rate is None
+        else f"the student wins {100 * rate:.1f} % against its teacher"
+    )
+    wins += f" where they differ, {record['equal_answers']:,} answers are equal"
+    if record["stage"] != TRAINED:
+        return f"After {rounds} rounds: {wins}."
+    logged = {"accuracy": "accuracy", "dual": "λ", "imitation": "imitation"}
+    values = [f"{name} {record[key]:.4g}" for key, name in logged.items() if record[key] is not None]
+    pairs = f"D has {record['pairs']:,} pairs, {record['new_pairs']:,} of them new"
+    told = [f"at its start {wins}", pairs, *values, f"regret {record['regret']:.3g}"]
+    return f"Round {record['round']} of {rounds}: {', '.join(told)}."

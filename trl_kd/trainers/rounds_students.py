@@ -1,0 +1,109 @@
+"""The models of rounds: how a round's student is sampled and trained on, its reference, and its optimizer's state."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import TrainerCallback
+
+from trl_kd.sampling import Sampler, SamplingSettings
+from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.local import LocalSampler
+
+
+CARRIED = "carried.pt"
+_OF_THE_START = ("revision", "subfolder", "variant", "gguf_file")
+"""Loading options that say which files of the start's to take: what is saved here has no others."""
+
+
+def round_seed(seed: int, number: int) -> int:
+    """The seed of round `number` = 1, 2, …: that of the first is `seed` itself, and no two are alike."""
+    return seed + 10_000 * (number - 1)
+
+
+def init_kwargs(args: Any, is_start: bool) -> dict[str, Any]:
+    """`model_init_kwargs` for the start, or for a student that was saved in a folder here."""
+    options = dict(args.model_init_kwargs or {})
+    return options if is_start else {name: value for name, value in options.items() if name not in _OF_THE_START}
+
+
+def default_student(
+    settings: SamplingSettings, args: Any, quantization_config: Any, with_adapter: bool
+) -> Callable[[str, int], Sampler]:
+    """Samples a round's student with transformers, loaded as it is for training, by the round's own seed."""
+
+    def student(model: str, number: int) -> Sampler:
+        options = init_kwargs(args, is_start=with_adapter or number == 1)
+        if args.trust_remote_code:
+            options.setdefault("trust_remote_code", True)
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        seeded = replace(settings, seed=round_seed(settings.seed, number))
+        return LocalSampler(model, seeded, model_init_kwargs=options)
+
+    return student
+
+
+def load_reference(name: str, args: Any, is_start: bool, adapter: str | None = None) -> Any:
+    """A frozen model as TRL would load it, with an adapter merged into it where there is one."""
+    options = {"trust_remote_code": args.trust_remote_code} | init_kwargs(args, is_start)
+    if PartialState().distributed_type != DistributedType.NO:
+        options["device_map"] = None  # each process places its own
+    model: Any = load_model(name, options)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model
+
+
+def load_adapter(model: Any, folder: str) -> None:
+    """Gives the adapter of a PEFT model the weights of one that was saved."""
+    outcome = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    if outcome.unexpected_keys:
+        raise ValueError(f"The adapter in {folder!r} has weights that `peft_config` has no place for: it was changed.")
+
+
+class LastStepLogged(TrainerCallback):
+    """Logs at the last step of a round, wherever `logging_steps` falls: a round's record tells how it ended."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class Carried(TrainerCallback):
+    """
+    What one round's training leaves to the next: the optimizer's moments, and λ. Learning rates are the new training's own.
+
+    Args:
+        path (`Path`):
+            File that `save` has written.
+    """
+
+    def __init__(self, path: Path):
+        self.state = torch.load(path, map_location="cpu", weights_only=True)
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step:  # a checkpoint has brought its own
+            return
+        assert optimizer is not None
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": self.state["optimizer"]})
+
+    @staticmethod
+    def save(trainer: Any, path: Path) -> None:
+        building = path.with_name(f"{path.name}.building")
+        torch.save({"optimizer": trainer.optimizer.state_dict()["state"], "dual": trainer.dual.state_dict()}, building)
+        building.replace(path)
+
+
+def free(trainer: Any) -> None:
+    """Gives back what a trainer holds, before the next round's models are loaded."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.ref_model = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    clear_device_cache(garbage_collection=True)
