@@ -200,6 +200,7 @@ def _student(pairs: PairsArguments, training_args: OnlinePbKDConfig, model_args:
     assert name is not None
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     changed: dict[str, Any] = {"student_model_init_kwargs": options}
+    check_model_source("model_name_or_path", name)
     sampler = make_sampler(replace(pairs, **changed), "student")
     try:
         _ = sampler.tokenizer
