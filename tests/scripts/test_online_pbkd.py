@@ -263,7 +263,8 @@ def test_a_column_is_read_and_steps_are_those_of_the_trainer(trl_kd, online, pai
     words += ["--steps_per_generation", "3", "--num_iterations", "2", "--learning_rate", "0"]
     told = ok(trl_kd(*words, "--dry_run")).out
     assert line(told, "teacher") == "the column 'completion', given for 8"
-    assert "row 0: 0+1=" in told
+    assert line(told, "shown") == "row 0: 0+1="
+    assert line(told, "its answer") == "1"
     ok(trl_kd(*words))
     assert line(told, "steps").startswith(f"{trained[0].state.max_steps} in 2 epochs")
 
@@ -287,7 +288,7 @@ def test_a_server_is_asked_once(trl_kd, online, pairs_config, jsonl, out, monkey
         pairs_config(teacher="api:big", teacher_base_url=server.url)
         told = ok(trl_kd(*words, "--dry_run")).out
         assert server.count == 1
-        assert re.search(r"^  teacher +777 \(stop\)\n +8 answers to ask: about", told, re.MULTILINE)
+        assert re.search(r"^  its answer +777 \(stop\)\n +8 answers to ask: about", told, re.MULTILINE)
         assert not out.exists()
         ok(trl_kd(*words, "--max_steps", "1"))
         assert server.count == 3  # one for each prompt of the batch

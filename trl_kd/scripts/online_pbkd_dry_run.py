@@ -118,18 +118,23 @@ def _describe_teacher(parts: Parts, online: OnlineParts, args: Any) -> Table:
     table: Table
     if parts.teacher is None:
         table = [("teacher", f"the column {args.teacher_column!r}{_given(parts.train_dataset, args.teacher_column)}")]
-        table += ask_teacher(parts.train_dataset, online.sampler(), teacher_folder(args))
+        table += _asked(parts.train_dataset, online.sampler(), args)
     else:
         assert parts.pairs is not None
         table = [("teacher", f"{parts.pairs.teacher}, asked once for each prompt")]
         if is_server(parts.pairs.teacher):
-            table += ask_teacher(parts.train_dataset, parts.teacher, teacher_folder(args))
+            table += _asked(parts.train_dataset, parts.teacher, args)
         else:
             table.append(("", "its weights are not loaded here, so that it is not asked"))
     told = "none: D is what is given" if parts.preference_function is None else None
     if parts.pairs is not None:
         told = parts.pairs.preference
     return [*table, ("preference", told or "")]
+
+
+def _asked(dataset: Any, teacher: Any, args: Any) -> Table:
+    asked = ask_teacher(dataset, teacher, teacher_folder(args))
+    return [("its answer" if name == "teacher" else name, value) for name, value in asked]
 
 
 def _given(dataset: Any, column: str) -> str:
