@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 import trl_kd.trainers.online_pbkd_trainer as online_pbkd_trainer
 from tests.conftest import make_model
@@ -14,6 +16,7 @@ from tests.sampling.fault_server import FaultServer, chat, error
 from tests.scripts.conftest import replaced
 from tests.scripts.test_pbkd_dry_run import line
 from trl_kd.pairs import load_pairs
+from trl_kd.rewards.reward_model import from_student
 from trl_kd.scripts import training
 from trl_kd.scripts.dry_run import reward_model_memory
 from trl_kd.scripts.online_pbkd_parts import TRL_REWARDS, reward_function, teacher_folder
@@ -124,6 +127,21 @@ def test_the_command_line_wins_over_the_file(trl_kd, online, tmp_path, pairs_con
     assert trained[0].reward_weights.tolist() == [0.0, 0.5, 1.0]
 
 
+def test_the_page_explains_every_metric(trl_kd, online, pairs_config, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(reward_learner, "LEAST_HELD_OUT", 1)
+    pairs_config(teacher=None, teacher_max_new_tokens=None, preference="teacher_wins")
+    rows = Dataset.from_list([{**row, "completion": "777"} for row in ROWS])
+    DatasetDict({"train": rows, "test": rows.select([0, 1])}).save_to_disk(tmp_path / "saved")
+    words = replaced(replaced(online, "--dataset_name", str(tmp_path / "saved")), "--rm_warmup_accuracy", "0.01")
+    words += ["--rm_held_out", "0.4", "--imitation_weight", "0.1", "--logging_steps", "1", "--max_steps", "1"]
+    words += ["--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "2"]
+    ok(trl_kd(*words))
+    logged = {name for entry in trained[0].state.log_history for name in entry if "pbkd/" in name}
+    page = (Path(__file__).parents[2] / "docs" / "online.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(pbkd/\w+)`", page, re.MULTILINE))
+    assert {name.removeprefix("eval_") for name in logged} == explained
+
+
 @pytest.mark.parametrize("named", [None, "pairs_config", "teacher_column"])
 def test_the_teacher_is_a_column(named, trl_kd, online, jsonl, pairs_config, trained):
     """Named by either side, or by default."""
@@ -140,13 +158,8 @@ def test_the_teacher_is_a_column(named, trl_kd, online, jsonl, pairs_config, tra
 
 def test_given_pairs_alone_with_lora_and_a_reward_model(trl_kd, online, jsonl, pairs, tmp_path, out, trained):
     """The paper's offline algorithm: D stays."""
-    from trl_kd.rewards.reward_model import from_student
-
     from_student(make_model(seed=3)).save_pretrained(tmp_path / "reward")
-    (tmp_path / "reward" / "tokenizer.json").write_bytes((Path(online[2]) / "tokenizer.json").read_bytes())
-    (tmp_path / "reward" / "tokenizer_config.json").write_bytes(
-        (Path(online[2]) / "tokenizer_config.json").read_bytes()
-    )
+    AutoTokenizer.from_pretrained(online[2]).save_pretrained(tmp_path / "reward")
     words = [*replaced(online, "--pairs_config"), "--preference_dataset", jsonl(pairs), "--rm_lora_r", "2"]
     words += ["--reward_model_name_or_path", str(tmp_path / "reward")]
     words += ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "1"]
@@ -297,8 +310,6 @@ def test_a_server_is_asked_once(trl_kd, online, pairs_config, jsonl, out, monkey
 
 
 def test_memory_of_the_reward_model(tiny_dir):
-    from types import SimpleNamespace
-
     args = SimpleNamespace(trust_remote_code=False, reward_bound=5.0, rm_lora_r=0)
     model = SimpleNamespace(model_name_or_path=tiny_dir, use_peft=False, load_in_4bit=False, load_in_8bit=False)
     count, learnt, size = reward_model_memory(args, model, None)
