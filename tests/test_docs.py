@@ -44,7 +44,7 @@ def blocks(language: str) -> list:
 
 
 def commands() -> list:
-    """Every `trl-kd pbkd`, `mm-pbkd`, `online-pbkd` and `pairs` line of bash blocks, as words, without a launcher in front."""
+    """Every `trl-kd pbkd`, `mm-pbkd`, `online-pbkd` and `pairs` line of bash blocks, in words, without a launcher."""
     found = []
     for block in blocks("bash"):
         (code,) = block.values
