@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from trl_kd import MMPbKDConfig
-from trl_kd.scripts import mm_pbkd, pbkd
+from trl_kd import MMPbKDConfig, OnlinePbKDConfig
+from trl_kd.scripts import mm_pbkd, online_pbkd, pbkd
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.pairs_arguments import PairsArguments
@@ -25,7 +25,12 @@ PAGES = [
 ]
 
 
-COMMANDS = {"pbkd": pbkd.DATACLASSES, "mm-pbkd": mm_pbkd.DATACLASSES, "pairs": (PairsArguments,)}
+COMMANDS = {
+    "pbkd": pbkd.DATACLASSES,
+    "mm-pbkd": mm_pbkd.DATACLASSES,
+    "online-pbkd": online_pbkd.DATACLASSES,
+    "pairs": (PairsArguments,),
+}
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
@@ -39,7 +44,7 @@ def blocks(language: str) -> list:
 
 
 def commands() -> list:
-    """Every `trl-kd pbkd`, `mm-pbkd` and `pairs` line of the bash blocks, as words, without a launcher in front."""
+    """Every `trl-kd pbkd`, `mm-pbkd`, `online-pbkd` and `pairs` line of bash blocks, in words, without a launcher."""
     found = []
     for block in blocks("bash"):
         (code,) = block.values
@@ -112,7 +117,8 @@ def test_yaml_blocks_are_understood(code, tmp_path):
     path = tmp_path / "page.yaml"
     path.write_text(code)
     keys = set(re.findall(r"^(\w+):", code, re.MULTILINE))
-    command = "mm-pbkd" if code.startswith("# mm_") else "pairs" if code.startswith("# pairs") else "pbkd"
+    named = {"# mm_": "mm-pbkd", "# online_": "online-pbkd", "# pairs": "pairs"}
+    command = next((command for start, command in named.items() if code.startswith(start)), "pbkd")
     values = parsed(command, ["--config", str(path)]).values
     assert keys
     for key in keys:
@@ -129,19 +135,16 @@ def test_there_are_commands_and_a_wrong_one_is_noticed():
             parsed(command, ["--output_dri", "student"])
 
 
-def test_the_white_box_page_has_every_setting_with_its_default():
-    text = (ROOT / "docs/white_box.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
+@pytest.mark.parametrize(("page", "config"), [("white_box", MMPbKDConfig), ("online", OnlinePbKDConfig)])
+def test_a_page_has_every_setting_with_its_default(page, config):
+    text = (ROOT / f"docs/{page}.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("| `")]
     told = {}
     for names, defaults in rows:
         names = re.findall(r"`(\w+)`", names)
         values = defaults.split(", ") if ", " in defaults else [defaults] * len(names)
         told |= {name: value.strip('`"') for name, value in zip(names, values, strict=True)}
-    ours = {
-        f.name: str(f.default)
-        for f in fields(MMPbKDConfig)
-        if f.name not in MMPbKDConfig.__base__.__dataclass_fields__
-    }
+    ours = {f.name: str(f.default) for f in fields(config) if f.name not in config.__base__.__dataclass_fields__}
     assert ours == {name: value for name, value in told.items() if not name.startswith("teacher_model_")}
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
+from tests.conftest import make_model
 from trl_kd.pairs import load_pairs
 from trl_kd.preferences.reward_function import load_function
-from trl_kd.scripts import cli, mm_pbkd, pbkd
+from trl_kd.rewards.reward_model import from_student
+from trl_kd.scripts import cli, mm_pbkd, online_pbkd, pbkd
 from trl_kd.scripts.arguments import parse
 from trl_kd.scripts.pairs_arguments import PairsArguments
 
@@ -20,6 +23,7 @@ ALL = sorted(RECIPES.rglob("*.yaml"))
 PAIRS = [path for path in ALL if path.stem.startswith("pairs")]
 FILES = [path for path in ALL if path not in PAIRS]
 MATCHING = [path for path in FILES if path.stem.startswith("mm_pbkd")]
+ONLINE = [path for path in FILES if path.stem.startswith("online_pbkd")]
 ROUNDS = [path for path in FILES if path.stem.endswith("rounds")]
 
 pytestmark = pytest.mark.skipif("WORLD_SIZE" in os.environ, reason="runs in this process")
@@ -54,6 +58,15 @@ def sums(tmp_path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def reward_dir(tiny_dir, tmp_path) -> str:
+    """A reward model with the student's tokenizer."""
+    folder = tmp_path / "reward"
+    from_student(make_model()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(folder)
+    return str(folder)
+
+
 def test_there_are_recipes():
     for paths in (MATCHING, [path for path in FILES if path not in MATCHING]):
         assert {"running_sums", "qwen2.5", "gsm8k"} <= {path.parent.name for path in paths}
@@ -70,7 +83,9 @@ def test_its_header_says_what_it_takes(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 class TestRecipe:
-    def test_it_runs_two_steps(self, path, chats, sums, tiny_dir, teacher_dir, tmp_path, capfd, monkeypatch):
+    def test_it_runs_two_steps(
+        self, path, chats, sums, tiny_dir, teacher_dir, reward_dir, tmp_path, capfd, monkeypatch
+    ):
         monkeypatch.chdir(RECIPES.parent)
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         words = {
@@ -89,14 +104,26 @@ class TestRecipe:
             command = "mm-pbkd"
             words |= {"preference_dataset": chats, "pair_max_length": 64, "max_completion_length": 4}
             words["q_warmup_steps"] = 2
+        elif path in ONLINE:
+            command = "online-pbkd"
+            words |= {"max_completion_length": 4, "rm_warmup_accuracy": 0, "rm_max_length": 64}
         else:
             command, words["max_length"] = "pbkd", 64
-        if path in ROUNDS:
-            del words["dataset_name"]
+        if path in ROUNDS + ONLINE:
             pairs = yaml.safe_load(Path(RECIPES.parent, recipe["pairs_config"]).read_text(encoding="utf-8"))
-            pairs |= {"dataset_name": sums, "teacher": teacher_dir}
-            (tmp_path / "rounds_pairs.yaml").write_text(yaml.safe_dump(pairs))
-            words |= {"rounds": 2, "pairs_config": tmp_path / "rounds_pairs.yaml"}
+            pairs["teacher"] = teacher_dir
+            pairs.pop("teacher_base_url", None)
+            if path in ROUNDS:
+                del words["dataset_name"]
+                words["rounds"] = 2
+                pairs["dataset_name"] = sums
+            elif pairs["preference"].startswith("verifier:"):
+                words["dataset_name"] = sums
+            else:
+                pairs["preference"] = f"reward_model:{reward_dir}"
+                pairs["preference_model_init_kwargs"] = {"dtype": "float32"}
+            (tmp_path / "its_pairs.yaml").write_text(yaml.safe_dump(pairs))
+            words["pairs_config"] = tmp_path / "its_pairs.yaml"
         if "teacher_model_name_or_path" in recipe:
             words["teacher_model_name_or_path"] = teacher_dir
         if "load_in_4bit" in recipe.get("teacher_model_init_kwargs", {}):
@@ -179,10 +206,15 @@ def test_who_is_right_on_gsm8k():
 
 
 def test_commands_in_headers_are_understood():
-    classes = {"pbkd": pbkd.DATACLASSES, "mm-pbkd": mm_pbkd.DATACLASSES, "pairs": (PairsArguments,)}
+    classes = {
+        "pbkd": pbkd.DATACLASSES,
+        "mm-pbkd": mm_pbkd.DATACLASSES,
+        "online-pbkd": online_pbkd.DATACLASSES,
+        "pairs": (PairsArguments,),
+    }
     for path in ALL:
         header = "\n".join(line[1:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        found = re.findall(r"trl-kd (pbkd|mm-pbkd|pairs) ((?:.*\\\n)*.*)", header)
+        found = re.findall(r"trl-kd (pbkd|mm-pbkd|online-pbkd|pairs) ((?:.*\\\n)*.*)", header)
         assert found, path
         for command, words in found:
             argv = words.replace("\\\n", " ").split()

@@ -49,6 +49,33 @@ class TrainingScriptArguments(ScriptArguments):
 
 
 @dataclass
+class PreferenceScriptArguments(TrainingScriptArguments):
+    """
+    Arguments of the training commands whose `dataset_name` and its companions name prompts, and that may be given pairs
+    beside them.
+
+    Parameters:
+        preference_dataset (`str`, *optional*):
+            Preference pairs: a Hub id, a folder that `trl-kd pairs` has written, or a file.
+        preference_dataset_config (`str`, *optional*):
+            Configuration of the pairs, where the Hub has several.
+        preference_dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split of the pairs.
+    """
+
+    preference_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Preference pairs: a Hub id, a folder of `trl-kd pairs`, or a .jsonl, .json, .parquet file."
+        },
+    )
+    preference_dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the preference pairs, where the Hub has several."}
+    )
+    preference_dataset_split: str = field(default="train", metadata={"help": "Split of the preference pairs."})
+
+
+@dataclass
 class Parsed:
     """What the arguments say: the `values`, one instance a dataclass; `script_args`, the command line without what is
     meant for `accelerate launch`; `launch_args`, what is; and those of them that came from the `command_line`."""

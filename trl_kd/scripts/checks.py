@@ -9,7 +9,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
-from trl_kd.scripts.arguments import TrainingScriptArguments
+from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.data import looks_like_path
 from trl_kd.scripts.errors import InputError, one_line
 
@@ -40,13 +40,25 @@ def check_training(training_args: Any, model_args: Any) -> None:
             f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."
         )
     _check_quantization(model_args)
-    teacher: Any = training_args.teacher_model_init_kwargs or {}
+    teacher: Any = getattr(training_args, "teacher_model_init_kwargs", None) or {}
     if any(name.startswith("load_in_") for name in teacher) and find_spec("bitsandbytes") is None:
         raise InputError(
             "`teacher_model_init_kwargs` asks for a quantised teacher, which needs bitsandbytes: pip install 'trl-kd[bnb]'."
         )
     _check_reporting(training_args.report_to)
     check_output_dir(training_args.output_dir)
+
+
+def check_preference_dataset(script_args: PreferenceScriptArguments) -> None:
+    """Raises where its companions are set without it."""
+    if script_args.preference_dataset is not None:
+        return
+    for name, default in (("preference_dataset_config", None), ("preference_dataset_split", "train")):
+        if getattr(script_args, name) != default:
+            raise InputError(
+                f"`{name}` is {getattr(script_args, name)!r}, but `preference_dataset` is not set: give the pairs, "
+                "or drop it."
+            )
 
 
 def _check_quantization(model_args: ModelConfig) -> None:

@@ -19,6 +19,10 @@ COMMANDS = {
         "trl_kd.scripts.mm_pbkd",
         "match a student to the weights of a teacher where preferences say it matters",
     ),
+    "online-pbkd": (
+        "trl_kd.scripts.online_pbkd",
+        "let a student climb a reward model that learns from its comparisons with its teacher",
+    ),
     "demo": ("trl_kd.scripts.demo", "see the method at work on a small task, on this machine"),
 }
 

@@ -14,9 +14,11 @@ from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (
     ModelSize,
     empty_model,
+    empty_reward_model,
     model_size,
     optimizer_bytes,
     readable,
+    reward_parameters,
     trainable_parameters,
 )
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
@@ -127,6 +129,14 @@ def describe_teacher(tokenizer: Any, args: Any, model_args: ModelConfig) -> Tabl
     return [("teacher", f"{teacher}, same vocabulary"), ("embeddings", said)]
 
 
+def tokenize_prompt(prompt: Any, processor: Any, template: dict[str, Any]) -> list[int]:
+    """As trainers that generate do."""
+    if not is_conversational({"prompt": prompt}):
+        return processor(text=[prompt])["input_ids"][0]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **template}
+    return processor.apply_chat_template([prompt], **options)["input_ids"][0]
+
+
 # ---- Memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +155,30 @@ def student_memory(args: Any, model_args: ModelConfig) -> tuple[Any, ModelSize, 
         "optimizer": trained * optimizer_bytes(args.optim) * width / 4,
     }
     return model, size, trained, parts
+
+
+def model_memory(field: str, name: str, options: dict[str, Any], args: Any) -> float:
+    """Bytes of the weights of another model that `field` names, which is not trained."""
+    quantization = next((kind for kind in ("load_in_4bit", "load_in_8bit") if options.get(kind)), None)
+    return model_size(_empty(field, name, None, args), options.get("dtype"), quantization).bytes
+
+
+def reward_model_memory(args: Any, model_args: ModelConfig, source: str | None) -> tuple[int, int, float]:
+    """The reward model's parameters, how many are trained, and the bytes of weights, gradients and optimizer. `source` is
+    the checkpoint that it starts from; `None`: the student."""
+    field = "model_name_or_path" if source is None else "reward_model_name_or_path"
+    name = source or model_args.model_name_or_path
+    assert name is not None
+    quantization = next((kind for kind in ("load_in_4bit", "load_in_8bit") if getattr(model_args, kind)), None)
+    try:
+        model = empty_reward_model(name, args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise model_error(field, name, error) from error
+    whole = source is None and not model_args.use_peft  # the student's own weights, in float32
+    size = model_size(model, "float32" if whole else "auto", quantization if source is None else None)
+    parameters, trained = reward_parameters(model, args.reward_bound, args.rm_lora_r)
+    width = 4 if args.rm_lora_r else size.bytes / size.parameters
+    return parameters, trained, size.bytes + (parameters - size.parameters) * 4 + trained * width * 3
 
 
 def teacher_memory(args: Any) -> float:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_kd.rewards.q_function import ADAPTER_WIDTH
+from trl_kd.rewards.reward_model import RewardModel
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -88,6 +89,22 @@ def trainable_parameters(model: PreTrainedModel, peft_config: Any) -> int:
     with init_empty_weights():
         adapted = get_peft_model(model, peft_config)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def empty_reward_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A sequence-classification model of one label with the backbone that `name` describes, on the meta device."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, num_labels=1)
+    with init_empty_weights():
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def reward_parameters(model: PreTrainedModel, bound: float, lora_r: int) -> tuple[int, int]:
+    """How many parameters [`~trl_kd.rewards.reward_model.RewardModel`] has with this backbone, which it changes, and how
+    many of them are trained."""
+    with init_empty_weights():
+        reward = RewardModel(model, bound, lora_r, pad_token_id=0)
+    parameters = list(reward.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def q_parameters(head: str, width: int, count: int) -> int:

@@ -12,13 +12,13 @@ trl-kd mm-pbkd \\
 Run as a module, as launchers do, it trains in this process: `torchrun --nproc_per_node 2 -m trl_kd.scripts.mm_pbkd ...`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig
 
-from trl_kd.scripts.arguments import TrainingScriptArguments
-from trl_kd.scripts.checks import check_arguments
+from trl_kd.scripts.arguments import PreferenceScriptArguments
+from trl_kd.scripts.checks import check_arguments, check_preference_dataset
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.mm_pbkd_dry_run import dry_run
@@ -27,30 +27,8 @@ from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 
 
 @dataclass
-class MMPbKDScriptArguments(TrainingScriptArguments):
-    """
-    Arguments of `trl-kd mm-pbkd` beside those of its models and its trainer. `dataset_name` and its companions name the
-    prompts.
-
-    Parameters:
-        preference_dataset (`str`, *optional*):
-            Preference pairs: a Hub id, a folder that `trl-kd pairs` has written, or a file.
-        preference_dataset_config (`str`, *optional*):
-            Configuration of the pairs, where the Hub has several.
-        preference_dataset_split (`str`, *optional*, defaults to `"train"`):
-            Split of the pairs.
-    """
-
-    preference_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Preference pairs: a Hub id, a folder of `trl-kd pairs`, or a .jsonl, .json, .parquet file."
-        },
-    )
-    preference_dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the preference pairs, where the Hub has several."}
-    )
-    preference_dataset_split: str = field(default="train", metadata={"help": "Split of the preference pairs."})
+class MMPbKDScriptArguments(PreferenceScriptArguments):
+    """Arguments of `trl-kd mm-pbkd` beside those of its models and its trainer."""
 
 
 DATACLASSES = (MMPbKDScriptArguments, MMPbKDConfig, ModelConfig, DatasetMixtureConfig)
@@ -67,14 +45,8 @@ def _check(
     mixture: DatasetMixtureConfig,
 ) -> None:
     check_arguments(script_args, training_args, model_args, mixture, rows="prompts")
-    if script_args.preference_dataset is None:
-        for name, default in (("preference_dataset_config", None), ("preference_dataset_split", "train")):
-            if getattr(script_args, name) != default:
-                raise InputError(
-                    f"`{name}` is {getattr(script_args, name)!r}, but `preference_dataset` is not set: give the pairs, or "
-                    "drop it."
-                )
-    elif training_args.moment_coef == 0:
+    check_preference_dataset(script_args)
+    if script_args.preference_dataset is not None and training_args.moment_coef == 0:
         raise InputError(
             f"`preference_dataset` is {script_args.preference_dataset!r}, but `moment_coef` is 0, so that there is no Q for "
             "the pairs to hold: drop one of them."

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
-from trl import is_conversational, maybe_extract_prompt
+from trl import maybe_extract_prompt
 
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.dry_run import (
@@ -23,6 +23,7 @@ from trl_kd.scripts.dry_run import (
     load_student_processor,
     student_memory,
     teacher_memory,
+    tokenize_prompt,
 )
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
 from trl_kd.trainers.mm_pbkd_data import (
@@ -109,11 +110,7 @@ def _describe_first_rows(dataset: Any, processor: Any, args: Any) -> Table:
     table, longest, completions = [], 0, []
     sample = first_rows(dataset)
     for index, row in enumerate(sample):
-        if is_conversational({"prompt": row["prompt"]}):
-            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **template}
-            prompt_ids = processor.apply_chat_template([row["prompt"]], **options)["input_ids"][0]
-        else:
-            prompt_ids = processor(text=[row["prompt"]])["input_ids"][0]
+        prompt_ids = tokenize_prompt(row["prompt"], processor, template)
         longest = max(longest, len(prompt_ids))
         told = f"{len(prompt_ids)} prompt tokens"
         if args.lmbda < 1 and row.get("completion") is not None:

@@ -100,6 +100,25 @@ def dry_run(
     return "\n".join(["Dry run: one answer of each source, and nothing is written.", *shown, ASSUMPTIONS])
 
 
+def ask_teacher(prompts: Dataset | IterableDataset, sampler: Any, folder: str | Path) -> Table:
+    """
+    Asks a teacher alone for one answer, of those that the folder of a training lacks. Nothing is written.
+
+    Returns:
+        The row that is shown, the answer, and what all that are missing would take.
+
+    Raises:
+        `ValueError`, `StoreError`, or what the teacher raises.
+    """
+    with closing(StoredAnswers(folder)) as stored:
+        nobody: dict[str, Any] = {}
+        stored.check_settings({"teacher": sampler.describe(), "student": nobody, "preference": nobody})
+        sources = {"teacher": (sampler, 1)}
+        work = _Work(prompts, sources, None, stored)
+        _, _, table = _ask("teacher", sources, work, stored)
+    return [("shown", f"row {work.row.index}: {_short(work.row.prompt)}"), *table]
+
+
 class _Work:
     """What there is to do: how many `prompts`, how many answers of each source are `missing`, and the `row` to show, the
     first that lacks an answer."""

@@ -13,10 +13,11 @@ from trl_kd.pairs.pairing import PairingSettings
 from trl_kd.pairs.store import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
-from trl_kd.scripts.arguments import TrainingScriptArguments, parse
+from trl_kd.scripts.arguments import TrainingScriptArguments
 from trl_kd.scripts.checks import check_model_source, check_training, model_error
 from trl_kd.scripts.errors import InputError, bad_input, one_line
-from trl_kd.scripts.pairs_arguments import PairsArguments, check, refuse_set
+from trl_kd.scripts.pairs_arguments import PairsArguments
+from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
 from trl_kd.scripts.training import model_init_kwargs
 from trl_kd.trainers.pbkd_config import PbKDConfig
@@ -140,24 +141,14 @@ def read_pairs_config(
     script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig
 ) -> PairsArguments:
     """The arguments of `trl-kd pairs` that `pairs_config` holds, with the student of the first round, checked."""
-    path = script_args.pairs_config
-    assert path is not None
-    assert training_args.output_dir is not None
-    if not Path(path).is_file():
-        raise InputError(f"`pairs_config` is {path!r}: no such file.")
-    try:
-        args: PairsArguments = parse((PairsArguments,), ["--config", path], "trl-kd pairs", is_launched=False).values[
-            0
-        ]
-        for name, why in _NOT_OF_ROUNDS.items():
-            refuse_set(args, [name], f"{why}.")
+
+    def complete(args: PairsArguments) -> None:
+        assert training_args.output_dir is not None
         args.student = model_args.model_name_or_path
         args.output_dir = str(Path(training_args.output_dir) / "round-1" / "pairs")
-        check(args)
-    except InputError as error:
-        said = str(error).replace(f"`config` is {path!r}", f"`pairs_config` is {path!r}")
-        raise InputError(said if "`pairs_config`" in said else f"{said} (in `pairs_config` = {path!r})") from error
-    return args
+
+    assert script_args.pairs_config is not None
+    return read_file(script_args.pairs_config, _NOT_OF_ROUNDS, complete)
 
 
 def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:

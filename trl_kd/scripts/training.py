@@ -120,7 +120,13 @@ class TrainingCommand:
         return 0
 
 
-def build_trainer(trainer_class: type, training_args: Any, model_args: ModelConfig, **datasets: Any) -> Any:
+def build_trainer(
+    trainer_class: type,
+    training_args: Any,
+    model_args: ModelConfig,
+    other_models: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
     """
     Makes a trainer of the student that the arguments name.
 
@@ -131,22 +137,24 @@ def build_trainer(trainer_class: type, training_args: Any, model_args: ModelConf
             Its settings, which get the student's `model_init_kwargs`.
         model_args ([`~trl.ModelConfig`]):
             The student, its quantisation and LoRA.
-        **datasets:
-            Its keyword arguments that are datasets.
+        other_models (`Mapping[str, str]`, *optional*):
+            Models beside student and teacher that the trainer loads, by the fields that name them.
+        **arguments:
+            Its other keyword arguments, such as datasets.
 
     Raises:
         `InputError`: a model cannot be read; the message names its field.
         `ValueError`: what else the trainer refuses, in its own words.
     """
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
-    models = _models(training_args, model_args)
+    models = _models(training_args, model_args) | dict(other_models or {})
     try:
         return trainer_class(
             model=model_args.model_name_or_path,
             args=training_args,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
-            **datasets,
+            **arguments,
         )
     except (OSError, ValueError) as error:
         unreadable = isinstance(error, (OSError, HFValidationError)) or "Unrecognized" in str(error)
@@ -169,7 +177,7 @@ def model_init_kwargs(training_args: Any, model_args: ModelConfig) -> dict[str, 
 def _models(training_args: Any, model_args: ModelConfig) -> dict[str, str]:
     """The models that are named, by their fields."""
     named = {
-        "teacher_model_name_or_path": training_args.teacher_model_name_or_path,
+        "teacher_model_name_or_path": getattr(training_args, "teacher_model_name_or_path", None),
         "model_name_or_path": model_args.model_name_or_path,
     }
     return {field: name for field, name in named.items() if name is not None}
