@@ -82,6 +82,10 @@ PARTS = {
         {"preference_function": digits, "reward_weights": [1.0, 1.0]},
         "`reward_weights` has 2 numbers, and there are 1 rewards",
     ),
+    "few pairs that stay": (
+        {"pairs": PAIRS, "rm_warmup_accuracy": 0.6},
+        "`preference_dataset` leaves . held-out pairs .* takes 100 to tell",
+    ),
     "a stream of pairs": (
         {"pairs": Dataset.from_list(PAIRS).to_iterable_dataset()},
         "`preference_dataset` is a IterableDataset",

@@ -150,6 +150,11 @@ class OnlinePbKDConfig(RLOOConfig):
         return self.adversary in ("pbkd", "mle")
 
     @property
+    def warms_up(self) -> bool:
+        """Whether the student waits for the reward model."""
+        return self.uses_preferences and self.rm_warmup_accuracy > 0
+
+    @property
     def follows_mle(self) -> bool:
         """Whether the student climbs the maximum-likelihood head: there is no adversarial one then."""
         return self.adversary == "mle" or (self.adversary == "pbkd" and self.confidence_radius == 0)
@@ -184,7 +189,7 @@ class OnlinePbKDConfig(RLOOConfig):
                 f"`rm_batch_size` is {self.rm_batch_size}, which {self.world_size} processes do not divide: give a multiple "
                 f"of {self.world_size}."
             )
-        if self.uses_preferences and self.rm_warmup_accuracy > 0 and self.rm_held_out == 0:
+        if self.warms_up and self.rm_held_out == 0:
             raise ValueError(
                 f"`rm_warmup_accuracy` is {self.rm_warmup_accuracy} but `rm_held_out` is 0, so that there is nothing to "
                 "measure it on: hold pairs out, or set `rm_warmup_accuracy=0`."

@@ -38,7 +38,7 @@ from trl_kd.trainers.online_pbkd_data import (
 )
 from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
-from trl_kd.trainers.reward_learner import RewardLearner
+from trl_kd.trainers.reward_learner import RewardLearner, check_held_out
 from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
 
 
@@ -136,7 +136,10 @@ optimizers, quantization_config, peft_config:
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
         check_reward_model(reward_model, args)
-        pairs = parts.given_pairs()
+        pool = PairPool(args.rm_held_out, args.seed)
+        pool.add(parts.given_pairs())
+        if parts.preference is None and args.warms_up:
+            check_held_out(pool, args)
         functions, classes = reward_columns(args, reward_funcs, reward_processing_classes)
 
         super().__init__(
@@ -159,8 +162,6 @@ optimizers, quantization_config, peft_config:
         self.dual = DualVariable(value=0.0, maximum=0.0)
         self.learner: RewardLearner | None = None
         if args.adversary != "off":
-            pool = PairPool(args.rm_held_out, args.seed)
-            pool.add(pairs)
             self.dual = make_dual(args, max(len(pool.train), 1))
             reward, tokenizer = load_reward_model(reward_model, self.model, self._tokenizer, args, quantization_config)
             self.learner = RewardLearner(

@@ -26,12 +26,22 @@ logger = get_logger(__name__)
 
 LEAST_HELD_OUT = 100
 """Strict held-out pairs below which their accuracy says too little to end the warm-up."""
-CHECK_EVERY = 10
+CHECK_EVERY, TELL_EVERY = 10, 100
 OPTIMIZER_FILE, STATE_FILE, PAIRS = "reward_optimizer.pt", "reward_state.json", "pairs"
 
 
 class WarmUpFailed(RuntimeError):
     """The reward model is not fit to be climbed."""
+
+
+def check_held_out(pool: PairPool, args: OnlinePbKDConfig) -> None:
+    """Raises a `ValueError` for a D that stays and is too small to tell when the warm-up ends."""
+    if pool.strict < LEAST_HELD_OUT:
+        raise ValueError(
+            f"`preference_dataset` leaves {pool.strict} held-out pairs that are no ties (`rm_held_out` = "
+            f"{args.rm_held_out}), and it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt: give more "
+            "pairs, raise `rm_held_out`, or do without the check by `rm_warmup_accuracy=0`."
+        )
 
 
 class RewardLearner:
@@ -69,7 +79,7 @@ class RewardLearner:
         self.head = MLE if args.follows_mle else ADVERSARY
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=args.rm_learning_rate)
-        self.warmed_up = not args.uses_preferences or args.rm_warmup_accuracy == 0
+        self.warmed_up = not args.warms_up
 
     # ---- Texts as rewards ------------------------------------------------------------------------------------------------
 
@@ -206,6 +216,8 @@ class RewardLearner:
             looks = steps % CHECK_EVERY == 0 or steps == args.rm_warmup_steps
             if looks and self.pool.strict >= LEAST_HELD_OUT:
                 accuracy = self.held_out_accuracy()
+                if steps % TELL_EVERY == 0:
+                    logger.info(f"Warm-up, step {steps}: {accuracy:.1%} of {self.pool.strict} held-out pairs.")
                 if accuracy >= args.rm_warmup_accuracy or steps == args.rm_warmup_steps:
                     break
             if grow is not None and steps % args.rm_steps == 0:
