@@ -96,7 +96,7 @@ def test_fields_of_a_users_own_config_are_not_lost_without_a_word(tiny_dir, teac
 
 def test_arguments_of_another_trainer_are_refused(tiny_dir, teacher_dir, settings):
     args = PbKDConfig(**settings)
-    with pytest.raises(ValueError, match="`args` is a PbKDConfig: pass a `MMPbKDConfig`, or a `DistillationConfig`"):
+    with pytest.raises(ValueError, match="class PbKDConfig: pass one of MMPbKDConfig, or of DistillationConfig"):
         MMPbKDTrainer(tiny_dir, teacher_dir, args=args, train_dataset=Dataset.from_list(ROWS))
 
 

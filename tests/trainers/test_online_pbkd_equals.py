@@ -10,7 +10,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, SHORT, digits, equal, logs_of, make, weights_of
-from trl_kd import OnlinePbKDConfig
+from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel, from_student
 from trl_kd.trainers.pair_pool import PairPool
@@ -61,8 +61,6 @@ def test_off_is_rloo(tiny_dir, settings, more):
                 train_dataset=Dataset.from_list(ROWS),
             )
         else:
-            from trl_kd import OnlinePbKDTrainer
-
             ours = type("Ours", (Stepping, OnlinePbKDTrainer), {})
             trainer = make(tiny_dir, settings, adversary="off", reward_funcs=length, trainer=ours, **more)
         trainer.train()
@@ -76,8 +74,6 @@ def test_off_is_rloo(tiny_dir, settings, more):
 def test_a_plain_config_is_taken(tiny_dir, settings):
     shared = {name: value for name, value in SHORT.items() if not name.startswith(OURS)}
     args = RLOOConfig(**{**settings, **shared, "gradient_accumulation_steps": 2})
-    from trl_kd import OnlinePbKDTrainer
-
     trainer = OnlinePbKDTrainer(tiny_dir, length, args, Dataset.from_list(ROWS), preference_function=digits)
     assert trainer.args.steps_per_generation == 2
     assert trainer.args.adversary == "pbkd"
@@ -86,13 +82,12 @@ def test_a_plain_config_is_taken(tiny_dir, settings):
 # ---- The reward model ----------------------------------------------------------------------------------------------------
 
 
-def learner_of(tmp_path, pairs=PAIRS, double=False, **more) -> RewardLearner:
+def learner_of(tmp_path, pairs=PAIRS, **more) -> RewardLearner:
     args = OnlinePbKDConfig(str(tmp_path), use_cpu=True, bf16=False, **{**SHORT, "rm_batch_size": 20, **more})
     model = RewardModel(from_student(make_model()), args.reward_bound, args.rm_lora_r, 0)
     generator = torch.Generator().manual_seed(0)
     for head in (model.heads.mle, model.heads.adversary):
         head.weight.data.normal_(generator=generator)
-    model = model.double() if double else model
     pool = PairPool(0.0, 0)
     pool.add([{"chosen_finish_reason": None, "preference": 1.0, **pair} for pair in pairs])
     dual = DualVariable(args.dual_init, args.dual_learning_rate, args.dual_max, radius=args.confidence_radius)
@@ -192,8 +187,6 @@ def test_the_radius_of_theory_shrinks_as_pairs_come(tmp_path):
 def test_imitation_is_the_mean_log_probability_of_answers(tiny_dir, settings):
     """The gradient of a whole optimizer step, over micro-batches and rows in random order; and one forward for each."""
     forwards, gradients = [], {}
-
-    from trl_kd import OnlinePbKDTrainer
 
     class Watched(OnlinePbKDTrainer):
         def _compute_loss(self, model, inputs):

@@ -124,7 +124,7 @@ def test_a_name_is_no_teacher(tiny_dir, settings):
 
 def test_another_trainers_settings(tiny_dir, settings):
     args = DPOConfig(**{name: value for name, value in settings.items() if name != "max_steps"})
-    with pytest.raises(ValueError, match="`args` is a DPOConfig: pass an `OnlinePbKDConfig`, or a `RLOOConfig`"):
+    with pytest.raises(ValueError, match="class DPOConfig: pass one of OnlinePbKDConfig, or of RLOOConfig"):
         OnlinePbKDTrainer(tiny_dir, args=args, train_dataset=Dataset.from_list(ROWS), preference_function=digits)
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers import pbkd_config
+from trl_kd.trainers.fields import as_config
 
 
 LABELS = [(1.0, "chosen"), (0.6, "chosen"), (None, "rejected"), (1.0, None), (0.5, "chosen"), (None, "chosen")]
@@ -215,10 +215,9 @@ def test_streams_with_third_texts(tiny_dir, pairs, settings):
     assert sum(entry["pbkd/known_preferences"] for entry in logs) == 8  # of the twelve rows
 
 
-def test_args_may_be_left_out(monkeypatch):
+def test_args_may_be_left_out():
     made = []
-    monkeypatch.setattr(pbkd_config, "PbKDConfig", made.append)  # its default, bf16, wants a GPU
-    pbkd_config.as_pbkd_config(None, "org/student")
+    as_config(None, "org/student", made.append, "PbKD")  # not our class: its default, bf16, wants a GPU
     assert made == ["student-PbKD"]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from typing import Any
 
 import torch
@@ -48,8 +49,7 @@ class RewardModel(nn.Module):
         bound (`float`):
             B > 0: a reward is B·tanh(output / B), in nats of preference.
         lora_r (`int`):
-            Rank of LoRA adapters at all linear layers of the backbone; `0` trains all its weights. A PEFT model is taken as
-            it is.
+            Rank of LoRA adapters at all linear layers of the backbone; `0` trains all its weights.
         pad_token_id (`int`):
             Fills up rows.
 
@@ -73,7 +73,10 @@ class RewardModel(nn.Module):
             from peft import LoraConfig, get_peft_model
 
             config = LoraConfig(
-                r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", exclude_modules=rf".*{name}.*"
+                r=lora_r,
+                lora_alpha=2 * lora_r,
+                target_modules="all-linear",
+                exclude_modules=rf"(.*\.)?{re.escape(name)}(\..*)?",
             )
             self.model = get_peft_model(model, config)
         self.heads.float().requires_grad_(True)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from trl_kd._trl import get_config_model_id
+
 
 def parse_radius(value: float | str | None) -> float | str:
     """`confidence_radius` as a number or 'theory'. The command line and YAML hand over a union with `str` as a string."""
@@ -62,3 +64,33 @@ def extend_config(args: Any, target: type, **changed: Any) -> Any:
     settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
     kept = {f.name: settings[f.name] for f in fields(target) if f.init and f.name in settings}
     return target(**kept | changed)
+
+
+def as_config(args: Any, model: Any, target: type, suffix: str, **changed: Any) -> Any:
+    """
+    The settings of a run.
+
+    Args:
+        args (`TrainingArguments`, *optional*):
+            A `target`, or one of its TRL class, to which the defaults of `target` are added. `None`: all defaults.
+        model (`str` or `PreTrainedModel`):
+            The student, after which the output folder is named where there are no `args`.
+        target (`type`):
+            Our class of settings, derived from TRL's.
+        suffix (`str`):
+            What else the folder is called.
+        **changed:
+            Fields to change in settings of the TRL class.
+
+    Raises:
+        `ValueError`: settings of another class.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return target(f"{name.split('/')[-1]}-{suffix}")
+    if isinstance(args, target):
+        return args
+    if not isinstance(args, target.__mro__[1]):
+        ours, theirs = target.__name__, target.__mro__[1].__name__
+        raise ValueError(f"`args` is of the class {type(args).__name__}: pass one of {ours}, or of {theirs}.")
+    return extend_config(args, target, **changed)

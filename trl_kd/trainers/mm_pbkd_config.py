@@ -6,9 +6,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from trl import DistillationConfig
 
-from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.fields import check_integer, check_json, check_number, extend_config, parse_radius
+from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
 
 
 logger = get_logger(__name__)
@@ -217,18 +216,6 @@ class MMPbKDConfig(DistillationConfig):
                 "`state_gradient` is on but `lmbda` is 0: the states are the teacher's, whose distribution does not depend "
                 "on the student. Raise `lmbda`, or turn it off."
             )
-
-
-def as_mm_pbkd_config(args: DistillationConfig | None, model: Any) -> MMPbKDConfig:
-    """The settings of a run: `args`, or a plain `DistillationConfig` with our defaults added, or for `None` all defaults."""
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return MMPbKDConfig(f"{name.split('/')[-1]}-MMPbKD")
-    if isinstance(args, MMPbKDConfig):
-        return args
-    if not isinstance(args, DistillationConfig):
-        raise ValueError(f"`args` is a {type(args).__name__}: pass a `MMPbKDConfig`, or a `DistillationConfig`.")
-    return extend_config(args, MMPbKDConfig)
 
 
 def warn_if_approximate(args: MMPbKDConfig) -> None:

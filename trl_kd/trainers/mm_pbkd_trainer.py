@@ -24,8 +24,9 @@ from trl_kd.losses.heads import Head
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
+from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.mixed_states import MixedStates
-from trl_kd.trainers.mm_pbkd_config import as_mm_pbkd_config, warn_if_approximate
+from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd_data import (
     EpochOrder,
     PairBatches,
@@ -123,7 +124,7 @@ quantization_config, peft_config, tools:
         *,
         preference_dataset: Dataset | None = None,
     ):
-        args = as_mm_pbkd_config(args, model)
+        args = as_config(args, model, MMPbKDConfig, "MMPbKD")
         self.card_results: dict[str, float | str] = {}
         self.preference_rows = 0
         teacher = Teacher.for_matching(args, model, teacher_model)

@@ -1,13 +1,11 @@
 """Settings of `OnlinePbKDTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate.logging import get_logger
 from trl import RLOOConfig
 
-from trl_kd._trl import get_config_model_id
-from trl_kd.trainers.fields import check_integer, check_json, check_number, extend_config, parse_radius
+from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
 
 
 logger = get_logger(__name__)
@@ -199,16 +197,3 @@ class OnlinePbKDConfig(RLOOConfig):
                 f"`confidence_radius` is {self.confidence_radius}, which does nothing while λ is fixed "
                 "(`dual_learning_rate` = 0)."
             )
-
-
-def as_online_pbkd_config(args: RLOOConfig | None, model: Any) -> OnlinePbKDConfig:
-    """The settings of a run: `args`, or a plain `RLOOConfig` with our defaults added, or for `None` all defaults."""
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return OnlinePbKDConfig(f"{name.split('/')[-1]}-OnlinePbKD")
-    if isinstance(args, OnlinePbKDConfig):
-        return args
-    if not isinstance(args, RLOOConfig):
-        raise ValueError(f"`args` is a {type(args).__name__}: pass an `OnlinePbKDConfig`, or a `RLOOConfig`.")
-    # It and `steps_per_generation` are filled in by `RLOOConfig`, and only one may be given
-    return extend_config(args, OnlinePbKDConfig, generation_batch_size=None)

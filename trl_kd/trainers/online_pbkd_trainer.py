@@ -23,10 +23,11 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
+from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.imitation_rows import ImitationRows
 from trl_kd.trainers.mm_pbkd_data import EpochOrder
 from trl_kd.trainers.model_card import PAPER, add_online_sections
-from trl_kd.trainers.online_pbkd_config import as_online_pbkd_config
+from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.online_pbkd_data import (
     HackingWatch,
     OnlineParts,
@@ -127,7 +128,8 @@ optimizers, quantization_config, peft_config:
         preference_dataset: Dataset | None = None,
         reward_model: str | PreTrainedModel | None = None,
     ):
-        args = as_online_pbkd_config(args, model)
+        # `steps_per_generation` follows from it, and only one of the two may be given
+        args = as_config(args, model, OnlinePbKDConfig, "OnlinePbKD", generation_batch_size=None)
         self.card_results: dict[str, float | str] = {}
         reward_funcs = (
             [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]

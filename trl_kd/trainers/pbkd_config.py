@@ -5,8 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from trl_kd._trl import get_config_model_id
-from trl_kd.trainers.fields import check_json, check_number, extend_config, parse_radius
+from trl_kd.trainers.fields import check_json, check_number, parse_radius
 
 
 # TRL refuses another one in the middle of the first step
@@ -206,13 +205,3 @@ class PbKDConfig(DPOConfig):
                         f"`{name}` is set but `imitation='sequence'` reads the teacher's texts, not its weights: set "
                         f"`imitation='token'` or drop `{name}`."
                     )
-
-
-def as_pbkd_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
-    """The settings of a run: `args`, or a plain `DPOConfig` with our defaults added, or for `None` the defaults of all."""
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return PbKDConfig(f"{name.split('/')[-1]}-PbKD")
-    if isinstance(args, PbKDConfig):
-        return args
-    return extend_config(args, PbKDConfig)

@@ -17,8 +17,9 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
+from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
-from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
+from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
     LABEL_COLUMNS,
     PbKDCollator,
@@ -110,7 +111,7 @@ optimizers, quantization_config, peft_config:
         *,
         teacher_model: PreTrainedModel | None = None,
     ):
-        args = as_pbkd_config(args, model)
+        args = as_config(args, model, PbKDConfig, "PbKD")
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self.card_teacher: str | None = None

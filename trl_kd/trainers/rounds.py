@@ -24,8 +24,9 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.store import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
+from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import add_rounds_section, public_name
-from trl_kd.trainers.pbkd_config import PbKDConfig, as_pbkd_config
+from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, resume_usage
 from trl_kd.trainers.rounds_folder import (
@@ -149,7 +150,7 @@ class PbKDRounds:
         **pairs_options: Any,
     ):
         self.model = model
-        self.args = as_pbkd_config(args, model)
+        self.args = as_config(args, model, PbKDConfig, "PbKD")
         self.prompts = prompts
         self.preference = preference
         self.rounds = rounds
