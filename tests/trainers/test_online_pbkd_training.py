@@ -139,6 +139,29 @@ def test_the_student_waits_for_the_reward_model(tiny_dir, settings, many):
     assert trainer.learner.warmed_up
 
 
+def test_the_adversary_begins_with_steps_of_the_usual_size(tiny_dir, settings, many):
+    trainer = make(tiny_dir, settings, pairs=many, max_steps=1, rm_steps=3, **WARM)
+    seen = []
+    warm_up = trainer.learner.warm_up
+    step = trainer.learner.step
+
+    def watched(theirs, ours, moves=True):
+        assert trainer.model.training  # or the warm-up's answers would count as an evaluation's
+        before = trainer.learner.model.heads.adversary.weight.detach().clone()
+        found = step(theirs, ours, moves)
+        moved = (trainer.learner.model.heads.adversary.weight - before).abs().max().item()
+        seen.append((moves, moved / trainer.args.rm_learning_rate))
+        return found
+
+    trainer.learner.step = watched
+    trainer.learner.warm_up = lambda grow: warm_up(lambda: None)
+    trainer.train()
+    assert [size for moves, size in seen if not moves] == [0.0] * (len(seen) - 3)
+    assert len(seen) > 8
+    for _, size in seen[-3:]:
+        assert 0 < size < 1.2
+
+
 def test_a_reward_model_that_has_not_learnt_stops_the_run(tiny_dir, settings, many):
     coins = [{**row, "chosen": "12"[i % 2], "rejected": "21"[i % 2]} for i, row in enumerate(many)]
     trainer = make(tiny_dir, settings, pairs=coins, **WARM, rm_warmup_steps=12)
@@ -158,11 +181,50 @@ def test_too_few_held_out_pairs_stop_the_run(tiny_dir, settings):
 def test_pairs_held_out_are_never_drawn():
     pool = PairPool(0.3, 0)
     pool.add([{**pair, "preference": 1.0} for pair in PAIRS * 3])
-    held = {row["prompt"] for row in pool.held_out_rows()}
+    held = {pool.rows[place]["prompt"] for place in pool.held_out}
     assert 0 < len(held) < len({pair["prompt"] for pair in PAIRS})
-    drawn = [row["prompt"] for _ in range(50) for row in pool.draw(30, 0.5)]
+    drawn = [pool.rows[place]["prompt"] for _ in range(50) for place in pool.draw(30, 0.5)]
     assert drawn
     assert not held & set(drawn)
+
+
+def test_no_text_of_a_held_out_prompt_is_learnt_from(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, preference_function=digits, rm_held_out=0.999999, max_steps=2)
+    before = weights_of(trainer.learner.model)
+    trainer.train()
+    assert trainer.learner.pool.held_out
+    assert not trainer.learner.pool.train
+    assert equal(before, weights_of(trainer.learner.model))
+
+
+def test_fields_without_a_value_change_nothing_of_what_is_held_out(tmp_path):
+    pools = [PairPool(0.5, 0) for _ in range(3)]
+    for pool, name in ((pools[0], {}), (pools[1], {"name": None})):
+        for i in range(20):
+            prompt = [{"role": "user", "content": str(i), **(name if i else {"name": "Ann"})}]
+            pool.add([{"prompt": prompt, "chosen": "1", "rejected": "2", "preference": 1.0}])
+    pools[0].save(tmp_path)
+    pools[2].load(tmp_path, pools[0].state_dict())
+    assert 0 < len(pools[0].held_out) < 20
+    for other in pools[1:]:
+        assert pools[0].held_out == other.held_out
+        assert pools[0].rows == other.rows
+
+
+def test_a_teacher_answers_messages_with_fields_without_a_value(tiny_dir, settings):
+    rows = [{"prompt": [{**row["prompt"][0], "name": None}]} for row in CHAT]
+    rows[0]["prompt"][0]["name"] = "Ann"
+    trainer = make(
+        tiny_dir,
+        settings,
+        rows=rows,
+        teacher=Teacher(),
+        preference_function=digits,
+        teacher_column="none",
+        max_steps=1,
+    )
+    trainer.train()
+    assert len(trainer.learner.pool)
 
 
 def test_a_share_of_what_is_drawn_is_fresh():
@@ -173,7 +235,7 @@ def test_a_share_of_what_is_drawn_is_fresh():
     assert pool.fresh == []
     pool.fresh = pool.train[-4:]
     for _ in range(10):
-        drawn = pool.draw(8, 0.5)
+        drawn = [pool.rows[place] for place in pool.draw(8, 0.5)]
         assert len(drawn) == 8
         assert sum(row["prompt"] == "new" for row in drawn) == 4
         assert len({(row["prompt"], row["chosen"]) for row in drawn}) == 8

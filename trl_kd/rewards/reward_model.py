@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,10 +83,10 @@ class RewardModel(nn.Module):
         self.heads.float().requires_grad_(True)
         self.eval()  # without dropout: a step of λ compares two heads
 
-    def forward(self, rows: list[list[int]]) -> torch.Tensor:
+    def forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """
         Args:
-            rows (`list[list[int]]`):
+            rows (`Sequence[Sequence[int]]`):
                 Tokens of prompt and response, as `trl_kd.preferences.tokens.tokenize_response` gives them.
 
         Returns:

@@ -150,7 +150,7 @@ def _describe_pairs(parts: Parts, online: OnlineParts, args: Any, processes: int
     pool.add(online.given_pairs())
     grows = parts.preference_function is not None
     told = "empty at the start" if not len(pool) else f"{len(pool):,} known pairs at the start"
-    told += f", {len(pool.held_out)} held out ({pool.strict} strict)" if len(pool) else ""
+    told += f", {len(pool.held_out)} held out ({len(pool.strict)} strict)" if len(pool) else ""
     told += f"; at most {_generation_rows(args, processes):,} more a generation batch" if grows else "; it stays"
     size = args.rm_batch_size or _generation_rows(args, processes)
     fresh = f", {args.rm_fresh_share:.0%} of them from the newest batch" if grows else ""

@@ -18,6 +18,7 @@ from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.column import ColumnSampler
+from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import as_rows
@@ -66,10 +67,11 @@ def group_rows(rows: list[tuple[dict[str, Any], Answer]], used_up: str | None) -
     groups: dict[str, PromptGroup] = {}
     for place, (row, answer) in enumerate(rows):
         columns = {name: value for name, value in row.items() if name != "prompt"}
+        prompt = without_nulls(row["prompt"])  # a dataset fills up fields that other rows' messages have
         # Equal prompts may have different answers in the rows of a dataset
-        key = prompt_key(row["prompt"], columns)
+        key = prompt_key(prompt, columns)
         name = f"{key}/{columns.get(used_up)!r}" if used_up else key
-        group = groups.setdefault(name, PromptGroup(PromptRow(place, key, row["prompt"], columns)))
+        group = groups.setdefault(name, PromptGroup(PromptRow(place, key, prompt, columns)))
         group.places.append(place)
         group.student.append(answer)
     return list(groups.values())

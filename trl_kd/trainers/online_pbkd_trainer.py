@@ -251,7 +251,8 @@ optimizers, quantization_config, peft_config:
 
     def _update_reward_model(self, learner: RewardLearner, groups, encoded) -> None:
         learner.pool.add([pair for group in groups for pair in group.pairs])
-        answered = [group for group in groups if group.teacher.text is not None]
+        held_out = learner.pool.holds_out if self.args.uses_preferences else lambda prompt: False
+        answered = [group for group in groups if group.teacher.text is not None and not held_out(group.row.prompt)]
         theirs = [self._encode_teacher(group) for group in answered]
         ours = [encoded[place] for group in answered for place in group.places]
         for _ in range(self.args.rm_steps):
@@ -272,6 +273,7 @@ optimizers, quantization_config, peft_config:
         return super().training_step(*args, **kwargs)
 
     def _warm_up(self, learner: RewardLearner) -> None:
+        self.model.train()  # or its answers would count as an evaluation's
         grows = self.parts.preference is not None
         seen = learner.warm_up(partial(self._grow, learner, self._warm_up_batches()) if grows else None)
         logger.info(f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs.")

@@ -8,6 +8,8 @@ from datasets import Dataset
 
 from trl_kd.pairs.dataset import PairWriter, load_pairs
 from trl_kd.pairs.prompts import prompt_key
+from trl_kd.sampling import Text
+from trl_kd.sampling.nulls import without_nulls
 
 
 MOST_HELD_OUT = 500
@@ -44,35 +46,37 @@ class PairPool:
         return len(self.rows)
 
     @property
-    def strict(self) -> int:
-        """Held-out pairs that are no ties."""
-        return sum(self.rows[i]["preference"] != 0.5 for i in self.held_out)
+    def strict(self) -> list[int]:
+        """Places of the held-out pairs that are no ties."""
+        return [i for i in self.held_out if self.rows[i]["preference"] != 0.5]
+
+    def holds_out(self, prompt: Text) -> bool:
+        """Whether a prompt's pairs are held out, or would be."""
+        return int(prompt_key(without_nulls(prompt), {})[:8], 16) < self._share * 16**8
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Takes in new pairs, the columns [`KEPT`] of them."""
         self.fresh = []
         for row in rows:
             place = len(self.rows)
-            self.rows.append({name: row.get(name) for name in KEPT})
+            # As they are read again from a dataset of rows whose messages differ in their fields
+            self.rows.append({name: without_nulls(row.get(name)) for name in KEPT})
             if row["preference"] is None:
                 continue
-            if int(prompt_key(row["prompt"], {})[:8], 16) < self._share * 16**8:
+            if self.holds_out(row["prompt"]):
                 if len(self.held_out) < MOST_HELD_OUT:
                     self.held_out.append(place)
             else:
                 self.train.append(place)
                 self.fresh.append(place)
 
-    def draw(self, count: int, fresh_share: float) -> list[dict[str, Any]]:
-        """At most `count` training pairs without repetition, a share of them among the fresh ones if there are so many."""
+    def draw(self, count: int, fresh_share: float) -> list[int]:
+        """Places of at most `count` training pairs without repetition, a share of them among the fresh ones if there are so
+        many."""
         first = self._random.sample(self.fresh, min(round(fresh_share * count), len(self.fresh)))
         taken = set(first)
         rest = self._random.sample(self.train, min(count, len(self.train)))
-        places = (first + [place for place in rest if place not in taken])[:count]
-        return [self.rows[place] for place in places]
-
-    def held_out_rows(self) -> list[dict[str, Any]]:
-        return [self.rows[place] for place in self.held_out]
+        return (first + [place for place in rest if place not in taken])[:count]
 
     # ---- On disk ---------------------------------------------------------------------------------------------------------
 

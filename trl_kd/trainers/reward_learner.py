@@ -4,6 +4,7 @@ climbed."""
 import json
 import math
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ class WarmUpFailed(RuntimeError):
 
 def check_held_out(pool: PairPool, args: OnlinePbKDConfig) -> None:
     """Raises a `ValueError` for a D that stays and is too small to tell when the warm-up ends."""
-    if pool.strict < LEAST_HELD_OUT:
+    if len(pool.strict) < LEAST_HELD_OUT:
         raise ValueError(
-            f"`preference_dataset` leaves {pool.strict} held-out pairs that are no ties (`rm_held_out` = "
+            f"`preference_dataset` leaves {len(pool.strict)} held-out pairs that are no ties (`rm_held_out` = "
             f"{args.rm_held_out}), and it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt: give more "
             "pairs, raise `rm_held_out`, or do without the check by `rm_warmup_accuracy=0`."
         )
@@ -80,6 +81,7 @@ class RewardLearner:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, lr=args.rm_learning_rate)
         self.warmed_up = not args.warms_up
+        self._encoded: dict[int, tuple[array, ...]] = {}  # by place in D
 
     # ---- Texts as rewards ------------------------------------------------------------------------------------------------
 
@@ -106,13 +108,16 @@ class RewardLearner:
     def _mine(self, rows: list) -> list:
         return rows[self._accelerator.process_index :: self._accelerator.num_processes]
 
-    def _encode_pairs(self, pairs: list[dict[str, Any]]) -> list[list[int]]:
-        """Chosen responses, then rejected ones."""
-        return [
-            self.encode(pair["prompt"], pair[side], pair[f"{side}_finish_reason"] != "length")
-            for side in ("chosen", "rejected")
-            for pair in pairs
-        ]
+    def _encode_pairs(self, places: list[int]) -> list[array]:
+        """Chosen responses of D, then rejected ones. A pair is drawn many times, and tokenised once."""
+        for place in places:
+            if place not in self._encoded:
+                pair = self.pool.rows[place]
+                self._encoded[place] = tuple(
+                    array("i", self.encode(pair["prompt"], pair[side], pair[f"{side}_finish_reason"] != "length"))
+                    for side in ("chosen", "rejected")
+                )
+        return [self._encoded[place][side] for side in (0, 1) for place in places]
 
     # ---- Steps -----------------------------------------------------------------------------------------------------------
 
@@ -131,7 +136,7 @@ class RewardLearner:
             `violation`, as seen before the step.
         """
         args = self._args
-        pairs = []
+        pairs: list[int] = []
         if args.uses_preferences:
             size = args.rm_batch_size or args.generation_batch_size
             pairs = self.pool.draw(size, args.rm_fresh_share)  # type: ignore[arg-type]
@@ -153,12 +158,13 @@ class RewardLearner:
             )
         return seen
 
-    def _learn_pairs(self, pairs: list[dict[str, Any]], lambda_: float) -> dict[str, float]:
+    def _learn_pairs(self, pairs: list[int], lambda_: float) -> dict[str, float]:
         """Adds the gradient of NLL of the one head and λ·NLL of the other."""
         device = self._accelerator.device
         sums_5 = torch.zeros(5, device=device)
         for chunk in self._chunks(self._mine(pairs), 1):
-            preference_b = torch.tensor([pair["preference"] for pair in chunk], device=device, dtype=torch.float32)
+            preferences = [self.pool.rows[place]["preference"] for place in chunk]
+            preference_b = torch.tensor(preferences, device=device, dtype=torch.float32)
             chosen_b2, rejected_b2 = self.model(self._encode_pairs(chunk)).chunk(2)
             margin_2b = (chosen_b2 - rejected_b2).T
             nll_2b = bradley_terry_nll(margin_2b, preference_b)
@@ -186,11 +192,12 @@ class RewardLearner:
         """Share of the strict held-out pairs that are ordered rightly by the head which the student climbs, or in the
         warm-up by the one that learns; NaN if there is none."""
         head = self.head if self.warmed_up else MLE
-        pairs = [pair for pair in self.pool.held_out_rows() if pair["preference"] != 0.5]
         sums_2 = torch.zeros(2, device=self._accelerator.device)
-        for chunk in self._chunks(self._mine(pairs), 1):
+        for chunk in self._chunks(self._mine(self.pool.strict), 1):
             chosen_b, rejected_b = self.model(self._encode_pairs(chunk))[:, head].chunk(2)
-            first_b = torch.tensor([pair["preference"] > 0.5 for pair in chunk], device=chosen_b.device)
+            first_b = torch.tensor(
+                [self.pool.rows[place]["preference"] > 0.5 for place in chunk], device=chosen_b.device
+            )
             right_b = ((chosen_b > rejected_b) == first_b) & (chosen_b != rejected_b)
             sums_2 += torch.stack([right_b.sum(), torch.tensor(len(chunk), device=chosen_b.device)])
         right, count = self._accelerator.reduce(sums_2, reduction="sum").tolist()
@@ -214,17 +221,17 @@ class RewardLearner:
         args, accuracy = self._args, math.nan
         for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
             looks = steps % CHECK_EVERY == 0 or steps == args.rm_warmup_steps
-            if looks and self.pool.strict >= LEAST_HELD_OUT:
+            if looks and len(self.pool.strict) >= LEAST_HELD_OUT:
                 accuracy = self.held_out_accuracy()
                 if steps % TELL_EVERY == 0:
-                    logger.info(f"Warm-up, step {steps}: {accuracy:.1%} of {self.pool.strict} held-out pairs.")
+                    logger.info(f"Warm-up, step {steps}: {accuracy:.1%} of {len(self.pool.strict)} held-out pairs.")
                 if accuracy >= args.rm_warmup_accuracy or steps == args.rm_warmup_steps:
                     break
             if grow is not None and steps % args.rm_steps == 0:
                 grow()
             if self.pool.train:
                 self.step([], [], moves=False)
-        strict = self.pool.strict
+        strict = len(self.pool.strict)
         if strict < LEAST_HELD_OUT:
             raise WarmUpFailed(
                 f"After `rm_warmup_steps` = {args.rm_warmup_steps} there are {len(self.pool)} pairs, of which {strict} are "
@@ -240,6 +247,8 @@ class RewardLearner:
                 "give more pairs or steps, or set the accuracy that you are content with."
             )
         self.model.heads.adversary.load_state_dict(self.model.heads.mle.state_dict())
+        for p in self.model.heads.adversary.parameters():
+            self.optimizer.state.pop(p, None)  # Adam would take as many zeros for its gradients' scale
         self.warmed_up = True
         return {"warmup_steps": float(steps), "rm_held_out_accuracy": accuracy}
 
@@ -272,3 +281,4 @@ class RewardLearner:
             state = json.load(file)
         self.warmed_up = state["warmed_up"]
         self.pool.load(Path(folder) / PAIRS, state["pool"])
+        self._encoded.clear()
