@@ -290,6 +290,11 @@ def test_what_the_warm_up_takes(trl_kd, online, jsonl):
     assert 200 < int(said[1]) < 440
     told = trl_kd(*words, "--dry_run").error  # 40 prompts with two answers each
     assert "`rm_held_out` is 0.1, which holds out at most" in told
+    fixed = jsonl([{"prompt": f"{number}+1=", "chosen": "1", "rejected": "2"} for number in range(600)], "fixed.jsonl")
+    words = [*replaced(words, "--pairs_config"), "--preference_dataset", fixed]
+    told = ok(trl_kd(*words, "--dry_run", "--rm_held_out", "0.3", "--adversary", "mle")).out
+    said = re.search(r"\((\d+) strict\); it stays$", line(told, "D"))
+    assert line(told, "warm-up").endswith(f"at most {said[1]}")
 
 
 def test_a_server_is_asked_once(trl_kd, online, pairs_config, jsonl, out, monkeypatch):

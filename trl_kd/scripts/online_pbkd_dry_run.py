@@ -26,9 +26,9 @@ from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.online_pbkd_parts import Parts, make_parts, said, teacher_folder
 from trl_kd.scripts.pairs_arguments import is_server, read_json
 from trl_kd.scripts.pairs_dry_run import ask_teacher
+from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT, MOST_HELD_OUT
 from trl_kd.trainers.online_pbkd_data import OnlineParts, check_parts, reward_columns
-from trl_kd.trainers.pair_pool import MOST_HELD_OUT, PairPool
-from trl_kd.trainers.reward_learner import LEAST_HELD_OUT
+from trl_kd.trainers.pair_pool import PairPool
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:
@@ -184,13 +184,13 @@ def _warm_up(parts: Parts, pool: PairPool, args: Any) -> str:
 def _most_held_out(parts: Parts, pool: PairPool, args: Any) -> int | None:
     """Strict held-out pairs after every prompt has been answered once, at most. `None` for a stream."""
     if parts.preference_function is None:
-        return pool.strict
+        return len(pool.strict)
     if not isinstance(parts.train_dataset, Dataset):
         return None
     prompts = PairPool(args.rm_held_out, 0)
     for rows in read_prompts(parts.train_dataset.select_columns(["prompt"])):
         prompts.add([{"prompt": row.prompt, "preference": 1.0} for row in rows])
-    return min(pool.strict + len(prompts.held_out) * args.num_generations, MOST_HELD_OUT)
+    return min(len(pool.strict) + len(prompts.held_out) * args.num_generations, MOST_HELD_OUT)
 
 
 def _climbed(args: Any, reward_funcs: list[str]) -> str:
