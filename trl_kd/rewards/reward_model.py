@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 MLE, ADVERSARY = 0, 1
@@ -19,11 +20,13 @@ WEIGHTS_FILE = "reward_model.safetensors"
 
 class TwoHeads(nn.Module):
     """
-    In place of a classification layer of one label: two of them, whose outputs are `[..., 2]`.
+    In place of a classification layer of one label: two of them, whose outputs are `[..., 2]`, in float32.
 
     Attributes:
         adversary_trains_trunk (`bool`):
             Whether the gradient of the adversarial output goes on into the backbone.
+        last (`torch.Tensor` of shape `[rows]`, *optional*):
+            Where each row ends. A decoder's outputs are those of this place, wherever in the row they are looked for.
     """
 
     def __init__(self, head: nn.Linear):
@@ -33,11 +36,17 @@ class TwoHeads(nn.Module):
         self.adversary.load_state_dict(head.state_dict())
         self.adversary.to(head.weight.device, head.weight.dtype)
         self.adversary_trains_trunk = False
+        self.last: torch.Tensor | None = None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        features = features.to(self.mle.weight.dtype)  # float32 on a backbone of less
-        seen = features if self.adversary_trains_trunk else features.detach()
-        return torch.cat([self.mle(features), self.adversary(seen)], dim=-1)
+        length = features.size(1) if features.dim() == 3 and self.last is not None else None
+        if length is not None:
+            features = features[torch.arange(len(features), device=features.device), self.last]
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.mle.weight.dtype)  # float32 on a backbone of less
+            seen = features if self.adversary_trains_trunk else features.detach()
+            outputs = torch.cat([self.mle(features), self.adversary(seen)], dim=-1)
+        return outputs if length is None else outputs.unsqueeze(1).expand(-1, length, -1)
 
 
 class RewardModel(nn.Module):
@@ -46,7 +55,7 @@ class RewardModel(nn.Module):
 
     Args:
         model (`PreTrainedModel`):
-            A sequence-classification model of one label. Its last layer becomes a [`TwoHeads`].
+            A sequence-classification model of one label. It is changed, not copied: its last layer becomes a [`TwoHeads`].
         bound (`float`):
             B > 0: a reward is B·tanh(output / B), in nats of preference.
         lora_r (`int`):
@@ -81,10 +90,19 @@ class RewardModel(nn.Module):
             )
             self.model = get_peft_model(model, config)
         self.heads.float().requires_grad_(True)
+        model.config.get_text_config().use_cache = False
         self.eval()  # without dropout: a step of λ compares two heads
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.training = True  # or it would not; the modules in it stay as they are
+                own = {name: 0.0 for name, p in vars(layer).items() if "dropout" in name and isinstance(p, float)}
+                vars(layer).update(own)
 
     def forward(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """
+        A decoder is read at the last token of a row, the end token too where that is also the padding: transformers by
+        itself looks for the last one that is no padding, and would not see whether a response ended.
+
         Args:
             rows (`Sequence[Sequence[int]]`):
                 Tokens of prompt and response, as `trl_kd.preferences.tokens.tokenize_response` gives them.
@@ -97,6 +115,7 @@ class RewardModel(nn.Module):
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self._pad)
         lengths = torch.tensor([[len(row)] for row in rows], device=device)
         attention_mask = (torch.arange(input_ids.size(1), device=device) < lengths).long()
+        self.heads.last = lengths[:, 0] - 1
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
         return self.bound * torch.tanh(logits / self.bound)
 
@@ -152,16 +171,25 @@ def _classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     return name, layer
 
 
-def from_student(student: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def from_student(
+    student: PreTrainedModel, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A sequence-classification model of one label with the weights of a causal language model, and a head that is zero: at
-    the start every response has the same reward."""
+    the start every response has the same reward. Of layers with adapters it takes the weights beneath."""
     config = copy.deepcopy(student.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    prefix = student.base_model_prefix
-    weights = getattr(student, prefix).state_dict()
-    getattr(model, model.base_model_prefix).load_state_dict(weights)
-    _, head = _classifier(model)
-    for p in head.parameters():
-        nn.init.zeros_(p)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    weights = {
+        re.sub(r"\.(base_layer|original_module)\.", ".", name): p
+        for name, p in getattr(student, student.base_model_prefix).state_dict().items()
+    }
+    backbone = getattr(model, model.base_model_prefix)
+    backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
+    zero_head(model)
     return model
+
+
+def zero_head(model: PreTrainedModel) -> None:
+    """The last layer of a sequence-classification model of one label gives 0."""
+    for p in _classifier(model)[1].parameters():
+        nn.init.zeros_(p)
