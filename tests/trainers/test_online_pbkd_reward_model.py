@@ -2,10 +2,96 @@
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
+from tests.trainers.online_cases import ROWS, digits, equal, make, weights_of
+from trl_kd import OnlinePbKDConfig
 from trl_kd.rewards.reward_model import RewardModel, from_student
+from trl_kd.trainers.reward_loading import load_reward_model
+
+
+CHAT = [
+    {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": [{"role": "assistant", "content": "7"}]}
+    for row in ROWS
+]
+
+
+# ---- What it starts from -------------------------------------------------------------------------------------------------
+
+
+def starts_from(reward: RewardModel, student) -> bool:
+    """With the weights of the student and a head that is zero."""
+    return equal(weights_of(reward.model.model), weights_of(student.model)) and not reward.heads.mle.weight.any()
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["embed_tokens"]}])
+def test_with_adapters_it_starts_from_the_student(settings, more):
+    """Which is in memory alone."""
+    student, tokenizer = make_model(seed=5), make_tokenizer()
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **more)
+    trainer = make(
+        student, settings, processing_class=tokenizer, peft_config=adapters, preference_function=digits, beta=0.0
+    )
+    assert starts_from(trainer.learner.model, make_model(seed=5))
+
+
+def test_of_a_quantised_student_it_is_loaded_as_the_student_was(tiny_dir, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    student.is_quantized, student.config.quantization_config = True, None
+    init = {"attn_implementation": "eager", "device_map": "auto"}
+    args = OnlinePbKDConfig(str(tmp_path), use_cpu=True, bf16=False, rm_lora_r=0, model_init_kwargs=init)
+    reward = load_reward_model(None, make_tokenizer(), student, args)
+    assert starts_from(reward, student)
+    assert reward.model.config._attn_implementation == "eager"
+
+
+# ---- Its tokenizer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reward_dir(tmp_path):
+    """A reward model whose tokenizer has no chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    from_student(make_model(seed=3)).save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    return str(tmp_path / "reward")
+
+
+def test_a_tokenizer_is_checked_before_weights_load(tiny_dir, settings, reward_dir, tmp_path, monkeypatch):
+    bare = str(tmp_path / "bare")
+    from_student(make_model()).save_pretrained(bare)
+    in_memory = from_student(make_model())
+    monkeypatch.setattr("trl.RLOOTrainer.__init__", None)
+    last = "last in `reward_processing_classes`, one more than there are reward functions"
+    for reward_model, rows, message in (
+        (reward_dir, CHAT, f"train dataset holds messages, .*/reward', has no chat template: .*{last}"),
+        (bare, ROWS, f"The tokenizer of `reward_model`, '.*bare', cannot be loaded: give it {last}"),
+        (in_memory, ROWS, f"`reward_model` is a model of no checkpoint, .* unknown: give it {last}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(tiny_dir, settings, rows, preference_function=digits, reward_model=reward_model)
+    with pytest.raises(OSError, match=r"`reward_model` is './nowhere': no such folder\.$"):
+        make(tiny_dir, settings, preference_function=digits, reward_model="./nowhere")
+
+
+@pytest.mark.parametrize("functions", [[], [lambda completions, **columns: [0.0] * len(completions)]])
+def test_a_tokenizer_may_be_given(tiny_dir, settings, reward_dir, functions):
+    tokenizer = make_tokenizer()
+    trainer = make(
+        tiny_dir,
+        settings,
+        CHAT,
+        preference_function=digits,
+        reward_model=reward_dir,
+        reward_funcs=functions,
+        reward_processing_classes=[*[None] * len(functions), tokenizer],
+        max_steps=1,
+    )
+    assert trainer.learner.tokenizer is tokenizer
+    trainer.train()
 
 
 # ---- How it reads a row --------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
-from trl_kd.scripts.data import looks_like_path
 from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.trainers.fields import looks_like_path
 
 
 def check_arguments(

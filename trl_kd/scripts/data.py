@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.trainers.fields import looks_like_path
 
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -201,8 +202,3 @@ def _load_saved(path: Path, streaming: bool, field: str) -> Any:
         raise InputError(f"`{field}` is {str(path)!r}, which is empty: it needs at least one row.") from error
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
     return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether `name` cannot be the id of a Hub repository, which is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

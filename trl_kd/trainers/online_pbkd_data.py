@@ -225,22 +225,25 @@ def reward_model(prompts: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(prompts)
 
 
-def reward_columns(args: OnlinePbKDConfig, reward_funcs: list, classes: Any) -> tuple[list, list | None]:
-    """TRL's reward functions and their tokenizers, with a place for the reward model at the end.
+def reward_columns(args: OnlinePbKDConfig, reward_funcs: list, classes: Any) -> tuple[list, list | None, Any]:
+    """TRL's reward functions and their tokenizers, with a place for the reward model at the end; and its tokenizer, where
+    `classes` end in it.
 
     Raises:
         `ValueError`: another number of `reward_weights`.
     """
     classes = classes if classes is None or isinstance(classes, list) else [classes]
     if args.adversary == "off":
-        return reward_funcs, classes
+        return reward_funcs, classes, None
     functions = [*reward_funcs, reward_model]
     if args.reward_weights is not None and len(args.reward_weights) != len(functions):
         raise ValueError(
             f"`reward_weights` has {len(args.reward_weights)} numbers, and there are {len(functions)} rewards: those of "
             "`reward_funcs`, and last the reward model's. Give one each."
         )
-    return functions, None if classes is None else [*classes, None]
+    if classes is None or len(classes) != len(functions):
+        return functions, None if classes is None else [*classes, None], None
+    return functions, [*classes[:-1], None], classes[-1]
 
 
 class HackingWatch:

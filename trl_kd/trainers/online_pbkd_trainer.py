@@ -79,7 +79,8 @@ class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
 optimizers, quantization_config, peft_config:
             As in [`~trl.RLOOTrainer`]. `args` is an [`OnlinePbKDConfig`]; a plain [`~trl.RLOOConfig`] is taken with our
             defaults. Rewards of `reward_funcs`, by default none, are added to the reward model's, which comes last in
-            `reward_weights`.
+            `reward_weights`, and whose tokenizer may be last in `reward_processing_classes`, one more than there are reward
+            functions; by default it is that of the reward model's checkpoint.
         teacher ([`~trl_kd.sampling.Sampler`], *optional*, keyword only):
             Who answers for the teacher. By default the column `args.teacher_column` of the rows does.
         preference_function ([`~trl_kd.preferences.Preference`], *optional*, keyword only):
@@ -87,7 +88,8 @@ optimizers, quantization_config, peft_config:
         preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
             Pairs in TRL's preference format, with which D begins.
         reward_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword only):
-            A sequence-classification checkpoint of one label that the reward model starts from. By default the student.
+            A sequence-classification checkpoint of one label that the reward model starts from; a model in memory is
+            changed. By default the student.
 
     Attributes:
         learner ([`~trl_kd.trainers.reward_learner.RewardLearner`], *optional*):
@@ -137,12 +139,13 @@ optimizers, quantization_config, peft_config:
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
-        check_reward_model(reward_model, args)
         pool = PairPool(args.rm_held_out, args.seed)
         pool.add(parts.given_pairs())
         if parts.preference is None and args.warms_up:
             check_held_out(pool, args)
-        functions, classes = reward_columns(args, reward_funcs, reward_processing_classes)
+        functions, classes, tokenizer = reward_columns(args, reward_funcs, reward_processing_classes)
+        rows = {"train dataset": train_dataset, "`preference_dataset`": preference_dataset}
+        tokenizer = check_reward_model(reward_model, tokenizer, rows, args)
 
         super().__init__(
             model=model,
@@ -165,7 +168,8 @@ optimizers, quantization_config, peft_config:
         self.learner: RewardLearner | None = None
         if args.adversary != "off":
             self.dual = make_dual(args, max(len(pool.train), 1))
-            reward, tokenizer = load_reward_model(reward_model, self.model, self._tokenizer, args, quantization_config)
+            tokenizer = self._tokenizer if tokenizer is None else tokenizer
+            reward = load_reward_model(reward_model, tokenizer, self.model, args)
             self.learner = RewardLearner(
                 reward.to(self.accelerator.device), pool, self.dual, tokenizer, self.accelerator, args
             )

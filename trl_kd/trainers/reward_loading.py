@@ -1,14 +1,17 @@
 """The reward model of `OnlinePbKDTrainer`, from a checkpoint or from the student."""
 
+import os
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
-from trl_kd.rewards.reward_model import RewardModel, from_student
+from trl_kd.rewards.reward_model import RewardModel, from_student, zero_head
+from trl_kd.trainers.fields import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
 
@@ -16,62 +19,83 @@ logger = get_logger(__name__)
 
 
 def load_reward_model(
-    source: str | PreTrainedModel | None,
-    student: Any,
-    student_tokenizer: Any,
-    args: OnlinePbKDConfig,
-    quantization_config: Any = None,
-) -> tuple[RewardModel, Any]:
+    source: str | PreTrainedModel | None, tokenizer: Any, student: Any, args: OnlinePbKDConfig
+) -> RewardModel:
     """
     Args:
         source (`str` or `PreTrainedModel`, *optional*):
-            A sequence-classification model of one label, or where it is. `None`: the student as it starts.
+            A sequence-classification model of one label, which is changed, or where it is. `None`: the student as it starts,
+            without adapters, with a head that is zero.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The reward model's. It gets a padding token if it has none.
         student (`PreTrainedModel` or `PeftModel`):
             The student.
-        student_tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
         args (`OnlinePbKDConfig`):
             Settings.
-        quantization_config (`BitsAndBytesConfig`, *optional*):
-            How the student is quantised, and then a reward model that starts from it.
-
-    Returns:
-        `tuple[RewardModel, PreTrainedTokenizerBase]`: the reward model and its tokenizer.
     """
-    tokenizer = student_tokenizer
     # Adapters alone are trained in float32 beside a backbone of less
     whole: dict[str, Any] = {} if args.rm_lora_r else {"dtype": torch.float32}
     # Of a stream of its own, so that the student's is TRL's
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         if source is None:
-            model = _from_student(student, quantization_config, whole.get("dtype", student.dtype))
+            model = _from_student(student, args, whole.get("dtype", student.dtype))
         elif isinstance(source, str):
             options = {"trust_remote_code": args.trust_remote_code}
             model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options, **whole)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         else:
             model = source
-            tokenizer = AutoTokenizer.from_pretrained(get_config_model_id(source.config))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             model.enable_input_require_grads()
-        reward = RewardModel(model, args.reward_bound, args.rm_lora_r, tokenizer.pad_token_id)
-    return reward, tokenizer
+        return RewardModel(model, args.reward_bound, args.rm_lora_r, tokenizer.pad_token_id)
 
 
-def check_reward_model(source: str | PreTrainedModel | None, args: OnlinePbKDConfig) -> None:
+def check_reward_model(
+    source: str | PreTrainedModel | None, tokenizer: Any, datasets: dict[str, Any], args: OnlinePbKDConfig
+) -> Any:
     """
+    Args:
+        source (`str` or `PreTrainedModel`, *optional*):
+            See `load_reward_model`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The reward model's, where it is given.
+        datasets (`dict[str, Dataset or None]`):
+            What it is to read, by the names that users know.
+        args (`OnlinePbKDConfig`):
+            Settings.
+
+    Returns:
+        `PreTrainedTokenizerBase`, *optional*: its tokenizer; `None` for the student's.
+
     Raises:
-        `ValueError`: the reward model has another number of labels than one.
+        `ValueError`: the reward model has another number of labels than one, or no tokenizer that can render the rows.
         `OSError`: it is nowhere.
     """
-    if source is None:
-        return
+    if source is not None:
+        name = _check_source(source, args)
+        tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        return None
+    for dataset_name, dataset in datasets.items():
+        messages = dataset is not None and is_conversational(next(iter(dataset)))
+        if messages and getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"The {dataset_name} holds messages, but the reward model's tokenizer, of {tokenizer.name_or_path!r}, has "
+                "no chat template: set its `chat_template` and give it last in `reward_processing_classes`, one more than "
+                "there are reward functions, or give the rows as text."
+            )
+    return tokenizer
+
+
+def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
+    """Its name, which is empty for a model that was made in memory."""
     config: Any
     if isinstance(source, str):
+        if looks_like_path(source) and not os.path.isdir(source):
+            raise OSError(f"`reward_model` is {source!r}: no such folder.")
         try:
             name, config = source, AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         except OSError as error:
@@ -84,12 +108,29 @@ def check_reward_model(source: str | PreTrainedModel | None, args: OnlinePbKDCon
             f"`reward_model` is {name!r}, with the classes {config.architectures} and {config.num_labels} labels: give a "
             "sequence-classification checkpoint with one label, or None to start from the student."
         )
+    return name
 
 
-def _from_student(student: Any, quantization_config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    if is_peft_model(student) or getattr(student, "is_quantized", False):
-        name = get_config_model_id(student.config)
-        logger.info(f"The reward model starts from {name}, without the student's adapters.")
-        quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=dtype, **quantized)
-    return from_student(student, dtype)
+def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:
+    fix = "give it last in `reward_processing_classes`, one more than there are reward functions."
+    if not name:
+        raise ValueError(f"`reward_model` is a model of no checkpoint, so that its tokenizer is unknown: {fix}")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {error}") from error
+
+
+def _from_student(student: Any, args: OnlinePbKDConfig, dtype: torch.dtype) -> PreTrainedModel:
+    if is_peft_model(student):
+        student = student.get_base_model()
+        logger.info("The reward model starts from the student without its adapters.")
+    if not getattr(student, "is_quantized", False):
+        return from_student(student, dtype, args.trust_remote_code)
+    # Its weights as they are do not fit into another model: they are loaded as TRL loads them
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+    options |= {"quantization_config": student.config.quantization_config, "dtype": dtype, "num_labels": 1}
+    options.pop("device_map", None)  # it is moved to the trainer's device
+    model = AutoModelForSequenceClassification.from_pretrained(get_config_model_id(student.config), **options)
+    zero_head(model)
+    return model
