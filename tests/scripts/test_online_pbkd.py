@@ -203,9 +203,9 @@ def test_resuming_gives_what_an_unbroken_run_gives(trl_kd, online, tmp_path, tra
 
 def test_a_reward_model_that_is_not_fit_is_one_line(trl_kd, online, monkeypatch):
     monkeypatch.setattr(reward_learner, "LEAST_HELD_OUT", 1)
-    words = ["--rm_warmup_accuracy", "1", "--rm_warmup_steps", "1", "--rm_held_out", "0.4", "--rm_learning_rate", "0"]
+    words = ["--rm_warmup_accuracy", "1", "--rm_warmup_steps", "2", "--rm_held_out", "0.4", "--rm_learning_rate", "0"]
     told = trl_kd(*online, *words).error
-    assert "After `rm_warmup_steps` = 1 the reward model orders" in told
+    assert "After `rm_warmup_steps` = 2 the reward model orders" in told
     assert "Start from a stronger `reward_model_name_or_path`" in told
 
 

@@ -1,14 +1,20 @@
 """The reward model of `OnlinePbKDTrainer`: what it starts from, how it reads a row, and what is told of it."""
 
+import logging
+
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from tests.conftest import make_model, make_tokenizer
-from tests.trainers.online_cases import ROWS, digits, equal, make, weights_of
+from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, make, weights_of
 from trl_kd import OnlinePbKDConfig
 from trl_kd.rewards.reward_model import RewardModel, from_student
+from trl_kd.trainers.online_pbkd_data import HackingWatch
+from trl_kd.trainers.pair_pool import PairPool
+from trl_kd.trainers.reward_learner import WarmUpFailed
 from trl_kd.trainers.reward_loading import load_reward_model
 
 
@@ -133,3 +139,87 @@ def test_gradient_checkpointing_recomputes_without_dropout(student):
     assert len(forwards) == 4
     second.sum().backward()
     assert len(forwards) == 6
+
+
+def test_in_bfloat16_the_backbone_alone(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, preference_function=digits, bf16=True, max_steps=1)
+    reward, dtypes = trainer.learner.model, {}
+    layers = {"backbone": reward.model.model.layers[0].self_attn.q_proj, "head": reward.heads.adversary}
+    for name, layer in layers.items():
+        layer.register_forward_hook(
+            lambda _, args, output, name=name: dtypes.setdefault(name, set()).add(output.dtype)
+        )
+    trainer.train()
+    assert dtypes == {"backbone": {torch.bfloat16}, "head": {torch.float32}}
+    assert {p.dtype for p in reward.parameters()} == {torch.float32}
+
+
+# ---- What is told --------------------------------------------------------------------------------------------------------
+
+MANY = [{"prompt": f"{i}+{j}=", "chosen": "777", "rejected": "1"} for i in range(10) for j in range(10)]
+
+
+def test_the_accuracy_on_held_out_pairs_is_logged(tiny_dir, settings):
+    trainer = make(tiny_dir, settings, pairs=MANY, rm_held_out=0.3, logging_steps=2, max_steps=4)
+    trainer.train()
+    accuracies = [log.get("pbkd/rm_held_out_accuracy") for log in trainer.state.log_history]
+    assert len(accuracies) == 3
+    assert accuracies[1:] == [trainer.learner.held_out_accuracy(), None]  # nothing more at the end of the training
+
+
+def test_the_newest_pairs_are_those_held_out():
+    pool = PairPool(0.5, 0)
+    pool.add([{"prompt": str(i), "chosen": "1", "rejected": "2", "preference": 1.0} for i in range(1500)])
+    held = [i for i, row in enumerate(pool.rows) if pool.holds_out(row["prompt"])]
+    assert len(held) > 600
+    assert pool.held_out == held[-500:]
+    assert not set(held) & set(pool.train)
+
+
+def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings):
+    """After its last prompt, or after as many steps as are allowed."""
+    for allowed, done, message in ((1000, 2, "all prompts have been answered"), (1, 1, "`rm_warmup_steps` = 1")):
+        trainer = make(
+            tiny_dir,
+            settings,
+            teacher=Teacher(),
+            preference_function=digits,
+            rm_warmup_accuracy=0.9,
+            rm_held_out=0.3,
+            rm_warmup_steps=allowed,
+        )
+        steps = []
+        trainer.learner.step = lambda *args, steps=steps, **kwargs: steps.append(1)
+        with pytest.raises(WarmUpFailed, match=f"After {message} there are"):
+            trainer.train()
+        assert len(steps) == done
+
+
+def test_each_evaluation_dataset_is_watched_by_itself(tiny_dir, settings):
+    data = Dataset.from_list(ROWS[:4])
+    trainer = make(tiny_dir, settings, eval_rows=data, preference_function=digits)
+    trainer.eval_dataset = {"a": data, "b": data}
+    trainer.evaluate()
+    trainer.predict(data)
+    assert {name: len(looks) for name, looks in trainer._watch.history.items()} == {"eval_a": 1, "eval_b": 1}
+    assert not trainer._metrics["eval"]
+
+
+def test_datasets_are_not_compared_with_each_other(caplog):
+    watch = HackingWatch()
+    with caplog.at_level(logging.WARNING):
+        for reward in range(3):
+            watch.look("eval_a", reward, 1 - 0.2 * reward)
+            watch.look("eval_b", reward + 0.5, 0.9 - 0.2 * reward)
+    assert not caplog.records
+
+
+def test_a_resumed_run_warns_no_second_time(tiny_dir, settings):
+    settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    first, second = (make(tiny_dir, settings, preference_function=digits, pairs=PAIRS) for _ in range(2))
+    first._watch.look("eval", 1.0, 0.5)
+    first._watch.warned = True
+    first.train()
+    second.train(resume_from_checkpoint=True)
+    assert second._watch.warned
+    assert second._watch.history == {"eval": [(1.0, 0.5)]}

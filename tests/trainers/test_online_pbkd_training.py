@@ -109,11 +109,11 @@ def test_hacking_is_said_once(caplog):
     watch = HackingWatch()
     with caplog.at_level(logging.WARNING):
         for reward, rate in ((0, 0.5), (1, 0.4), (2, 0.3), (1.5, 0.2), (2, 0.1)):
-            watch.look(reward, rate)
+            watch.look("eval", reward, rate)
         assert not caplog.records
-        watch.look(3, 0.05)
-        watch.look(4, 0.04)
-        watch.look(5, 0.03)
+        watch.look("eval", 3, 0.05)
+        watch.look("eval", 4, 0.04)
+        watch.look("eval", 5, 0.03)
     assert [record.message.count("exploits the reward model") for record in caplog.records] == [1]
 
 

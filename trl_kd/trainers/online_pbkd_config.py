@@ -54,7 +54,7 @@ class OnlinePbKDConfig(RLOOConfig):
         rm_max_length (`int` or `None`, *optional*, defaults to `1024`):
             Tokens of prompt and response that the reward model reads; a longer row loses the beginning of its prompt.
         rm_held_out (`float`, *optional*, defaults to `0.1`):
-            In [0, 1), share of the prompts whose pairs (500 at most) the reward model never learns from.
+            In [0, 1), share of the prompts whose pairs the reward model never learns from. The newest 500 measure it.
         rm_warmup_accuracy (`float`, *optional*, defaults to `0.65`):
             In [0, 1]. The student does not move before the reward model orders this share of the strict held-out pairs
             rightly, for which at least 100 must be held out. `0.0`: no warm-up.

@@ -45,6 +45,8 @@ from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
 
 logger = get_logger(__name__)
 
+LOGGED_HELD_OUT = 100
+"""The newest strict held-out pairs whose accuracy is logged in training: all of them would cost too much."""
 COMPANIONS = "_online"
 """Folder of what belongs to a run beside the student. Its name begins as the Hub's uploads leave out."""
 
@@ -280,36 +282,48 @@ optimizers, quantization_config, peft_config:
         self.model.train()  # or its answers would count as an evaluation's
         grows = self.parts.preference is not None
         seen = learner.warm_up(partial(self._grow, learner, self._warm_up_batches()) if grows else None)
-        logger.info(f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs.")
-        self._record("train", seen)
+        logger.info(
+            f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it orders "
+            f"{seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
+        )
+        self._record("train", {"warmup_steps": seen["warmup_steps"]})
 
     def _warm_up_batches(self) -> Iterator[list[dict[str, Any]]]:
         """Generation batches of one epoch, each once."""
         repeats = self.num_iterations * self.args.steps_per_generation
         return itertools.islice(self.get_train_dataloader(), 0, None, repeats)
 
-    def _grow(self, learner: RewardLearner, batches: Iterator[list[dict[str, Any]]]) -> None:
-        """The student answers the next prompts, without learning from it, and D grows, until all have been answered."""
+    def _grow(self, learner: RewardLearner, batches: Iterator[list[dict[str, Any]]]) -> bool:
+        """The student answers the next prompts, without learning from it, and D grows, until all have been answered;
+        returns whether there were some left."""
         inputs = next(batches, None)
         if inputs is None:
             learner.pool.add([])  # nothing is fresh any more
-            return
+            return False
         prompts = [row["prompt"] for row in inputs]
         _, completion_ids, completions = self._generate(prompts)
         groups = self._ask(inputs, prompts, completions, completion_ids)
         learner.pool.add([pair for group in groups for pair in group.pairs])
+        return True
+
+    def log(self, logs, start_time=None):
+        if self.learner is not None and self.model.training and self._metrics["train"] and self.learner.pool.strict:
+            self._record("train", {"rm_held_out_accuracy": self.learner.held_out_accuracy(LOGGED_HELD_OUT)})
+        super().log(logs, start_time)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.learner is not None:
+        if not metric_key_prefix.startswith("eval"):
+            self._metrics["eval"].clear()  # of `predict`, which logs nothing: the next evaluation would
+        elif self.learner is not None:
             if self.learner.pool.strict:
                 self._record("eval", {"rm_held_out_accuracy": self.learner.held_out_accuracy()})
             rewards = self._metrics["eval"].get(f"rewards/{self.reward_func_names[-1]}/mean")
             losses = self._metrics["eval"].get("pbkd/teacher_win_rate")
             if rewards and losses:
-                self._watch.look(sum(rewards) / len(rewards), 1 - sum(losses) / len(losses))
+                self._watch.look(metric_key_prefix, sum(rewards) / len(rewards), 1 - sum(losses) / len(losses))
         return output
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -329,7 +343,7 @@ optimizers, quantization_config, peft_config:
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        state = {"step": self._step, "buffer": self._buffered_inputs, "watch": self._watch.history}
+        state = {"step": self._step, "buffer": self._buffered_inputs, "watch": vars(self._watch)}
         torch.save(state, os.path.join(output_dir, self._buffer_file()))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -343,7 +357,8 @@ optimizers, quantization_config, peft_config:
             logger.warning(f"No {self._buffer_file()} in the checkpoint: the student answers anew where it stopped.")
             return
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self._step, self._buffered_inputs, self._watch.history = state["step"], state["buffer"], state["watch"]
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
+        vars(self._watch).update(state["watch"])
 
     def _buffer_file(self) -> str:
         return f"generation_buffer_{self.accelerator.process_index}.pt"

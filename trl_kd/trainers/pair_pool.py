@@ -10,9 +10,9 @@ from trl_kd.pairs.dataset import PairWriter, load_pairs
 from trl_kd.pairs.prompts import prompt_key
 from trl_kd.sampling import Text
 from trl_kd.sampling.nulls import without_nulls
+from trl_kd.trainers.mm_pbkd_data import MOST_HELD_OUT
 
 
-MOST_HELD_OUT = 500
 KEPT = ("prompt", "chosen", "rejected", "preference", "teacher_side", "chosen_finish_reason", "rejected_finish_reason")
 
 
@@ -20,8 +20,8 @@ class PairPool:
     """
     Args:
         held_out (`float`):
-            In [0, 1), share of the prompts whose pairs are held out, [`MOST_HELD_OUT`] of them at most. Which prompts these
-            are depends on them alone: no pair of one that is held out is ever learnt from.
+            In [0, 1), share of the prompts whose pairs are held out. Which prompts these are depends on them alone: no pair
+            of one that is held out is ever learnt from.
         seed (`int`):
             Seed of what is drawn.
 
@@ -29,7 +29,7 @@ class PairPool:
         rows (`list[dict]`):
             All pairs in the order in which they came.
         train, held_out (`list[int]`):
-            Places of those with a known preference.
+            Places of those with a known preference; of the pairs held out the newest [`MOST_HELD_OUT`].
         fresh (`list[int]`):
             Places of the training pairs that came last.
     """
@@ -64,11 +64,11 @@ class PairPool:
             if row["preference"] is None:
                 continue
             if self.holds_out(row["prompt"]):
-                if len(self.held_out) < MOST_HELD_OUT:
-                    self.held_out.append(place)
+                self.held_out.append(place)
             else:
                 self.train.append(place)
                 self.fresh.append(place)
+        del self.held_out[:-MOST_HELD_OUT]
 
     def draw(self, count: int, fresh_share: float) -> list[int]:
         """Places of at most `count` training pairs without repetition, a share of them among the fresh ones if there are so

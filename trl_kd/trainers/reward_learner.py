@@ -6,6 +6,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from trl_kd.preferences.tokens import tokenize_response
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
 from trl_kd.sampling import Text
 from trl_kd.trainers.adversary import descend
+from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT, MOST_HELD_OUT
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import PairPool
 
 
 logger = get_logger(__name__)
 
-LEAST_HELD_OUT = 100
-"""Strict held-out pairs below which their accuracy says too little to end the warm-up."""
 CHECK_EVERY, TELL_EVERY = 10, 100
 OPTIMIZER_FILE, STATE_FILE, PAIRS = "reward_optimizer.pt", "reward_state.json", "pairs"
 
@@ -98,8 +98,13 @@ class RewardLearner:
     @torch.no_grad()
     def score(self, rows: list[list[int]]) -> torch.Tensor:
         """Rewards `[rows]` of the head that the student climbs."""
-        parts = [self.model(chunk)[:, self.head] for chunk in self._chunks(rows, 2)]
+        parts = [self._rewards(chunk)[:, self.head] for chunk in self._chunks(rows, 2)]
         return torch.cat(parts) if parts else torch.zeros(0, device=self._accelerator.device)
+
+    def _rewards(self, rows: list) -> torch.Tensor:
+        """Both heads', the backbone in bfloat16 where the student's is. (float16 would need a scaled loss.)"""
+        with self._accelerator.autocast() if self._args.bf16 else nullcontext():
+            return self.model(rows)
 
     def _chunks(self, rows: list, factor: int) -> Iterator[list]:
         size = factor * self._args.per_device_train_batch_size
@@ -146,7 +151,7 @@ class RewardLearner:
         if moves and self.head == ADVERSARY and teacher and student:
             for rows, sign in ((teacher, -1.0), (student, 1.0)):
                 for chunk in self._chunks(self._mine(rows), 2):
-                    (sign / len(rows) * self.model(chunk)[:, ADVERSARY].sum()).backward()
+                    (sign / len(rows) * self._rewards(chunk)[:, ADVERSARY].sum()).backward()
         for p in self.optimizer.param_groups[0]["params"]:  # a process without a row takes part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         descend(self.optimizer, self._accelerator)
@@ -165,7 +170,7 @@ class RewardLearner:
         for chunk in self._chunks(self._mine(pairs), 1):
             preferences = [self.pool.rows[place]["preference"] for place in chunk]
             preference_b = torch.tensor(preferences, device=device, dtype=torch.float32)
-            chosen_b2, rejected_b2 = self.model(self._encode_pairs(chunk)).chunk(2)
+            chosen_b2, rejected_b2 = self._rewards(self._encode_pairs(chunk)).chunk(2)
             margin_2b = (chosen_b2 - rejected_b2).T
             nll_2b = bradley_terry_nll(margin_2b, preference_b)
             weight = lambda_ if self.head == ADVERSARY else 0.0
@@ -188,13 +193,13 @@ class RewardLearner:
         return seen
 
     @torch.no_grad()
-    def held_out_accuracy(self) -> float:
-        """Share of the strict held-out pairs that are ordered rightly by the head which the student climbs, or in the
-        warm-up by the one that learns; NaN if there is none."""
+    def held_out_accuracy(self, most: int = MOST_HELD_OUT) -> float:
+        """Share of the strict held-out pairs, of the `most` newest ones, that are ordered rightly by the head which the
+        student climbs, or in the warm-up by the one that learns; NaN if there is none."""
         head = self.head if self.warmed_up else MLE
         sums_2 = torch.zeros(2, device=self._accelerator.device)
-        for chunk in self._chunks(self._mine(self.pool.strict), 1):
-            chosen_b, rejected_b = self.model(self._encode_pairs(chunk))[:, head].chunk(2)
+        for chunk in self._chunks(self._mine(self.pool.strict[-most:]), 1):
+            chosen_b, rejected_b = self._rewards(self._encode_pairs(chunk))[:, head].chunk(2)
             first_b = torch.tensor(
                 [self.pool.rows[place]["preference"] > 0.5 for place in chunk], device=chosen_b.device
             )
@@ -205,38 +210,44 @@ class RewardLearner:
 
     # ---- Warm-up ---------------------------------------------------------------------------------------------------------
 
-    def warm_up(self, grow: Callable[[], None] | None) -> dict[str, float]:
+    def warm_up(self, grow: Callable[[], bool] | None) -> dict[str, float]:
         """
         Steps on the preferences alone, until the held-out accuracy is `rm_warmup_accuracy`. The adversarial head begins as
         the other one then is, within the confidence set.
 
         Args:
             grow (`Callable`, *optional*):
-                Adds a batch of pairs to D, if there are prompts left, as before every `rm_steps` steps of the training.
-                `None`: D is given and stays.
+                Adds a batch of pairs to D, as before every `rm_steps` steps of the training, and says whether there were
+                prompts left. `None`: D is given and stays.
 
         Raises:
-            `WarmUpFailed`: there are too few pairs to tell, or the accuracy is not reached in `rm_warmup_steps`.
+            `WarmUpFailed`: there are too few pairs to tell, after `rm_warmup_steps` or when no prompt is left, or the
+                accuracy is not reached in `rm_warmup_steps`.
         """
-        args, accuracy = self._args, math.nan
+        args, accuracy, left = self._args, math.nan, True
         for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
-            looks = steps % CHECK_EVERY == 0 or steps == args.rm_warmup_steps
-            if looks and len(self.pool.strict) >= LEAST_HELD_OUT:
+            last = steps == args.rm_warmup_steps
+            if (steps % CHECK_EVERY == 0 or last) and len(self.pool.strict) >= LEAST_HELD_OUT:
                 accuracy = self.held_out_accuracy()
                 if steps % TELL_EVERY == 0:
                     logger.info(f"Warm-up, step {steps}: {accuracy:.1%} of {len(self.pool.strict)} held-out pairs.")
-                if accuracy >= args.rm_warmup_accuracy or steps == args.rm_warmup_steps:
+                if accuracy >= args.rm_warmup_accuracy:
                     break
+            if last:
+                break
             if grow is not None and steps % args.rm_steps == 0:
-                grow()
+                left = grow()
+            if not left and len(self.pool.strict) < LEAST_HELD_OUT:
+                break
             if self.pool.train:
                 self.step([], [], moves=False)
         strict = len(self.pool.strict)
         if strict < LEAST_HELD_OUT:
+            after = f"`rm_warmup_steps` = {args.rm_warmup_steps}" if left else "all prompts have been answered"
             raise WarmUpFailed(
-                f"After `rm_warmup_steps` = {args.rm_warmup_steps} there are {len(self.pool)} pairs, of which {strict} are "
-                f"held out and no ties: it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they "
-                "say, and a student that climbs one which has not is destroyed. Give more prompts or pairs, raise "
+                f"After {after} there are {len(self.pool)} pairs, of which {strict} are held out and no ties: it "
+                f"takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they say, and a student that "
+                "climbs one which has not is destroyed. Give more prompts or pairs, raise "
                 f"`rm_held_out` = {args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
             )
         if not accuracy >= args.rm_warmup_accuracy:
