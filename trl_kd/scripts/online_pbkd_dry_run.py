@@ -184,13 +184,13 @@ def _warm_up(parts: Parts, pool: PairPool, args: Any) -> str:
 def _most_held_out(parts: Parts, pool: PairPool, args: Any) -> int | None:
     """Strict held-out pairs after every prompt has been answered once, at most. `None` for a stream."""
     if parts.preference_function is None:
-        return pool.strict
+        return len(pool.strict)
     if not isinstance(parts.train_dataset, Dataset):
         return None
     prompts = PairPool(args.rm_held_out, 0)
     for rows in read_prompts(parts.train_dataset.select_columns(["prompt"])):
         prompts.add([{"prompt": row.prompt, "preference": 1.0} for row in rows])
-    return min(pool.strict + len(prompts.held_out) * args.num_generations, MOST_HELD_OUT)
+    return min(len(pool.strict) + len(prompts.held_out) * args.num_generations, MOST_HELD_OUT)
 
 
 def _climbed(args: Any, reward_funcs: list[str]) -> str:
