@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
@@ -338,7 +338,8 @@ optimizers, quantization_config, peft_config:
         if not os.path.isfile(path):
             logger.warning(f"No {self._buffer_file()} in the checkpoint: the student answers anew where it stopped.")
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        # By itself `load` does not know a device such as DDP's 'cpu:0'
+        state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)
         self._step, self._buffered_inputs, self._watch.history = state["step"], state["buffer"], state["watch"]
 
     def _buffer_file(self) -> str:
