@@ -8,6 +8,7 @@ import sys
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.trainers.online_cases import Teacher, digits
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
@@ -27,9 +28,16 @@ class GivenSamples(OnlinePbKDTrainer):
         return completions
 
 
-def train(job: dict, world: int) -> None:
-    teacher = Teacher()
-    trainer = GivenSamples(
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def make(job: dict, teacher: Teacher) -> GivenSamples:
+    return GivenSamples(
         model=job["model"],
         args=OnlinePbKDConfig(**job["settings"]),
         train_dataset=Dataset.from_list(job["rows"]),
@@ -37,7 +45,17 @@ def train(job: dict, world: int) -> None:
         teacher=teacher,
         preference_function=digits,
     )
-    trainer.train()
+
+
+def train(job: dict, world: int) -> None:
+    stopped = job.get("stopped_at")
+    if stopped is not None:
+        first = make(job, Teacher())
+        first.add_callback(StopAt(stopped))
+        first.train()
+    teacher = Teacher()
+    trainer = make(job, teacher)
+    trainer.train(resume_from_checkpoint=stopped is not None)
 
     wrapper = "LlamaForCausalLM" if world == 1 else "DistributedDataParallel"
     assert trainer.accelerator.num_processes == world
@@ -46,7 +64,7 @@ def train(job: dict, world: int) -> None:
     flat = torch.cat([p.flatten() for p in learner.model.trainable().values()])
     together = trainer.accelerator.gather(flat).reshape(world, -1)
     assert (together == together[0]).all()  # the reward model is the same on every process
-    assert (len(teacher.asked) > 0) == trainer.accelerator.is_main_process
+    assert stopped is not None or (len(teacher.asked) > 0) == trainer.accelerator.is_main_process
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]

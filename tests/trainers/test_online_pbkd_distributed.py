@@ -1,4 +1,4 @@
-"""Two processes of four rows equal one process of eight: really two, under DDP."""
+"""Two processes of four rows equal one process of eight, and go on where they stopped: really two, under DDP."""
 
 import json
 import os
@@ -40,6 +40,21 @@ JOBS = {
 }
 
 
+def launch(jobs: list[dict]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    launched = subprocess.run(
+        [*command, "-m", "tests.trainers.online_two_processes", json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=400,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-9000:]
+
+
 def test_two_processes_equal_one(tiny_dir, tmp_path):
     jobs = []
     for name, more in JOBS.items():
@@ -50,18 +65,7 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
             jobs.append(
                 {"model": tiny_dir, "rows": ROWS, "settings": settings, "out": str(tmp_path / f"{name}{world}.pt")}
             )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    launched = subprocess.run(
-        [*command, "-m", "tests.trainers.online_two_processes", json.dumps(jobs[1::2])],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=400,
-        check=False,
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    launch(jobs[1::2])
     for one, two in zip(jobs[::2], jobs[1::2], strict=True):
         train(one, 1)
         left, right = (torch.load(job["out"], weights_only=False) for job in (one, two))
@@ -75,3 +79,23 @@ def test_two_processes_equal_one(tiny_dir, tmp_path):
             for name in a:  # TRL's others are means over micro-batches, whose rows are shuffled
                 if name in ("loss", "eval_loss", "reward", "kl", "grad_norm") or "pbkd/" in name or "rewards/" in name:
                     assert a[name] == pytest.approx(b[name], abs=2e-5, rel=1e-4), name
+
+
+def test_two_processes_go_on_where_they_stopped(tiny_dir, tmp_path):
+    """In the middle of a generation batch, whose buffer each process has a part of."""
+    common = COMMON | {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 4}
+    common |= {"steps_per_generation": 2, "imitation_weight": 0.2, "save_strategy": "steps", "save_steps": 3}
+    common |= {"optim": "adamw_torch", "eval_strategy": "no"}
+    jobs = []
+    for name, more in {"whole": {}, "resumed": {"stopped_at": 3}}.items():
+        settings = common | {"output_dir": str(tmp_path / name)}
+        jobs.append(
+            {"model": tiny_dir, "rows": ROWS * 2, "settings": settings, "out": str(tmp_path / f"{name}.pt")} | more
+        )
+    launch(jobs)
+    whole, resumed = (torch.load(job["out"], weights_only=False) for job in jobs)
+    assert whole["pairs"] == resumed["pairs"]
+    assert whole["dual"] == resumed["dual"]
+    assert torch.equal(whole["reward"], resumed["reward"])
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, resumed["weights"][name]), name

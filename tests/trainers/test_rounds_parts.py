@@ -9,6 +9,7 @@ from tests.pairs.fakes import Source
 from tests.trainers.rounds_cases import PROMPTS, make
 from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.preferences.simple import LabelColumn
+from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.trainers.rounds_folder import last_checkpoint
@@ -101,3 +102,31 @@ def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-10").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_the_token_of_loading_is_written_nowhere_and_may_change(tiny_dir, tmp_path):
+    token = "hf_secretsecretsecret"
+    settings = {"max_steps": 1, "save_steps": 1, "model_init_kwargs": {"token": token, "dtype": "float32"}}
+    make(tmp_path, tiny_dir, settings, rounds=1).run()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "rounds.json"} <= {path.name for path in files}
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    settings["model_init_kwargs"]["token"] = "hf_anotheranother"
+    rounds = make(tmp_path, tiny_dir, settings, rounds=1)
+    assert rounds.check()["model_init_kwargs"] == {"dtype": "float32"}
+    assert rounds.args.model_init_kwargs["token"] == "hf_anotheranother"
+
+
+class Silent(Source):
+    def sample(self, requests):
+        return ((request, sample, Answer(None, "content_filter")) for request, sample, _ in super().sample(requests))
+
+
+def test_a_teacher_that_answers_nothing(tiny_dir, tmp_path):
+    said = (
+        r"Round 1 has no pairs to train on: the teacher answered 0 of 6 times, the student answered 12 of 12 times\. The "
+        r"teacher is \{'name': 'mute'\}; where it did not answer, the finish reasons are content_filter \(6\)"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, tiny_dir, teacher=Silent("mute")).run()

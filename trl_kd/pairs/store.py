@@ -218,6 +218,16 @@ class AnswerStore:
         self.commit()
         self._counted = (name, usage, self.usage(name) - usage, replace(usage))
 
+    @contextmanager
+    def counting(self, name: str, usage: Usage) -> Iterator[None]:
+        """Counts as [`count_usage`] does, until it is left: `usage` may be that of others too."""
+        self.count_usage(name, usage)
+        try:
+            yield
+        finally:
+            self.commit()
+            self._counted = None
+
     def _write_usage(self) -> None:
         if self._counted is None:
             return

@@ -2,10 +2,12 @@
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
 from trl_kd.pairs.store import FORMAT, TABLES, AnswerStore, StoreError
+from trl_kd.sampling.budget import Usage
 
 
 class StoredAnswers(AnswerStore):
@@ -57,3 +59,25 @@ class StoredAnswers(AnswerStore):
 
     def _write(self, statement: str, rows: Sequence[tuple]) -> None:
         """Nothing is kept: no answer, no label, no setting."""
+
+
+def resume_usage(parts: Sequence[tuple[object, str, Sequence[Path]]]) -> None:
+    """
+    Lets sources and judges go on from what former runs have used, so that their caps hold for all of them together.
+
+    Args:
+        parts (`Sequence[tuple]`):
+            A source or judge, which may count its `usage`; its name in the stores; and the folders of these.
+    """
+    spent: list[tuple[Usage, Usage]] = []
+    for part, name, folders in parts:
+        usage = getattr(part, "usage", None)
+        if isinstance(usage, Usage):
+            spent.append((usage, sum((_stored_usage(folder, name) for folder in folders), Usage())))
+    for usage, _ in spent:  # two that share a client, from the sum
+        usage.resume(sum((stored for other, stored in spent if other is usage), Usage()))
+
+
+def _stored_usage(folder: Path, name: str) -> Usage:
+    with closing(StoredAnswers(folder)) as stored:
+        return stored.usage(name)

@@ -86,7 +86,7 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
 
 
 def _describe_prompts(name: str, dataset: Any, processor: Any, args: Any) -> Table:
-    check_prompts(dataset, name, args, tools=None)
+    check_prompts(dataset, name, args.lmbda)
     first = next(iter(dataset))
     table = [(f"{name} columns", columns({c: first[c] for c in ("prompt", "completion") if c in first}))]
     if not isinstance(dataset, Dataset):
@@ -154,7 +154,7 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
     table = [
         ("pairs columns", columns({c: dataset[0][c] for c in ("prompt", "chosen", "rejected") if c in dataset[0]}))
     ]
-    known = read_pairs(dataset, args)
+    known = read_pairs(dataset, args.pair_max_length)
     sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
     batches = PairBatches(_told_apart(known), args, world, pad_token_id=0)

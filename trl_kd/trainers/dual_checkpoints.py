@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.trainers.fields import without_tokens
 
 
 logger = get_logger(__name__)
@@ -66,9 +67,10 @@ class DualCheckpoints:
         self.dual.load_state_dict(state)  # λ itself goes on from the checkpoint, whatever `dual_init` says
 
     def _save(self, output_dir=None, state_dict=None):
-        # `training_args.bin` is saved, and pushed, beside the weights: without the token
-        token, self.args.hub_token = self.args.hub_token, None
+        # `training_args.bin` is saved, and pushed, beside the weights: without any token
+        given = vars(self.args).copy()
+        vars(self.args).update(without_tokens(given) | {"hub_token": None})
         try:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
-            self.args.hub_token = token
+            vars(self.args).update(given)

@@ -99,3 +99,14 @@ def as_config(args: Any, model: Any, target: type, suffix: str, **changed: Any) 
         ours, theirs = target.__name__, target.__mro__[1].__name__
         raise ValueError(f"`args` is of the class {type(args).__name__}: pass one of {ours}, or of {theirs}.")
     return extend_config(args, target, **changed)
+
+
+def without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that hold keywords of `from_pretrained` (`…model_init_kwargs`), without the Hub's token: for files
+    that may be pushed."""
+    options = {name: value for name, value in settings.items() if name.endswith("model_init_kwargs")}
+    return {
+        name: {key: option for key, option in value.items() if key not in ("token", "use_auth_token")}
+        for name, value in options.items()
+        if isinstance(value, dict)
+    }

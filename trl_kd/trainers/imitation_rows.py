@@ -16,7 +16,8 @@ class ImitationRows:
     """
     Mixin before `RLOOTrainer`: adds `args.imitation_weight` · −log π(y_T|x), summed over tokens and averaged over the
     prompts of a generation batch, to the loss. The teacher's answers are further rows of the forward that TRL's loss makes,
-    since a wrapped student (DDP, FSDP, DeepSpeed) allows one.
+    since a wrapped student (DDP, FSDP, DeepSpeed) allows one; like all of its log-probabilities they are at
+    `args.temperature`.
     """
 
     args: Any

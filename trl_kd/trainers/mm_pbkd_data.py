@@ -28,11 +28,17 @@ MOST_HELD_OUT = 500
 # ---- States ------------------------------------------------------------------------------------------------------------
 
 
-def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> Any:
+def check_prompts(dataset: Any, name: str, lmbda: float = 1.0, tools: Any = None) -> Any:
     """
     Args:
         dataset (`Dataset` or `IterableDataset`):
             Prompts, with `completion` or without. A stream is checked by its first row, and then as it is read.
+        name (`str`):
+            What it is called in messages.
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of on-policy states; below 1 completions are read too.
+        tools (*optional*):
+            Tools of the student's, if it has any.
 
     Returns:
         The dataset.
@@ -48,10 +54,10 @@ def check_prompts(dataset: Any, name: str, args: MMPbKDConfig, tools: Any) -> An
         raise ValueError(f"The {name} dataset is empty: it needs at least one row.")
     if "prompt" not in first:
         raise ValueError(f"The {name} dataset has no column 'prompt'; it has {', '.join(sorted(first))}.")
-    mixed = args.lmbda < 1
+    mixed = lmbda < 1
     if mixed and (has_images(first) or tools):
         raise ValueError(
-            f"`lmbda` is {args.lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
+            f"`lmbda` is {lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
         )
     if mixed and "completion" not in first:
         logger.info(
@@ -178,19 +184,19 @@ class EpochOrder(Sampler[int]):
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 
-def _pair_settings(args: MMPbKDConfig) -> Any:
+def _pair_settings(max_length: int | None) -> Any:
     """What the readers of pairs ask of a `PbKDConfig`: Q's likelihood is Bradley–Terry's, so every label will do."""
     return SimpleNamespace(
         loss_type=["sigmoid"],
         use_weighting=False,
         f_divergence_type="reverse_kl",
-        max_length=args.pair_max_length,
+        max_length=max_length,
         truncation_mode="keep_start",
         dataset_num_proc=None,
     )
 
 
-def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
+def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
     """
     Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference: those of two equal
     responses have none, whatever their label says.
@@ -198,6 +204,8 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
     Args:
         dataset (`Dataset`):
             Pairs in TRL's preference format, `preference` being P(chosen ≻ rejected), by default 1.
+        max_length (`int` or `None`):
+            Tokens of a row that will be read.
 
     Raises:
         `ValueError`: a stream, images, a wrong label, or no pair that is left.
@@ -215,7 +223,7 @@ def read_pairs(dataset: Any, args: MMPbKDConfig) -> Dataset:
         raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
     dataset = dataset.remove_columns(unused)
-    dataset, _ = prepare_rows(dataset, "preference", _pair_settings(args), imitated=False)
+    dataset, _ = prepare_rows(dataset, "preference", _pair_settings(max_length), imitated=False)
     if "preference" not in dataset.column_names:
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
     read = dataset.select_columns(["chosen", "rejected", "preference"]).with_format(None).iter(batch_size=1000)
@@ -242,7 +250,8 @@ def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) 
         `ValueError`: the tokenizer cannot render them, or `pair_max_length` leaves no response token.
     """
     check_tokenizer(getattr(processing_class, "tokenizer", processing_class), dataset, "preference")
-    dataset = tokenize_rows(dataset, processing_class, _pair_settings(args), "preference", limit="pair_max_length")
+    settings = _pair_settings(args.pair_max_length)
+    dataset = tokenize_rows(dataset, processing_class, settings, "preference", limit="pair_max_length")
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
 
 

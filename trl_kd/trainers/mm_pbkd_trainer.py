@@ -133,10 +133,10 @@ quantization_config, peft_config, tools:
                 "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
             )
         if train_dataset is not None:
-            check_prompts(train_dataset, "train", args, tools)
+            check_prompts(train_dataset, "train", args.lmbda, tools)
             check_prompt_count(train_dataset, args, args.world_size)
-        each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args, tools))
-        pairs = None if preference_dataset is None else read_pairs(preference_dataset, args)
+        each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args.lmbda, tools))
+        pairs = None if preference_dataset is None else read_pairs(preference_dataset, args.pair_max_length)
         if processing_class is None:
             processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -33,7 +33,8 @@ class OnlinePbKDConfig(RLOOConfig):
             best. "discriminator": a head that tells teacher from student, without preferences. "off": reward functions
             alone, which is `RLOOTrainer`.
         imitation_weight (`float`, *optional*, defaults to `0.0`):
-            ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch.
+            ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch. π is, as in all of
+            RLOO, the softmax of logits / `temperature`.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
 

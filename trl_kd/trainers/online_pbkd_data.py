@@ -1,9 +1,9 @@
 """What `OnlinePbKDTrainer` is made of beside its models: rows, a teacher, a preference function, pairs."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
@@ -131,6 +131,23 @@ reward_model (`str` or `PreTrainedModel`):
             return None
         return BatchPairs(self.sampler(), self.preference, Path(folder))
 
+    def warn_of_nothing(self, groups: list[PromptGroup], wins: list[float], known: list[int]) -> None:
+        """Says so if in the first batch the teacher answered nothing, or nothing is known, no pair before either."""
+        if self.needs_teacher and all(group.teacher.text is None for group in groups):
+            reasons = Counter(group.teacher.finish_reason for group in groups)
+            told = ", ".join(f"{reason} ({count})" for reason, count in reasons.items() if reason is not None)
+            logger.warning(
+                f"The teacher answered none of the {len(groups)} prompts of the first generation batch"
+                f"{f', with the finish reasons {told}' if told else ''}: without its answers no pair is made, and "
+                "nothing is learnt from it. Look at `teacher`, or at the column `teacher_column`."
+            )
+        elif self.args.uses_preferences and not wins and not known:
+            logger.warning(
+                f"Of none of the {sum(len(group.pairs) for group in groups)} pairs of the first generation batch a "
+                "preference is known: until there are some the reward model learns nothing. Look at what "
+                "`preference_function` returns; of equal answers it is not asked."
+            )
+
     def given_pairs(self) -> list[dict[str, Any]]:
         """D at the start.
 
@@ -139,8 +156,7 @@ reward_model (`str` or `PreTrainedModel`):
         """
         if self.pairs is None:
             return []
-        settings: Any = SimpleNamespace(pair_max_length=self.args.rm_max_length)
-        pairs = read_pairs(self.pairs, settings)
+        pairs = read_pairs(self.pairs, self.args.rm_max_length)
         if "prompt" not in pairs.column_names:
             pairs = pairs.map(maybe_extract_prompt)
         return as_rows(pairs)
@@ -155,7 +171,7 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
     """
     args = parts.args
     _check_adversary(parts, reward_funcs)
-    check_prompts(dataset, name, SimpleNamespace(lmbda=1.0), None)  # type: ignore[arg-type]
+    check_prompts(dataset, name)
     first = next(iter(dataset))
     if name == "train" and isinstance(dataset, Dataset):
         prompts = args.generation_batch_size // args.num_generations  # type: ignore[operator]
@@ -171,6 +187,13 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
         raise ValueError(
             f"The {name} dataset has images, which the reward model and the teacher's answers are not made for: drop their "
             "columns, or use `adversary='off'`."
+        )
+    unseen = [column for column in ("tools", "chat_template_kwargs") if column in first]
+    if unseen:
+        raise ValueError(
+            f"The {name} dataset has a column {unseen[0]!r}, which the student's prompts are made without, so that a "
+            "teacher would answer other ones: drop or rename it. What holds for all rows goes into "
+            "`args.chat_template_kwargs`, and into the `chat_template_kwargs` of a teacher that has them."
         )
     if not parts.needs_teacher:
         return

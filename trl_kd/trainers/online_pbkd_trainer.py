@@ -8,13 +8,14 @@ what TRL goes on with. Imitation of the teacher's answers rides in the policy's 
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
@@ -39,7 +40,7 @@ from trl_kd.trainers.online_pbkd_data import (
 )
 from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
-from trl_kd.trainers.reward_learner import RewardLearner, check_held_out
+from trl_kd.trainers.reward_learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
 
 
@@ -86,7 +87,8 @@ optimizers, quantization_config, peft_config:
         teacher ([`~trl_kd.sampling.Sampler`], *optional*, keyword only):
             Who answers for the teacher. By default the column `args.teacher_column` of the rows does.
         preference_function ([`~trl_kd.preferences.Preference`], *optional*, keyword only):
-            Who says which of two answers is better. Without it D is `preference_dataset` and does not grow.
+            Who says which of two answers is better; each comparison is asked for once. Without it D is `preference_dataset`
+            and does not grow.
         preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
             Pairs in TRL's preference format, with which D begins.
         reward_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword only):
@@ -163,9 +165,10 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         self.parts = parts
-        self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS, "teacher"), self.accelerator)
+        self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()
         self._groups: list[PromptGroup] = []
+        self._looked = False
         self.dual = DualVariable(value=0.0, maximum=0.0)
         self.learner: RewardLearner | None = None
         if args.adversary != "off":
@@ -202,6 +205,9 @@ optimizers, quantization_config, peft_config:
         if wins:
             self._record(mode, {"teacher_win_rate": sum(wins) / len(wins)})
         self._groups = groups if mode == "train" else []
+        if mode == "train" and not self._looked:
+            self._looked = True
+            self.parts.warn_of_nothing(groups, wins, self.learner.pool.train if self.learner else [])
         if self.learner is None:
             return rewards
         encoded = self._encode(groups, count)
@@ -232,6 +238,8 @@ optimizers, quantization_config, peft_config:
                 fill_groups(groups, self._asker)
             except Exception as failed:  # whatever it is, nobody must wait for it
                 error = failed
+            if not self.is_in_train:
+                self._asker.close()
         if self.accelerator.num_processes > 1:
             groups, said = broadcast_object_list([groups, None if error is None else str(error)])
             if error is None and said is not None:
@@ -273,6 +281,13 @@ optimizers, quantization_config, peft_config:
 
     # ---- Training and evaluation -----------------------------------------------------------------------------------------
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._asker is not None:
+                self._asker.close()
+
     def training_step(self, *args, **kwargs):
         if self.learner is not None and not self.learner.warmed_up:
             self._warm_up(self.learner)
@@ -280,18 +295,27 @@ optimizers, quantization_config, peft_config:
 
     def _warm_up(self, learner: RewardLearner) -> None:
         self.model.train()  # or its answers would count as an evaluation's
-        grows = self.parts.preference is not None
-        seen = learner.warm_up(partial(self._grow, learner, self._warm_up_batches()) if grows else None)
+        if self.parts.preference is None:
+            seen = learner.warm_up(None)
+        else:
+            prompts: Any = self.get_train_dataloader()
+            try:
+                seen = learner.warm_up(partial(self._grow, learner, self._each_once(prompts)))
+            except WarmUpFailed:
+                if self.args.should_save:
+                    learner.pool.save(Path(self.args.output_dir, COMPANIONS, PAIRS))
+                raise
+            finally:
+                prompts.end()  # it may be half read, and would stay what accelerate counts by
         logger.info(
             f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it orders "
             f"{seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
         )
         self._record("train", {"warmup_steps": seen["warmup_steps"]})
 
-    def _warm_up_batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Generation batches of one epoch, each once."""
-        repeats = self.num_iterations * self.args.steps_per_generation
-        return itertools.islice(self.get_train_dataloader(), 0, None, repeats)
+    def _each_once(self, prompts: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        """The generation batches of one epoch, which TRL repeats."""
+        return itertools.islice(prompts, 0, None, self.num_iterations * self.args.steps_per_generation)
 
     def _grow(self, learner: RewardLearner, batches: Iterator[list[dict[str, Any]]]) -> bool:
         """The student answers the next prompts, without learning from it, and D grows, until all have been answered;
@@ -356,7 +380,8 @@ optimizers, quantization_config, peft_config:
         if not os.path.isfile(path):
             logger.warning(f"No {self._buffer_file()} in the checkpoint: the student answers anew where it stopped.")
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        # By itself `load` does not know a device such as DDP's 'cpu:0'
+        state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)
         self._step, self._buffered_inputs = state["step"], state["buffer"]
         vars(self._watch).update(state["watch"])
 

@@ -88,7 +88,8 @@ class RewardLearner:
     def encode(self, prompt: Text, response: Text, complete: bool) -> list[int]:
         """Tokens of prompt and response. A row that is too long loses the beginning of its prompt, but for its first token,
         which may open every row."""
-        prompt_ids, ids = tokenize_response(self.tokenizer, prompt, response, complete=complete)
+        template: Any = self._args.chat_template_kwargs
+        prompt_ids, ids = tokenize_response(self.tokenizer, prompt, response, template, complete)
         row, limit = prompt_ids + ids, self._args.rm_max_length
         if limit is not None and len(row) > limit:
             opening = row[:1] if row[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []

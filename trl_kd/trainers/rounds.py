@@ -28,7 +28,7 @@ from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import add_rounds_section, public_name
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
-from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, resume_usage
+from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
     LOGGED,
@@ -304,6 +304,8 @@ class PbKDRounds:
 
     def _train(self, number: int, data: Dataset) -> None:
         """Trains a round's student, saves it with its card, and writes down how it went."""
+        if not len(data):
+            raise no_pairs(self, number)
         trainer, folder = self.trainer(number, data), self.folder
         trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number)))
         logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
@@ -361,7 +363,7 @@ class PbKDRounds:
             for record in self.folder.records():
                 if record["stage"] == TRAINED:
                     self._tidy(record["round"])
-            resume_usage(self)
+            resume_rounds_usage(self)
             yield
 
     def _finish(self) -> None:

@@ -1,6 +1,8 @@
 """What `PbKDRounds` refuses before any weight is loaded, and what it is in words: the settings that a resume compares."""
 
 import inspect
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.labels import describe_preference
 from trl_kd.pairs.pairing import PairingSettings
 from trl_kd.pairs.prompts import Fingerprint, read_prompts
-from trl_kd.pairs.stored import StoredAnswers
-from trl_kd.sampling.budget import Usage
+from trl_kd.pairs.stored import resume_usage
+from trl_kd.sampling import Request
 from trl_kd.trainers.fields import check_integer
 from trl_kd.trainers.pbkd_data import load_processing_class
 from trl_kd.trainers.rounds_folder import as_json, compared_settings
@@ -156,26 +158,28 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
     return as_json(described) | compared_settings(rounds.args)
 
 
-def resume_usage(rounds: Any) -> None:
+def no_pairs(rounds: Any, number: int) -> ValueError:
+    """What to say of a round that has nothing to train on: who did not answer, and why."""
+    folder = rounds.folder.pairs(number)
+    answers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["answers"]
+    told = [
+        f"the {who} answered {of['answers'] - of['refused']} of {of['answers']} times" for who, of in answers.items()
+    ]
+    samples = tuple(range(rounds.num_teacher_samples))
+    rows = (row for rows in read_prompts(rounds.prompts_of(number)) for row in rows)
+    requests = [Request(f"{row.key}/{row.index}", row.prompt, samples, row.columns) for row in rows]
+    reasons = Counter(answer.finish_reason for _, _, answer in rounds.teacher.sample(requests) if answer.text is None)
+    why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items() if reason is not None)
+    return ValueError(
+        f"Round {number} has no pairs to train on: {', '.join(told)}. The teacher is {rounds.teacher.describe()}"
+        f"{f'; where it did not answer, the finish reasons are {why}' if why else ''}. Give one that answers, or other "
+        f"prompts, and another `output_dir`: `{folder}` keeps what was said."
+    )
+
+
+def resume_rounds_usage(rounds: Any) -> None:
     """Lets teacher and judge go on from what all rounds have used, so that their caps hold for all rounds together."""
-    spent: list[tuple[Usage, Usage]] = []
-    folder = rounds.folder
-    numbers = range(1, rounds.rounds + 1)
+    folder, numbers = rounds.folder, range(1, rounds.rounds + 1)
     places = [*map(folder.pairs, numbers), *(folder.after(number) / "pairs" for number in numbers)]
-    for part, name, stores in (
-        (getattr(rounds.teacher, "sampler", None), "teacher", [folder.teacher]),
-        (rounds.preference, "judge", places),
-    ):
-        usage = getattr(part, "usage", None)
-        if isinstance(usage, Usage):
-            spent.append((usage, sum((_stored_usage(store, name) for store in stores), Usage())))
-    for usage, _ in spent:  # two that share a client, from the sum
-        usage.resume(sum((stored for other, stored in spent if other is usage), Usage()))
-
-
-def _stored_usage(folder: Path, name: str) -> Usage:
-    stored = StoredAnswers(folder)
-    try:
-        return stored.usage(name)
-    finally:
-        stored.close()
+    teacher = getattr(rounds.teacher, "sampler", None)
+    resume_usage([(teacher, "teacher", [folder.teacher]), (rounds.preference, "judge", places)])

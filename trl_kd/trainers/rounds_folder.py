@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.store import differences, listed
+from trl_kd.trainers.fields import without_tokens
 from trl_kd.trainers.rounds_regret import regret_coefficient
 
 
@@ -150,7 +151,8 @@ def wait_until(done: Callable[[], bool]) -> None:
 def compared_settings(args: Any) -> dict[str, Any]:
     """The fields of a training config that decide what comes out, as JSON."""
     names = [f.name for f in fields(args) if f.name not in _NOT_COMPARED]
-    return as_json({name: getattr(args, name) for name in names if not name.startswith(_NOT_COMPARED_PREFIXES)})
+    values = {name: getattr(args, name) for name in names if not name.startswith(_NOT_COMPARED_PREFIXES)}
+    return as_json(values | without_tokens(values))
 
 
 def as_json(value: Any) -> Any:
