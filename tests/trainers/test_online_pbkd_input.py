@@ -33,6 +33,7 @@ SETTINGS = [
     ({"rm_held_out": 0.0, "rm_warmup_accuracy": 0.6}, "`rm_warmup_accuracy` is 0.6 but `rm_held_out` is 0"),
     ({"rm_warmup_accuracy": 2.0}, "`rm_warmup_accuracy` is 2.0"),
     ({"rm_warmup_steps": 0}, "`rm_warmup_steps` is 0"),
+    ({"rm_warmup_epochs": 0}, "`rm_warmup_epochs` is 0"),
     ({"dual_init": 51.0}, "`dual_init` is 51.0 but λ is capped at `dual_max` = 50.0"),
     ({"dual_learning_rate": -1.0}, "`dual_learning_rate` is -1.0"),
     ({"confidence_radius": "wide"}, "`confidence_radius` is 'wide'"),

@@ -178,7 +178,12 @@ def test_the_newest_pairs_are_those_held_out():
 
 def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings):
     """After its last prompt, or after as many steps as are allowed."""
-    for allowed, done, message in ((1000, 2, "all prompts have been answered"), (1, 1, "`rm_warmup_steps` = 1")):
+    answered = "all prompts have been answered"
+    for allowed, epochs, done, message in (
+        (1000, 1, 2, answered),
+        (1000, 3, 6, answered),
+        (1, 1, 1, "`rm_warmup_steps` = 1"),
+    ):
         trainer = make(
             tiny_dir,
             settings,
@@ -187,6 +192,7 @@ def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings):
             rm_warmup_accuracy=0.9,
             rm_held_out=0.3,
             rm_warmup_steps=allowed,
+            rm_warmup_epochs=epochs,
         )
         steps = []
         trainer.learner.step = lambda *args, steps=steps, **kwargs: steps.append(1)

@@ -182,7 +182,7 @@ def _warm_up(parts: Parts, pool: PairPool, args: Any) -> str:
 
 
 def _most_held_out(parts: Parts, pool: PairPool, args: Any) -> int | None:
-    """Strict held-out pairs after every prompt has been answered once, at most. `None` for a stream."""
+    """Strict held-out pairs after every prompt has been answered, at most. `None` for a stream."""
     if parts.preference_function is None:
         return len(pool.strict)
     if not isinstance(parts.train_dataset, Dataset):
@@ -190,7 +190,7 @@ def _most_held_out(parts: Parts, pool: PairPool, args: Any) -> int | None:
     prompts = PairPool(args.rm_held_out, 0)
     for rows in read_prompts(parts.train_dataset.select_columns(["prompt"])):
         prompts.add([{"prompt": row.prompt, "preference": 1.0} for row in rows])
-    return min(len(pool.strict) + len(prompts.held_out) * args.num_generations, MOST_HELD_OUT)
+    return min(len(pool.strict) + len(prompts.held_out) * args.num_generations * args.rm_warmup_epochs, MOST_HELD_OUT)
 
 
 def _climbed(args: Any, reward_funcs: list[str]) -> str:

@@ -59,6 +59,10 @@ class OnlinePbKDConfig(RLOOConfig):
         rm_warmup_accuracy (`float`, *optional*, defaults to `0.65`):
             In [0, 1]. The student does not move before the reward model orders this share of the strict held-out pairs
             rightly, for which at least 100 must be held out. `0.0`: no warm-up.
+        rm_warmup_epochs (`int`, *optional*, defaults to `1`):
+            How often the student answers each prompt anew for the warm-up, if it lasts so long; at least 1. The teacher is
+            not asked again, the preference function is: pairs that it never saw keep a reward model from learning its own
+            by heart.
         rm_warmup_steps (`int`, *optional*, defaults to `1000`):
             Steps of the reward model after which a warm-up that has not got there stops the run.
 
@@ -116,6 +120,9 @@ class OnlinePbKDConfig(RLOOConfig):
         default=0.65,
         metadata={"help": "Held-out accuracy before which the student does not move, in [0, 1]; 0: no warm-up."},
     )
+    rm_warmup_epochs: int = field(
+        default=1, metadata={"help": "How often the student answers each prompt anew for the warm-up; at least 1."}
+    )
     rm_warmup_steps: int = field(
         default=1000, metadata={"help": "Steps after which a warm-up that has not got there stops the run."}
     )
@@ -167,7 +174,7 @@ class OnlinePbKDConfig(RLOOConfig):
             check_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
         for name in ("reward_bound", "confidence_constant", "temperature"):
             check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
-        for name, least in (("rm_steps", 1), ("rm_lora_r", 0), ("rm_warmup_steps", 1)):
+        for name, least in (("rm_steps", 1), ("rm_lora_r", 0), ("rm_warmup_epochs", 1), ("rm_warmup_steps", 1)):
             check_integer(name, getattr(self, name), least)
         for name, least in (("rm_batch_size", 1), ("rm_max_length", 2), ("num_generations_eval", 1)):
             if getattr(self, name) is not None:

@@ -300,7 +300,7 @@ optimizers, quantization_config, peft_config:
         else:
             prompts: Any = self.get_train_dataloader()
             try:
-                seen = learner.warm_up(partial(self._grow, learner, self._each_once(prompts)))
+                seen = learner.warm_up(partial(self._grow, learner, self._batches(prompts)))
             except WarmUpFailed:
                 if self.args.should_save:
                     learner.pool.save(Path(self.args.output_dir, COMPANIONS, PAIRS))
@@ -313,13 +313,14 @@ optimizers, quantization_config, peft_config:
         )
         self._record("train", {"warmup_steps": seen["warmup_steps"]})
 
-    def _each_once(self, prompts: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-        """The generation batches of one epoch, which TRL repeats."""
-        return itertools.islice(prompts, 0, None, self.num_iterations * self.args.steps_per_generation)
+    def _batches(self, prompts: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        """The generation batches of the warm-up's epochs, without TRL's repetitions."""
+        for _ in range(self.args.rm_warmup_epochs):
+            yield from itertools.islice(prompts, 0, None, self.num_iterations * self.args.steps_per_generation)
 
     def _grow(self, learner: RewardLearner, batches: Iterator[list[dict[str, Any]]]) -> bool:
-        """The student answers the next prompts, without learning from it, and D grows, until all have been answered;
-        returns whether there were some left."""
+        """The student answers the next prompts, without learning from it, and D grows, until all have been answered as
+        often as they are to be; returns whether there were some left."""
         inputs = next(batches, None)
         if inputs is None:
             learner.pool.add([])  # nothing is fresh any more

@@ -256,7 +256,7 @@ class RewardLearner:
                 f"After `rm_warmup_steps` = {steps} the reward model orders {accuracy:.1%} of {strict} held-out pairs "
                 f"rightly, and `rm_warmup_accuracy` is {args.rm_warmup_accuracy}: a student that climbs such a reward is "
                 "destroyed. Start from a stronger `reward_model`, try another `rm_learning_rate` (often a smaller one), "
-                "give more pairs or steps, or set the accuracy that you are content with."
+                "give more pairs (`rm_warmup_epochs`) or steps, or set the accuracy that you are content with."
             )
         self.model.heads.adversary.load_state_dict(self.model.heads.mle.state_dict())
         for p in self.model.heads.adversary.parameters():
