@@ -6,9 +6,10 @@ are to be held against: PbKD offline, RLOO on the true reward, a discriminator.
 
 Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each of
 the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
-answers; what differs is how often the student is sampled. Every cell (task, seed, method) is kept under `runs/`, so that an
-interrupted run goes on where it stopped. Numbers are of test questions, on which nothing was chosen. Results go to
-benchmarks/results/online_tasks.json.
+answers; what differs is how often the student is sampled. The reward model that is climbed has its warm-up once for a task
+and seed, and all methods that climb one start from it and its comparisons; the discriminator starts anew. Every cell (task,
+seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped. Numbers are of test questions, on
+which nothing was chosen. Results go to benchmarks/results/online_tasks.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from transformers import PrinterCallback
 from white_box_tasks import row, summarise
 
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds
+from trl_kd.pairs import load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
@@ -33,6 +35,8 @@ from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS
+from trl_kd.trainers.online_pbkd_trainer import COMPANIONS
+from trl_kd.trainers.reward_learner import PAIRS
 
 
 ROUNDS = 6
@@ -56,18 +60,22 @@ METHODS = {
     "rounds_newest": "PbKD in rounds, newest pairs",
     **{name: seen for name, (seen, _) in ONLINE.items()},
 }
-OF_ONLINE = {
+OF_ONLINE = {  # found on validation questions of another seed, the policy's with the true reward
+    "per_device_train_batch_size": 64,  # answers: as many as 32 pairs have
     "num_generations": 4,
+    "learning_rate": 3e-4,
+    "beta": 0.01,
     "rm_lora_r": 0,
     "rm_learning_rate": 1e-3,
-    "rm_warmup_steps": 4000,
 }
+WARM_UP = {"adversary": "mle", "rm_warmup_accuracy": 0.8, "rm_warmup_steps": 4000, "rm_warmup_epochs": 40}
 
 
 class OnlineCell(Cell):
-    """With the methods of this file, on the first `prompts` questions."""
+    """With the methods of this file, on the first `prompts` questions; `cells` is where what they leave is kept."""
 
     prompts = 2000
+    cells: Path
 
     def questions(self) -> Dataset:
         found = columns(self.task.questions("train", self.settings.prompts, self.seed))
@@ -82,12 +90,18 @@ class OnlineCell(Cell):
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         if method not in ONLINE:
             return super().recipe(method, rows[: self.prompts])
-        settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **ONLINE[method][1]}
+        own = WARM_UP if method == "reward_model" else ONLINE[method][1]
+        settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **own}
         if method == "rloo":
             arguments: dict[str, Any] = {"reward_funcs": self.task.score}
         else:
             preference = RewardFunctionPreference(self.task.score)
             arguments = {"teacher": self.teacher(), "preference_function": preference}
+            if method.startswith("online"):
+                warm = self.cells / f"reward_model_{self.prompts}"
+                stage(warm, self._warm_up)
+                arguments["reward_model"] = str(warm / COMPANIONS / "reward_model")
+                arguments["preference_dataset"] = load_pairs(warm / COMPANIONS / PAIRS)
         return Recipe(OnlinePbKDTrainer, OnlinePbKDConfig, self.questions(), settings, arguments)
 
     def distil(self, method: str, folder: Path) -> dict[str, Any]:
@@ -98,6 +112,14 @@ class OnlineCell(Cell):
         trainer.train()
         tested = self._test(trainer.model, trainer.processing_class)
         return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+    def _warm_up(self, folder: Path) -> dict[str, Any]:
+        """A reward model that has learnt from comparisons of the start, which itself does not move."""
+        trainer = self.trainer("reward_model", folder, learning_rate=0.0, max_steps=1)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.save_model(str(folder))
+        return {"log": trainer.state.log_history}
 
     def _rounds(self, folder: Path, accumulate: bool) -> dict[str, Any]:
         settings = self.settings
@@ -138,12 +160,11 @@ def main() -> None:
             shared = arguments.bundled / task.name
             check_settings(shared, fingerprint(task, DemoSettings()))
             cell = OnlineCell(task, seed, settings, shared / f"seed{seed}")
-            cell.prompts = arguments.prompts
+            cell.prompts, cell.cells = arguments.prompts, arguments.cells / task.name / f"seed{seed}"
             results = cell.run([])
             rows += [row(task.name, seed, name, results[name]) for name in ("teacher", "start")]
             for method in arguments.methods:
-                folder = arguments.cells / task.name / f"seed{seed}" / f"{method}_{arguments.prompts}"
-                found = stage(folder, partial(cell.distil, method))
+                found = stage(cell.cells / f"{method}_{arguments.prompts}", partial(cell.distil, method))
                 rows.append(row(task.name, seed, method, found))
                 print(*rows[-1].values(), flush=True)
             write_json(
@@ -153,7 +174,7 @@ def main() -> None:
                     "prompts, each answered once by the teacher": arguments.prompts,
                     "summary": summarise(rows),
                     "rows": rows,
-                    "settings": asdict(settings) | OF_ONLINE,
+                    "settings": asdict(settings) | {"online": OF_ONLINE, "warm-up": WARM_UP},
                     "environment": environment(),
                 },
             )
