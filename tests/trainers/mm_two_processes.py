@@ -2,7 +2,8 @@
 
 mm_two_processes.py JOBS_JSON
 
-where JOBS_JSON has lists of jobs by their kind, "ddp" or "fsdp2": one launch for both, since most time goes to imports.
+where JOBS_JSON has lists of jobs by their kind, "ddp", "fsdp2" or "zero3": one launch for all, since most
+time goes to imports.
 """
 
 import json
@@ -40,6 +41,10 @@ class GivenSamples(MMPbKDTrainer):
 def train(kind: str, job: dict) -> None:
     os.environ.update(FSDP2 if kind == "fsdp2" else {})
     args = MMPbKDConfig(**job["settings"])
+    if kind == "zero3":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
     if kind == "fsdp2":
         # On CPU accelerate calls this MULTI_CPU and would wrap in DDP
         PartialState().distributed_type = DistributedType.MULTI_GPU
@@ -54,11 +59,14 @@ def train(kind: str, job: dict) -> None:
     )
     trainer.train()
 
-    world = {"single": 1, "ddp": 2, "fsdp2": 2}[kind]
-    wrapper = {"single": "LlamaForCausalLM", "ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}[kind]
+    world, wrapper, expected = {
+        "single": (1, "LlamaForCausalLM", "NO"),
+        "ddp": (2, "DistributedDataParallel", "MULTI_CPU"),
+        "fsdp2": (2, "FSDPLlamaForCausalLM", "FSDP"),
+        "zero3": (2, "DeepSpeedEngine", "DEEPSPEED"),
+    }[kind]
     assert trainer.accelerator.num_processes == world
     assert type(trainer.model_wrapped).__name__ == wrapper, type(trainer.model_wrapped)
-    expected = {"single": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}[kind]
     assert trainer.accelerator.distributed_type == expected, trainer.accelerator.distributed_type
     q = trainer.adversary.q.state_dict()
     together = trainer.accelerator.gather(torch.cat([value.flatten() for value in q.values()])).reshape(world, -1)

@@ -1,4 +1,4 @@
-"""Two processes of a row or two equal one process of all rows: really two, under DDP and FSDP2."""
+"""Two processes of a row or two equal one process of all rows: really two, under DDP, FSDP2 and, if it is there, ZeRO-3."""
 
 import json
 import os
@@ -48,15 +48,36 @@ JOBS = {
     "no preferences": {"q_steps": 3},
 }
 
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "zero_allow_untested_optimizer": True,
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
+    ),
+}
+# DeepSpeed steps in the backward, so that Q meets the student after its step: only what that leaves alone is compared
+ZERO3_JOBS = {
+    "the student stays": {"q_head": "mlp", "q_steps": 2, "learning_rate": 0.0, "imitation_weight": 0.1},
+    "no preferences": {"state_gradient": True},
+}
+
 
 @pytest.fixture(scope="module")
 def jobs(tiny_dir, teacher_dir, tmp_path_factory) -> list[dict]:
     """Each with the file that holds what one process makes of it."""
-    folder = tmp_path_factory.mktemp("jobs")
+    return make_jobs(JOBS, tiny_dir, teacher_dir, tmp_path_factory.mktemp("jobs"))
+
+
+def make_jobs(named: dict[str, dict], tiny_dir: str, teacher_dir: str, folder: Path) -> list[dict]:
     rows = [{**row, "completion": row["completion"] if i % 3 else None} for i, row in enumerate(ROWS)]
     pairs = [{**row, "preference": LABELS[i % 5]} for i, row in enumerate(PAIRS)]
     jobs = []
-    for name, more in JOBS.items():
+    for name, more in named.items():
         settings = {**COMMON, "output_dir": str(folder / name), **more}
         job = {"model": tiny_dir, "teacher": teacher_dir, "rows": rows, "given_samples": True, "settings": settings}
         job |= {"pairs": None if name == "no preferences" else pairs, "out": str(folder / f"{name}.pt")}
@@ -67,7 +88,8 @@ def jobs(tiny_dir, teacher_dir, tmp_path_factory) -> list[dict]:
 
 
 def launch(jobs: dict[str, list[dict]]) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     script = str(Path(__file__).with_name("mm_two_processes.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -96,6 +118,22 @@ def launched(jobs) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(kind, jobs, launched):
     assert Path(f"{jobs[0]['out']}.real.{kind}").exists()  # both processes have sampled from both models
+    check_equal(jobs, kind)
+
+
+@pytest.mark.distributed
+def test_two_processes_of_zero3_equal_one(tiny_dir, teacher_dir, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    jobs = make_jobs(ZERO3_JOBS, tiny_dir, teacher_dir, tmp_path)
+    together = [
+        {**job, "settings": {**job["settings"], "deepspeed": ZERO3}, "out": f"{job['out']}.zero3"} for job in jobs
+    ]
+    launch({"zero3": together})
+    check_equal(jobs, "zero3")
+
+
+def check_equal(jobs: list[dict], kind: str) -> None:
     for job in jobs:
         one, two = torch.load(job["out"] + ".single"), torch.load(f"{job['out']}.{kind}")
         for part in ("weights", "q"):

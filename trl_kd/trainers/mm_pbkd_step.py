@@ -1,6 +1,6 @@
 """One micro-batch of `MMPbKDTrainer`: student and adversary at the states of its completions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -68,17 +68,26 @@ class States:
 
     def with_layers(self, student: Head, teacher: Head) -> "States":
         """Without a gradient, and with the output layers of these heads."""
-        return replace(self, student=_with_layer(self.student, student), teacher=_with_layer(self.teacher, teacher))
+        return replace(
+            self,
+            student=constant(replace(student, hidden_NH=self.student.hidden_NH)),
+            teacher=constant(replace(teacher, hidden_NH=self.teacher.hidden_NH)),
+        )
 
 
-def _with_layer(states: Head, layer: Head) -> Head:
-    weight, bias = layer.weight_VH.detach(), None if layer.bias_V is None else layer.bias_V.detach()
-    return replace(states, hidden_NH=states.hidden_NH.detach(), weight_VH=weight, bias_V=bias)
+def constant(head: Head) -> Head:
+    """The same without a gradient. Of weights that ZeRO-3 has split it is a copy: a tensor detached from one has no more in
+    it than there is now."""
+    weights = [weight for weight in (head.weight_VH, head.bias_V) if weight is not None]
+    with whole(weights):
+        found = [weight.detach().clone() if hasattr(weight, "ds_id") else weight.detach() for weight in weights]
+    return replace(head, hidden_NH=head.hidden_NH.detach(), weight_VH=found[0], bias_V=found[1] if found[1:] else None)
 
 
-def whole(weights: list[torch.nn.Parameter]) -> AbstractContextManager:
-    """In which weights that DeepSpeed's ZeRO-3 has split are whole."""
-    split = [weight for weight in weights if hasattr(weight, "ds_id")]
+def whole(weights: Sequence[torch.Tensor]) -> AbstractContextManager:
+    """In which weights that DeepSpeed's ZeRO-3 has split are whole. One that is whole already is in use, and not to be split
+    again at the end."""
+    split = [weight for weight in weights if hasattr(weight, "ds_id") and weight.ds_status.name != "AVAILABLE"]
     if not split:
         return nullcontext()
     import deepspeed
@@ -150,7 +159,7 @@ def play(
         states.student,
         states.teacher,
         leaf,
-        None if leaf is None else states.student.weight_VH.detach(),
+        None if leaf is None else states.student.weight_VH,
         beta=args.beta if states.on_policy else args.off_policy_beta,
         actions_N=states.actions_N if imitates or through_states else None,
         **settings,

@@ -38,6 +38,7 @@ from trl_kd.trainers.mm_pbkd_data import (
 from trl_kd.trainers.mm_pbkd_step import (
     Played,
     States,
+    constant,
     learn_moments,
     output_head,
     output_layer,
@@ -230,7 +231,7 @@ quantization_config, peft_config, tools:
 
     def _whole_heads(self) -> AbstractContextManager:
         models = (self.model, self.accelerator.unwrap_model(self.teacher_model))
-        return whole([model.get_output_embeddings().weight for model in models])
+        return whole([p for model in models for p in model.get_output_embeddings().parameters()])
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -357,15 +358,16 @@ quantization_config, peft_config, tools:
         for who, model in (("student", self.model_wrapped), ("teacher", self.teacher_model)):
             if who == "student" or any(baseline.who == who for baseline in self._baselines):
                 hidden[who] = self._hidden_states(model, input_ids, attention_mask, mask_RT.size(1))[mask_RT]
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        models = {"student": student, "teacher": self.accelerator.unwrap_model(self.teacher_model)}
+        heads = {}
         with torch.no_grad():
-            ours = output_head(student, hidden["student"])
-            heads = [output_head(models[who], hidden[who].to(ours.hidden_NH.device)) for who, _ in self._baselines]
+            for who, model in (("student", self.model_wrapped), ("teacher", self.teacher_model)):
+                if who in hidden:
+                    states_NH = hidden[who].to(hidden["student"].device)
+                    heads[who] = constant(output_head(self.accelerator.unwrap_model(model), states_NH))
         return PairStates(
-            hidden_NH=ours.hidden_NH,
-            baselines=heads,
-            embedding_VE=ours.weight_VH.detach(),
+            hidden_NH=heads["student"].hidden_NH,
+            baselines=[heads[baseline.who] for baseline in self._baselines],
+            embedding_VE=heads["student"].weight_VH,
             actions_N=input_ids[:, 1:][mask_RT],
             row_N=torch.arange(len(input_ids), device=device).unsqueeze(1).expand(mask_RT.shape)[mask_RT],
             preference_b=batch["preference"],

@@ -67,7 +67,7 @@ class PbKDTrainer(DualCheckpoints, DPOTrainer):
 optimizers, quantization_config, peft_config:
             As in [`~trl.DPOTrainer`]. `args` is a [`PbKDConfig`]; a plain [`~trl.DPOConfig`] is taken with our defaults.
             Rows may have the columns `preference`, `teacher_side` and `teacher`, see docs/data_format.md.
-        teacher_model ([`~transformers.PreTrainedModel`], *optional*, keyword only):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword only):
             The teacher, for `imitation="token"`, in place of `args.teacher_model_name_or_path`.
 
     Attributes:
@@ -109,7 +109,7 @@ optimizers, quantization_config, peft_config:
         quantization_config=None,
         peft_config=None,
         *,
-        teacher_model: PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | None = None,
     ):
         args = as_config(args, model, PbKDConfig, "PbKD")
         self.row_counts: dict[str, RowCounts] = {}

@@ -7,6 +7,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
@@ -71,9 +72,15 @@ def check_reward_model(
         `PreTrainedTokenizerBase`, *optional*: its tokenizer; `None` for the student's.
 
     Raises:
-        `ValueError`: the reward model has another number of labels than one, or no tokenizer that can render the rows.
+        `ValueError`: the reward model has another number of labels than one, or no tokenizer that can render the rows; or
+            ZeRO-3 would split it.
         `OSError`: it is nowhere.
     """
+    if args.adversary != "off" and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`deepspeed` is ZeRO-3, which splits every model that is loaded, and each process needs a whole reward model: "
+            "use ZeRO-2, or DDP with LoRA."
+        )
     if source is not None:
         name = _check_source(source, args)
         tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer

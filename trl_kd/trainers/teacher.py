@@ -45,7 +45,7 @@ class Teacher:
         self._redirect = _trl.ForwardRedirection()
 
     @classmethod
-    def from_args(cls, args: PbKDConfig, model: PreTrainedModel | None) -> "Teacher | None":
+    def from_args(cls, args: PbKDConfig, model: str | PreTrainedModel | None) -> "Teacher | None":
         """The teacher that `args` and `model` describe, or `None` when none is needed.
 
         Raises:
@@ -68,6 +68,8 @@ class Teacher:
             raise ValueError(
                 f"The teacher is given twice, as `teacher_model` and as `teacher_model_name_or_path` = {named!r}: drop one."
             )
+        if isinstance(model, str):
+            args.teacher_model_name_or_path, model = model, None
         return cls(args, model)
 
     @classmethod
