@@ -190,16 +190,14 @@ class Cell:
         model, tokenizer = load(self.model_folder("start"))
         rows = load_pairs(self.folder / "pairs").to_list()
         found = self.recipe(method, rows)
+        shared = {
+            "per_device_train_batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "max_steps": settings.steps,
+        }
         return found.trainer(
             model=model,
-            args=self._arguments(
-                found.config,
-                folder,
-                seed=self.seed,
-                per_device_train_batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                **{"max_steps": settings.steps, **found.settings, **changed},
-            ),
+            args=self._arguments(found.config, folder, seed=self.seed, **{**shared, **found.settings, **changed}),
             train_dataset=found.data,
             processing_class=tokenizer,
             callbacks=[*self._callbacks(f"{NAMES.get(method, method)} on {self.task.name}", tokenizer), *callbacks],
