@@ -231,7 +231,7 @@ optimizers, quantization_config, peft_config:
             for completion, ended in zip(completions, complete, strict=True)
         ]
         rows = gather_object([(row, answer) for row, answer in zip(inputs, answers, strict=True)])
-        groups = group_rows(rows, self.args.teacher_column if self.parts.teacher is None else None)
+        groups = group_rows(rows)
         error = None
         if self._asker is not None:
             try:
