@@ -63,7 +63,7 @@ class PromptGroup:
 
 
 def group_rows(rows: list[tuple[dict[str, Any], Answer]]) -> list[PromptGroup]:
-    """A batch of `(row, the student's answer)` by prompts and what else stands in their rows, in the order of the first ones:
+    """A batch of `(row, the student's answer)` by prompts and the other columns of their rows, in the order of the first:
     equal prompts may have other teacher's answers, or other columns for the preference function."""
     groups: dict[str, PromptGroup] = {}
     for place, (row, answer) in enumerate(rows):

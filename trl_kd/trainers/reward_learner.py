@@ -28,6 +28,8 @@ from trl_kd.trainers.pair_pool import PairPool
 logger = get_logger(__name__)
 
 CHECK_EVERY, TELL_EVERY = 10, 100
+SETTINGS = ("adversary", "reward_bound")
+"""Settings of which a resumed run says that they have changed; λ's are told beside λ."""
 OPTIMIZER_FILE, STATE_FILE, PAIRS = "reward_optimizer.pt", "reward_state.json", "pairs"
 
 
@@ -276,21 +278,31 @@ class RewardLearner:
         """What else goes on in a resumed run."""
         self.model.save_weights(folder)
         torch.save(self.optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
-        state = {"warmed_up": self.warmed_up, "pool": self.pool.state_dict()}
+        settings = {name: getattr(self._args, name) for name in SETTINGS}
+        state = {"settings": settings, "warmed_up": self.warmed_up, "pool": self.pool.state_dict()}
         with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
             json.dump(state, file)
 
     def load(self, folder: str) -> None:
-        """Goes on from a checkpoint; says so if it has no reward model."""
+        """
+        Goes on from a checkpoint; says so if it has no reward model, or if it was climbed by other [`SETTINGS`].
+
+        Raises:
+            `ValueError`: it is of another reward model, or held out another share of the prompts.
+        """
         path = os.path.join(folder, STATE_FILE)
         if not os.path.isfile(path):
             logger.warning(f"No {STATE_FILE} in the checkpoint: the reward model starts anew.")
             return
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        self.pool.load(Path(folder) / PAIRS, state["pool"])
+        for name, then in state["settings"].items():
+            now = getattr(self._args, name)
+            if now != then:
+                logger.warning(f"`{name}` was {then!r} in the checkpoint and is now {now!r}.")
         self.model.load_weights(folder)
         optimizer = torch.load(os.path.join(folder, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(optimizer)
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         self.warmed_up = state["warmed_up"]
-        self.pool.load(Path(folder) / PAIRS, state["pool"])
         self._encoded.clear()
