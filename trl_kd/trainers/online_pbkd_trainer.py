@@ -17,6 +17,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
@@ -307,10 +308,12 @@ optimizers, quantization_config, peft_config:
                 raise
             finally:
                 prompts.end()  # it may be half read, and would stay what accelerate counts by
-        logger.info(
-            f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it orders "
-            f"{seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
-        )
+        self._metrics["train"].clear()  # its answers are no step's
+        if self.is_world_process_zero():
+            tqdm.write(
+                f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it "
+                f"orders {seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
+            )
         self._record("train", {"warmup_steps": seen["warmup_steps"]})
 
     def _batches(self, prompts: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
