@@ -50,7 +50,8 @@ logger = get_logger(__name__)
 LOGGED_HELD_OUT = 100
 """The newest strict held-out pairs whose accuracy is logged in training: all of them would cost too much."""
 COMPANIONS = "_online"
-"""Folder of what belongs to a run beside the student. Its name begins as the Hub's uploads leave out."""
+"""Folder of what belongs to a run beside the student. Uploads of a model leave out names that begin so, those of whole
+checkpoints do not."""
 
 
 class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
