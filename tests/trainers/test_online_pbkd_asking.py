@@ -17,6 +17,7 @@ from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
+from trl_kd.trainers.online_pbkd_data import fill_groups, group_rows
 from trl_kd.trainers.reward_learner import WarmUpFailed
 
 
@@ -168,3 +169,26 @@ def test_nothing_to_learn_from_is_said_once(tiny_dir, settings, caplog, more, sa
     assert len(told) == (said is not None)
     if said is not None:
         assert re.search(said, told[0])
+
+
+# ---- Equal prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_are_compared_by_their_own_columns(tmp_path):
+    class Named(Teacher):
+        def sample(self, requests):
+            return ((request, sample, Answer("teacher", "stop")) for request, sample, _ in super().sample(requests))
+
+    def right(prompts, first, second, answer, **columns):
+        """The teacher, who comes first, is always wrong."""
+        return [0.0 if text == wanted else 0.5 for text, wanted in zip(second, answer, strict=True)]
+
+    rows = [{"prompt": "Guess:", "answer": answer} for answer in ("1", "1", "2", "2")]
+    groups = group_rows([(row, Answer(text, "stop")) for row, text in zip(rows, "1221", strict=True)])
+    assert [group.places for group in groups] == [[0, 1], [2, 3]]
+    teacher = Named()
+    asker = BatchPairs(teacher, right, tmp_path)
+    fill_groups(groups, asker)
+    asker.close()
+    assert [group.wins for group in groups] == [[0.0, 0.5], [0.0, 0.5]]
+    assert teacher.asked == ["Guess:"]

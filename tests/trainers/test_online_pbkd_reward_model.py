@@ -229,3 +229,18 @@ def test_a_resumed_run_warns_no_second_time(tiny_dir, settings):
     second.train(resume_from_checkpoint=True)
     assert second._watch.warned
     assert second._watch.history == {"eval": [(1.0, 0.5)]}
+
+
+def test_another_share_held_out_is_refused_on_resume(tiny_dir, settings, caplog):
+    """Or pairs that have been learnt from would tell how well it has learnt."""
+    settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make(tiny_dir, settings, pairs=PAIRS, rm_held_out=0.2).train()
+    with pytest.raises(
+        ValueError, match=r"`rm_held_out` was 0.2 in the checkpoint and is now 0.5: .*`rm_held_out=0.2`"
+    ):
+        make(tiny_dir, settings, pairs=PAIRS, rm_held_out=0.5).train(resume_from_checkpoint=True)
+    with caplog.at_level(logging.WARNING):
+        other = {"adversary": "mle", "reward_bound": 4.0}
+        make(tiny_dir, settings, pairs=PAIRS, rm_held_out=0.2, **other).train(resume_from_checkpoint=True)
+    assert "`adversary` was 'pbkd' in the checkpoint and is now 'mle'" in caplog.text
+    assert "`reward_bound` was 5.0 in the checkpoint and is now 4.0" in caplog.text

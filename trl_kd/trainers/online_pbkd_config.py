@@ -58,7 +58,7 @@ class OnlinePbKDConfig(RLOOConfig):
             In [0, 1), share of the prompts whose pairs the reward model never learns from. The newest 500 measure it.
         rm_warmup_accuracy (`float`, *optional*, defaults to `0.65`):
             In [0, 1]. The student does not move before the reward model orders this share of the strict held-out pairs
-            rightly, for which at least 100 must be held out. `0.0`: no warm-up.
+            rightly, at two looks in a row, for which at least 100 must be held out. `0.0`: no warm-up.
         rm_warmup_epochs (`int`, *optional*, defaults to `1`):
             How often the student answers each prompt anew for the warm-up, if it lasts so long; at least 1. The teacher is
             not asked again, the preference function is: pairs that it never saw keep a reward model from learning its own

@@ -17,6 +17,7 @@ from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
+from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
@@ -33,7 +34,7 @@ _CHECKED = 20
 @dataclass
 class PromptGroup:
     """
-    What a generation batch has of one prompt.
+    What a generation batch has of one prompt, and of rows that are equal in their other columns too.
 
     Attributes:
         row (`PromptRow`):
@@ -61,17 +62,15 @@ class PromptGroup:
         return [p if side == "chosen" else 1 - p for p, side in known]
 
 
-def group_rows(rows: list[tuple[dict[str, Any], Answer]], used_up: str | None) -> list[PromptGroup]:
-    """A batch of `(row, the student's answer)` by prompts, in the order of their first rows. The column `used_up` as the
-    teacher's answer belongs to the group's row, and is nothing to a preference function."""
+def group_rows(rows: list[tuple[dict[str, Any], Answer]]) -> list[PromptGroup]:
+    """A batch of `(row, the student's answer)` by prompts and the other columns of their rows, in the order of the first:
+    equal prompts may have other teacher's answers, or other columns for the preference function."""
     groups: dict[str, PromptGroup] = {}
     for place, (row, answer) in enumerate(rows):
         columns = {name: value for name, value in row.items() if name != "prompt"}
         prompt = without_nulls(row["prompt"])  # a dataset fills up fields that other rows' messages have
-        # Equal prompts may have different answers in the rows of a dataset
         key = prompt_key(prompt, columns)
-        name = f"{key}/{columns.get(used_up)!r}" if used_up else key
-        group = groups.setdefault(name, PromptGroup(PromptRow(place, key, prompt, columns)))
+        group = groups.setdefault(f"{key}/{to_json(columns)}", PromptGroup(PromptRow(place, key, prompt, columns)))
         group.places.append(place)
         group.student.append(answer)
     return list(groups.values())

@@ -17,6 +17,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 
@@ -49,7 +50,8 @@ logger = get_logger(__name__)
 LOGGED_HELD_OUT = 100
 """The newest strict held-out pairs whose accuracy is logged in training: all of them would cost too much."""
 COMPANIONS = "_online"
-"""Folder of what belongs to a run beside the student. Its name begins as the Hub's uploads leave out."""
+"""Folder of what belongs to a run beside the student. Uploads of a model leave out names that begin so, those of whole
+checkpoints do not."""
 
 
 class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
@@ -231,7 +233,7 @@ optimizers, quantization_config, peft_config:
             for completion, ended in zip(completions, complete, strict=True)
         ]
         rows = gather_object([(row, answer) for row, answer in zip(inputs, answers, strict=True)])
-        groups = group_rows(rows, self.args.teacher_column if self.parts.teacher is None else None)
+        groups = group_rows(rows)
         error = None
         if self._asker is not None:
             try:
@@ -307,10 +309,12 @@ optimizers, quantization_config, peft_config:
                 raise
             finally:
                 prompts.end()  # it may be half read, and would stay what accelerate counts by
-        logger.info(
-            f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it orders "
-            f"{seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
-        )
+        self._metrics["train"].clear()  # its answers are no step's
+        if self.is_world_process_zero():
+            tqdm.write(
+                f"The reward model is ready after {seen['warmup_steps']:.0f} steps on {len(learner.pool)} pairs: it "
+                f"orders {seen['rm_held_out_accuracy']:.1%} of the held-out ones rightly."
+            )
         self._record("train", {"warmup_steps": seen["warmup_steps"]})
 
     def _batches(self, prompts: Iterable[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:

@@ -88,7 +88,18 @@ class PairPool:
         writer.close()
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
-        """What was saved there, and `state_dict()` of then."""
+        """
+        What was saved there, and `state_dict()` of then.
+
+        Raises:
+            `ValueError`: another share was held out then, so that pairs which are now would have been learnt from.
+        """
+        if state["held_out"] != self._share:
+            raise ValueError(
+                f"`rm_held_out` was {state['held_out']} in the checkpoint and is now {self._share}: pairs that have been "
+                f"learnt from would be held out, or the reverse. Resume with `rm_held_out={state['held_out']}`, or begin "
+                "anew with D as `preference_dataset`."
+            )
         saved = load_pairs(folder).select_columns(list(KEPT)).to_list() if state["rows"] else []
         self.rows, self.train, self.held_out = [], [], []
         self.add(saved)
@@ -98,7 +109,12 @@ class PairPool:
 
     def state_dict(self) -> dict[str, Any]:
         """What the rows do not tell, as JSON."""
-        return {"rows": len(self.rows), "fresh": len(self.fresh), "random": self._random.getstate()}
+        return {
+            "held_out": self._share,
+            "rows": len(self.rows),
+            "fresh": len(self.fresh),
+            "random": self._random.getstate(),
+        }
 
 
 def as_rows(dataset: Dataset) -> list[dict[str, Any]]:

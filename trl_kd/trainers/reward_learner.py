@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from tqdm.auto import tqdm
 
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy
@@ -27,7 +28,9 @@ from trl_kd.trainers.pair_pool import PairPool
 
 logger = get_logger(__name__)
 
-CHECK_EVERY, TELL_EVERY = 10, 100
+CHECK_EVERY = 10
+SETTINGS = ("adversary", "reward_bound")
+"""Settings of which a resumed run says that they have changed; λ's are told beside λ."""
 OPTIMIZER_FILE, STATE_FILE, PAIRS = "reward_optimizer.pt", "reward_state.json", "pairs"
 
 
@@ -213,8 +216,9 @@ class RewardLearner:
 
     def warm_up(self, grow: Callable[[], bool] | None) -> dict[str, float]:
         """
-        Steps on the preferences alone, until the held-out accuracy is `rm_warmup_accuracy`. The adversarial head begins as
-        the other one then is, within the confidence set.
+        Steps on the preferences alone, until the held-out accuracy is `rm_warmup_accuracy` at two looks in a row: one alone
+        may be luck, for there are many. The adversarial head begins as the other one then is, within the confidence set. The
+        main process shows a bar.
 
         Args:
             grow (`Callable`, *optional*):
@@ -225,24 +229,39 @@ class RewardLearner:
             `WarmUpFailed`: there are too few pairs to tell, after `rm_warmup_steps` or when no prompt is left, or the
                 accuracy is not reached in `rm_warmup_steps`.
         """
-        args, accuracy, left = self._args, math.nan, True
-        for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
-            last = steps == args.rm_warmup_steps
-            if (steps % CHECK_EVERY == 0 or last) and len(self.pool.strict) >= LEAST_HELD_OUT:
-                accuracy = self.held_out_accuracy()
-                if steps % TELL_EVERY == 0:
-                    logger.info(f"Warm-up, step {steps}: {accuracy:.1%} of {len(self.pool.strict)} held-out pairs.")
-                if accuracy >= args.rm_warmup_accuracy:
+        args, left = self._args, True
+        accuracies: list[float] = []  # at each look
+        hidden = args.disable_tqdm or not self._accelerator.is_main_process
+        with tqdm(total=args.rm_warmup_steps, desc="Warm-up", leave=False, dynamic_ncols=True, disable=hidden) as bar:
+            for steps in range(args.rm_warmup_steps + 1):  # it may have learnt already
+                last = steps == args.rm_warmup_steps
+                if len(self.pool.strict) < LEAST_HELD_OUT:
+                    bar.set_postfix_str(f"{len(self.pool.strict)} of {LEAST_HELD_OUT} held-out pairs", refresh=False)
+                elif steps % CHECK_EVERY == 0 or last:
+                    accuracies.append(self.held_out_accuracy())
+                    bar.set_postfix_str(f"held-out accuracy {accuracies[-1]:.1%}")
+                if last or self._has_learnt(accuracies):
                     break
-            if last:
-                break
-            if grow is not None and steps % args.rm_steps == 0:
-                left = grow()
-            if not left and len(self.pool.strict) < LEAST_HELD_OUT:
-                break
-            if self.pool.train:
-                self.step([], [], moves=False)
-        strict = len(self.pool.strict)
+                if grow is not None and steps % args.rm_steps == 0:
+                    left = grow()
+                if not left and len(self.pool.strict) < LEAST_HELD_OUT:
+                    break
+                if self.pool.train:
+                    self.step([], [], moves=False)
+                bar.update()
+        self._check_warm_up(accuracies, left)
+        self.model.heads.adversary.load_state_dict(self.model.heads.mle.state_dict())
+        for p in self.model.heads.adversary.parameters():
+            self.optimizer.state.pop(p, None)  # Adam would take as many zeros for its gradients' scale
+        self.warmed_up = True
+        return {"warmup_steps": float(steps), "rm_held_out_accuracy": accuracies[-1]}
+
+    def _has_learnt(self, accuracies: list[float]) -> bool:
+        return len(accuracies) > 1 and min(accuracies[-2:]) >= self._args.rm_warmup_accuracy
+
+    def _check_warm_up(self, accuracies: list[float], left: bool) -> None:
+        """Raises a `WarmUpFailed` after looks of such accuracies, and with prompts left or not."""
+        args, strict = self._args, len(self.pool.strict)
         if strict < LEAST_HELD_OUT:
             after = f"`rm_warmup_steps` = {args.rm_warmup_steps}" if left else "all prompts have been answered"
             raise WarmUpFailed(
@@ -251,18 +270,15 @@ class RewardLearner:
                 "climbs one which has not is destroyed. Give more prompts or pairs, raise "
                 f"`rm_held_out` = {args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
             )
-        if not accuracy >= args.rm_warmup_accuracy:
+        if not self._has_learnt(accuracies):
+            looks = " and ".join(f"{accuracy:.1%}" for accuracy in accuracies[-2:])
             raise WarmUpFailed(
-                f"After `rm_warmup_steps` = {steps} the reward model orders {accuracy:.1%} of {strict} held-out pairs "
-                f"rightly, and `rm_warmup_accuracy` is {args.rm_warmup_accuracy}: a student that climbs such a reward is "
-                "destroyed. Start from a stronger `reward_model`, try another `rm_learning_rate` (often a smaller one), "
-                "give more pairs (`rm_warmup_epochs`) or steps, or set the accuracy that you are content with."
+                f"After `rm_warmup_steps` = {args.rm_warmup_steps} the reward model orders {looks} of {strict} held-out "
+                f"pairs rightly at its last looks, and `rm_warmup_accuracy` is {args.rm_warmup_accuracy}, at two in a row: "
+                "a student that climbs such a reward is destroyed. Start from a stronger `reward_model`, try another "
+                "`rm_learning_rate` (often a smaller one), give more pairs (`rm_warmup_epochs`) or steps, or set the "
+                "accuracy that you are content with."
             )
-        self.model.heads.adversary.load_state_dict(self.model.heads.mle.state_dict())
-        for p in self.model.heads.adversary.parameters():
-            self.optimizer.state.pop(p, None)  # Adam would take as many zeros for its gradients' scale
-        self.warmed_up = True
-        return {"warmup_steps": float(steps), "rm_held_out_accuracy": accuracy}
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -276,21 +292,31 @@ class RewardLearner:
         """What else goes on in a resumed run."""
         self.model.save_weights(folder)
         torch.save(self.optimizer.state_dict(), os.path.join(folder, OPTIMIZER_FILE))
-        state = {"warmed_up": self.warmed_up, "pool": self.pool.state_dict()}
+        settings = {name: getattr(self._args, name) for name in SETTINGS}
+        state = {"settings": settings, "warmed_up": self.warmed_up, "pool": self.pool.state_dict()}
         with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
             json.dump(state, file)
 
     def load(self, folder: str) -> None:
-        """Goes on from a checkpoint; says so if it has no reward model."""
+        """
+        Goes on from a checkpoint; says so if it has no reward model, or if it was climbed by other [`SETTINGS`].
+
+        Raises:
+            `ValueError`: it is of another reward model, or held out another share of the prompts.
+        """
         path = os.path.join(folder, STATE_FILE)
         if not os.path.isfile(path):
             logger.warning(f"No {STATE_FILE} in the checkpoint: the reward model starts anew.")
             return
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        self.pool.load(Path(folder) / PAIRS, state["pool"])
+        for name, then in state["settings"].items():
+            now = getattr(self._args, name)
+            if now != then:
+                logger.warning(f"`{name}` was {then!r} in the checkpoint and is now {now!r}.")
         self.model.load_weights(folder)
         optimizer = torch.load(os.path.join(folder, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(optimizer)
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
         self.warmed_up = state["warmed_up"]
-        self.pool.load(Path(folder) / PAIRS, state["pool"])
         self._encoded.clear()
