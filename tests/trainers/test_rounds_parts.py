@@ -53,6 +53,11 @@ def test_a_quantized_start_cannot_be_its_own_reference_later(tiny_dir, tmp_path)
         make(tmp_path, tiny_dir, kwargs, reference="previous", peft_config=LoraConfig(r=2))
 
 
+def test_each_round_has_a_seed_of_its_own(tiny_dir, tmp_path):
+    rounds = make(tmp_path, tiny_dir, {"seed": 5})
+    assert [rounds._args(number).seed for number in (1, 2, 3)] == [5, 6, 7]
+
+
 def test_regret():
     assert cumulative_regret([0.75, None, 0.25, 1.0]) == 0.5
     assert regret_coefficient([]) is None
