@@ -70,6 +70,16 @@ def test_the_gap_is_that_of_prompts_which_the_teacher_answered(tiny_dir, setting
     assert trainer._metrics["eval"]["pbkd/imitation_gap"] == [pytest.approx((theirs - rewards[0]).item(), abs=1e-5)]
 
 
+def test_a_batch_tokenises_the_answer_of_a_teacher_once_for_the_gap(tiny_dir, settings):
+    """What is in D is tokenised by itself."""
+    trainer = make(tiny_dir, settings, adversary="discriminator", max_steps=1)
+    encode, told = trainer.learner.encode, []
+    trainer.learner.encode = lambda *row: told.append(row[:2]) or encode(*row)
+    trainer.train()
+    theirs = [row for row in told if {"prompt": row[0], "completion": row[1]} in ROWS]
+    assert len(theirs) == len(set(theirs)) == 4
+
+
 # ---- Imitation -----------------------------------------------------------------------------------------------------------
 
 
