@@ -109,6 +109,16 @@ def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.parametrize("name", ["round-2/metrics.json", "rounds.json"])
+def test_a_damaged_record_is_named(name, tiny_dir, tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"round-{number}").mkdir()
+        (tmp_path / f"round-{number}/metrics.json").write_text('{"stage": "trained"}')
+    (tmp_path / name).write_text("garbage")
+    with pytest.raises(ValueError, match=f"{name}` is damaged .*: .* move it away"):
+        make(tmp_path, tiny_dir).check()
+
+
 def test_the_token_of_loading_is_written_nowhere_and_may_change(tiny_dir, tmp_path):
     token = "hf_secretsecretsecret"
     settings = {"max_steps": 1, "save_steps": 1, "model_init_kwargs": {"token": token, "dtype": "float32"}}

@@ -171,7 +171,15 @@ def _changes(before: dict[str, Any], now: dict[str, Any], name: str) -> Iterator
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{path}` is damaged ({error}): put a copy of it back, or move it away. Then a round is done again from the "
+            f"answers that are stored, and `{REPORT}` is written anew, with today's settings."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
