@@ -12,7 +12,7 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.trainers.rounds_folder import last_checkpoint
+from trl_kd.trainers.rounds_folder import last_checkpoint, late_means
 from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
 
 
@@ -107,6 +107,14 @@ def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-10").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_record_tells_of_a_rounds_second_half_and_of_its_last_dual():
+    """Where the last log covers a single step."""
+    logs = [(4, 0.0, 1.0), (8, 0.5, 2.0), (9, 1.0, 3.0)]
+    history = [{"rewards/accuracies": a, "pbkd/dual": d, "step": step} for step, a, d in logs]
+    found = late_means([*history, {"train_loss": 1.0, "step": 9}], steps=9)
+    assert found == {"accuracy": pytest.approx(0.6), "dual": 3.0, "imitation": None, "preference_nll": None}
 
 
 @pytest.mark.parametrize("name", ["round-2/metrics.json", "rounds.json"])
