@@ -209,6 +209,13 @@ def test_a_reward_model_that_is_not_fit_is_one_line(trl_kd, online, monkeypatch)
     assert "Start from a stronger `reward_model_name_or_path`" in told
 
 
+def test_resuming_with_another_reward_model_is_one_line(trl_kd, online):
+    online = [*online, "--max_steps", "1", "--save_steps", "1"]
+    ok(trl_kd(*online))
+    told = trl_kd(*online, "--max_steps", "2", "--rm_lora_r", "3", "--resume_from_checkpoint", "true").error
+    assert "resume with the `reward_model_name_or_path` and `rm_lora_r` of that run" in told
+
+
 def test_pushing_without_a_way_to_the_hub_is_one_line(trl_kd, online, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = trl_kd(

@@ -208,6 +208,13 @@ def test_bad_input(words, pairs, said, trl_kd, rounds, pairs_config, out, monkey
     assert not out.exists()
 
 
+def test_pairs_that_are_gone_are_one_line(trl_kd, rounds, out, monkeypatch):
+    monkeypatch.setattr(
+        rounds_module.PbKDRounds, "_sample", lambda self, number: (out / "round-1/pairs/data").mkdir(parents=True)
+    )
+    assert "round-1/pairs" in trl_kd(*rounds).error
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

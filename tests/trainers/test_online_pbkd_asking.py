@@ -14,6 +14,7 @@ from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, make
 from trl_kd.pairs import load_pairs
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
+from trl_kd.pairs.store import AnswerStore, lock_folder
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
@@ -101,6 +102,21 @@ def test_what_a_teacher_said_is_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_kd.pairs.fetched.AnswerStore", None)
     monkeypatch.setattr("trl_kd.pairs.fetched.StoredAnswers", None)
     assert asker.teacher_answers(rows) == first[:1] == [Answer("111", "stop")]
+
+
+def test_the_store_of_answers_is_opened_once_until_it_is_closed(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(AnswerStore, "_open", lambda store, open=AnswerStore._open: opened.append(1) or open(store))
+    asker = BatchPairs(Teacher(), None, tmp_path)
+    rows = [PromptRow(0, prompt_key(f"{i}+1=", {}), f"{i}+1=", {}) for i in range(4)]
+    for row, times in zip(rows, (1, 1, 1, 2), strict=True):
+        if row is rows[-1]:
+            asker.close()
+            asker.close()
+            lock_folder(tmp_path / "teacher").close()
+        assert asker.teacher_answers([row])[0].text == row.prompt[0] * 3
+        assert len(opened) == times
+    asker.close()
 
 
 def test_a_warm_up_leaves_no_loader_half_read(tiny_dir, settings, monkeypatch):

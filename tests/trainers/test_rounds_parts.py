@@ -12,7 +12,7 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.trainers.rounds_folder import last_checkpoint
+from trl_kd.trainers.rounds_folder import last_checkpoint, late_means
 from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
 
 
@@ -51,6 +51,11 @@ def test_a_quantized_start_cannot_be_its_own_reference_later(tiny_dir, tmp_path)
     kwargs = {"model_init_kwargs": {"load_in_4bit": True}}
     with pytest.raises(ValueError, match="`reference` is 'previous', but the start is quantized"):
         make(tmp_path, tiny_dir, kwargs, reference="previous", peft_config=LoraConfig(r=2))
+
+
+def test_each_round_has_a_seed_of_its_own(tiny_dir, tmp_path):
+    rounds = make(tmp_path, tiny_dir, {"seed": 5})
+    assert [rounds._args(number).seed for number in (1, 2, 3)] == [5, 6, 7]
 
 
 def test_regret():
@@ -102,6 +107,24 @@ def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-10").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_record_tells_of_a_rounds_second_half_and_of_its_last_dual():
+    """Where the last log covers a single step."""
+    logs = [(4, 0.0, 1.0), (8, 0.5, 2.0), (9, 1.0, 3.0)]
+    history = [{"rewards/accuracies": a, "pbkd/dual": d, "step": step} for step, a, d in logs]
+    found = late_means([*history, {"train_loss": 1.0, "step": 9}], steps=9)
+    assert found == {"accuracy": pytest.approx(0.6), "dual": 3.0, "imitation": None, "preference_nll": None}
+
+
+@pytest.mark.parametrize("name", ["round-2/metrics.json", "rounds.json"])
+def test_a_damaged_record_is_named(name, tiny_dir, tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"round-{number}").mkdir()
+        (tmp_path / f"round-{number}/metrics.json").write_text('{"stage": "trained"}')
+    (tmp_path / name).write_text("garbage")
+    with pytest.raises(ValueError, match=f"{name}` is damaged .*: .* move it away"):
+        make(tmp_path, tiny_dir).check()
 
 
 def test_the_token_of_loading_is_written_nowhere_and_may_change(tiny_dir, tmp_path):

@@ -50,7 +50,7 @@ def make_page(told: dict[str, Any], name: str) -> Page:
         lead=[
             "Each round samples the student as it is, compares its answers with its teacher's, and trains it on the pairs.",
             f"It trains on {grown}; the reference is {reference}. Numbers of a round are those of its beginning (win rate) "
-            "and of its end (accuracy, λ).",
+            "and of its end (accuracy of its second half, λ).",
         ],
         sections=[_results(told), _regret(told), _settings(settings)],
         footer=f"Made by trl-kd {__version__}.",

@@ -1,7 +1,7 @@
 """A source that is asked once for each answer, and looked up from then on: what a loop over several builds gives them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class FetchedAnswers:
         self.folder = Path(folder)
         self.samples = samples
         self.source = source
+        self._store: AnswerStore | None = None
 
     def describe(self) -> dict[str, Any]:
         return self.sampler.describe()
@@ -49,27 +50,50 @@ class FetchedAnswers:
     def fetch(self, prompts: Dataset, show_progress: bool = True, release: bool = True) -> int:
         """
         Asks for every answer to `prompts` that is not stored, and returns how many these were. Then `release` gives back the
-        memory of a model that has answered.
+        memory of a model that has answered, and lets other processes at the folder; otherwise it stays open for the next
+        `fetch`, until [`close`].
 
         Raises:
             `ValueError`: the folder holds answers that were made with other settings.
             `StoreError`: the folder is in use, damaged, or its disk full.
         """
-        others: dict[str, Any] = {name: {} for name in ("teacher", "student", "preference") if name != self.source}
-        with closing(AnswerStore(self.folder)) as store:
-            store.check_settings({self.source: self.describe(), **others})
+        asked = 0
+        try:
+            store = self._opened()
             usage = getattr(self.sampler, "usage", None)
-            if isinstance(usage, Usage):
-                usage.resume(store.usage(self.source))
-                store.count_usage(self.source, usage)
+            counting = store.counting(self.source, usage) if isinstance(usage, Usage) else nullcontext()
             total = len(prompts) * self.samples
-            with Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
+            with counting, Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
                 asked = self._ask(MissingRequests(prompts, None, store, self.source, self.samples, bar), store, bar)
             store.commit()
+        finally:
+            if release:
+                self.close()
         close = getattr(self.sampler, "close", None)
         if asked and release and callable(close):
             close()
         return asked
+
+    def _opened(self) -> AnswerStore:
+        if self._store is None:
+            others: dict[str, Any] = {name: {} for name in ("teacher", "student", "preference") if name != self.source}
+            store = AnswerStore(self.folder)
+            try:
+                store.check_settings({self.source: self.describe(), **others})
+                usage = getattr(self.sampler, "usage", None)
+                if isinstance(usage, Usage):
+                    usage.resume(store.usage(self.source))
+            except BaseException:
+                store.close()
+                raise
+            self._store = store
+        return self._store
+
+    def close(self) -> None:
+        """Lets other processes at the folder. The next `fetch` opens it again."""
+        if self._store is not None:
+            self._store.close()
+        self._store = None
 
     def _ask(self, requests: MissingRequests, store: AnswerStore, bar: Bar) -> int:
         reading, asked = iter(requests), 0
@@ -94,8 +118,11 @@ class FetchedAnswers:
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
         given = list(requests)
         keys = [prompt_key(request.prompt, dict(request.columns)) for request in given]
-        with closing(StoredAnswers(self.folder)) as stored:
-            answers = stored.answers(self.source, keys, self.samples)
+        if self._store is not None:
+            answers = self._store.answers(self.source, keys, self.samples)
+        else:
+            with closing(StoredAnswers(self.folder)) as stored:
+                answers = stored.answers(self.source, keys, self.samples)
         for request, key in zip(given, keys, strict=True):
             for sample in request.samples:
                 if sample not in answers[key]:

@@ -102,7 +102,9 @@ class BatchPairs:
             Labeller(preference, self._store).label(rows, prompts)
 
     def close(self) -> None:
-        """Lets other processes at the labels. The next ones open them again."""
+        """Lets other processes at answers and labels. The next batch opens them again."""
+        if self._fetched is not None:
+            self._fetched.close()
         if self._store is not None:
             self._store.close()
         self._store = None

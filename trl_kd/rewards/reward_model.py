@@ -18,6 +18,10 @@ MLE, ADVERSARY = 0, 1
 WEIGHTS_FILE = "reward_model.safetensors"
 
 
+class OtherRewardModel(ValueError):
+    """A checkpoint has the weights of a reward model of another form."""
+
+
 class TwoHeads(nn.Module):
     """
     In place of a classification layer of one label: two of them, whose outputs are `[..., 2]`, in float32.
@@ -129,12 +133,12 @@ class RewardModel(nn.Module):
     def load_weights(self, folder: str) -> None:
         """
         Raises:
-            `ValueError`: the weights are of a model of another form.
+            `OtherRewardModel`: the weights are of a model of another form.
         """
         weights = load_file(os.path.join(folder, WEIGHTS_FILE))
         ours = self.trainable()
         if {name: p.shape for name, p in ours.items()} != {name: p.shape for name, p in weights.items()}:
-            raise ValueError(
+            raise OtherRewardModel(
                 f"{WEIGHTS_FILE} in {folder} is of another reward model: resume with the `reward_model` and `rm_lora_r` of "
                 "that run."
             )

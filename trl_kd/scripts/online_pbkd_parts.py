@@ -262,12 +262,14 @@ def said() -> Iterator[None]:
 
 @contextmanager
 def stopped() -> Iterator[None]:
-    """Around the training: what stops it from outside, or since the reward model is not fit to be climbed, is one line."""
+    """Around the training: what stops it from outside, or since the reward model is not fit to be climbed or another than
+    that of the checkpoint, is one line."""
+    from trl_kd.rewards.reward_model import OtherRewardModel
     from trl_kd.trainers.reward_learner import WarmUpFailed
 
     try:
         yield
-    except (WarmUpFailed, BudgetExceeded, ServerError, StoreError) as error:
+    except (WarmUpFailed, OtherRewardModel, BudgetExceeded, ServerError, StoreError) as error:
         raise InputError(in_our_words(one_line(error))) from error
 
 

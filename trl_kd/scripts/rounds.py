@@ -163,6 +163,10 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
             with bad_input():
                 return super().trainer(*args)
 
+        def data(self, *args: Any) -> Any:
+            with bad_input():
+                return super().data(*args)
+
         def _compare(self, *args: Any) -> Any:
             with bad_input():
                 return super()._compare(*args)

@@ -213,15 +213,15 @@ optimizers, quantization_config, peft_config:
         if self.learner is None:
             return rewards
         encoded = self._encode(groups, count)
+        answered = [group for group in groups if group.teacher.text is not None]
+        theirs = [self._encode_teacher(group) for group in answered]
         if mode == "train":
-            self._update_reward_model(self.learner, groups, encoded)
+            self._update_reward_model(self.learner, answered, theirs, encoded)
         rewards[:, -1] = self.accelerator.gather(self.learner.score(encoded[mine]))
-        theirs = [self._encode_teacher(group) for group in groups if group.teacher.text is not None]
         if theirs:
-            answered = [place for group in groups if group.teacher.text is not None for place in group.places]
-            world = self.accelerator.num_processes
+            world, places = self.accelerator.num_processes, [place for group in answered for place in group.places]
             total = self.accelerator.reduce(self.learner.score(theirs[rank::world]).sum(), reduction="sum")
-            self._record(mode, {"imitation_gap": (total / len(theirs) - rewards[answered, -1].mean()).item()})
+            self._record(mode, {"imitation_gap": (total / len(theirs) - rewards[places, -1].mean()).item()})
         return rewards
 
     def _ask(self, inputs, prompts, completions, completion_ids_list) -> list[PromptGroup]:
@@ -265,15 +265,14 @@ optimizers, quantization_config, peft_config:
                 encoded[place] = self.learner.encode(group.row.prompt, answer.text, answer.finish_reason != "length")
         return encoded
 
-    def _update_reward_model(self, learner: RewardLearner, groups, encoded) -> None:
-        learner.pool.add([pair for group in groups for pair in group.pairs])
+    def _update_reward_model(self, learner: RewardLearner, answered: list[PromptGroup], theirs, encoded) -> None:
+        learner.pool.add([pair for group in answered for pair in group.pairs])
         held_out = learner.pool.holds_out if self.args.uses_preferences else lambda prompt: False
-        answered = [group for group in groups if group.teacher.text is not None and not held_out(group.row.prompt)]
-        theirs = [self._encode_teacher(group) for group in answered]
-        ours = [encoded[place] for group in answered for place in group.places]
+        learnt = [pair for pair in zip(answered, theirs, strict=True) if not held_out(pair[0].row.prompt)]
+        ours = [encoded[place] for group, _ in learnt for place in group.places]
         for _ in range(self.args.rm_steps):
             dual = self.dual.value
-            seen = learner.step(theirs, ours)
+            seen = learner.step([row for _, row in learnt], ours)
             self._record("train", seen | ({"dual": dual} if "violation" in seen else {}))
         self._record("train", {"dataset_size": float(len(learner.pool))})
 

@@ -31,11 +31,11 @@ from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
-    LOGGED,
     SAMPLED,
     TRAINED,
     RoundsFolder,
     last_checkpoint,
+    late_means,
     told_of_round,
     wait_until,
 )
@@ -308,11 +308,9 @@ class PbKDRounds:
             raise no_pairs(self, number)
         trainer, folder = self.trainer(number, data), self.folder
         trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number)))
-        logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-        record = (folder.record(folder.round(number)) or {}) | {
-            told: logged.get(name) for told, name in LOGGED.items()
-        }
-        record |= {"stage": TRAINED, "steps": trainer.state.global_step}
+        steps = trainer.state.global_step
+        record = (folder.record(folder.round(number)) or {}) | late_means(trainer.state.log_history, steps)
+        record |= {"stage": TRAINED, "steps": steps}
         trainer.save_model()
         trainer.card_results = {CARD_RESULTS[k]: record[k] for k in CARD_RESULTS if record[k] is not None}
         trainer.create_model_card(model_name=folder.path.name)

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ LOGGED = {
     "imitation": "pbkd/imitation",
     "preference_nll": "pbkd/preference_nll",
 }
-"""What a round's record has of its trainer's last log."""
+"""What a round's record has of its trainer's logs."""
 
 CARD_RESULTS = {
     "student_win_rate": "win rate against the teacher, before this round",
-    "accuracy": "preference accuracy on the training pairs, at its end",
+    "accuracy": "preference accuracy on the training pairs, in its second half",
 }
 
 _NOT_COMPARED = {
@@ -171,7 +172,15 @@ def _changes(before: dict[str, Any], now: dict[str, Any], name: str) -> Iterator
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{path}` is damaged ({error}): put a copy of it back, or move it away. Then a round is done again from the "
+            f"answers that are stored, and `{REPORT}` is written anew, with today's settings."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -196,6 +205,19 @@ def last_checkpoint(folder: Path) -> str | None:
         if state["global_step"] < state["max_steps"]:
             return str(checkpoint)
     return None
+
+
+def late_means(history: list[dict[str, Any]], steps: int) -> dict[str, float | None]:
+    """What the logs of a round's trainer tell of the second half of its `steps`, by the names of `LOGGED`: means over steps,
+    since the last log may cover one of them, but λ as it was last."""
+    found: dict[str, float | None] = {}
+    for told, name in LOGGED.items():
+        logs = [(0, 0.0), *((entry["step"], entry[name]) for entry in history if name in entry)]
+        late = [(step - before, value) for (before, _), (step, value) in pairwise(logs) if 2 * step > steps]
+        found[told] = sum(n * value for n, value in late) / sum(n for n, _ in late) if late else None
+        if told == "dual" and late:
+            found[told] = late[-1][1]
+    return found
 
 
 def told_of_round(record: dict[str, Any], rounds: int) -> str:
