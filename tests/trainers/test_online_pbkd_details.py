@@ -33,12 +33,12 @@ def test_a_long_row_keeps_its_first_token_if_it_opens_every_row(tiny_dir, settin
     assert kept == [learner.tokenizer.bos_token_id, *bare[1:]]
 
 
-def test_a_reward_model_that_has_learnt_already_takes_no_step(tiny_dir, settings, monkeypatch):
+def test_a_reward_model_that_has_learnt_already_is_looked_at_before_a_step(tiny_dir, settings, monkeypatch):
     monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 1)
     learner = make(tiny_dir, settings, pairs=PAIRS, rm_held_out=0.5, rm_warmup_accuracy=0.9).learner
     learner.held_out_accuracy = lambda: 1.0
-    learner.step = None
-    assert learner.warm_up(None)["warmup_steps"] == 0
+    learner.step = lambda *args, **kwargs: None
+    assert learner.warm_up(None)["warmup_steps"] == 10  # at the second look
 
 
 # ---- A batch -------------------------------------------------------------------------------------------------------------
