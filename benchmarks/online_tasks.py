@@ -88,7 +88,7 @@ class OnlineCell(Cell):
         return LocalSampler(str(self.model_folder("teacher")), settings)
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
-        if method not in ONLINE:
+        if method not in (*ONLINE, "reward_model"):
             return super().recipe(method, rows[: self.prompts])
         own = WARM_UP if method == "reward_model" else ONLINE[method][1]
         settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **own}
