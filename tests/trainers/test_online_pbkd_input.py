@@ -150,3 +150,9 @@ def test_good_input_passes_the_checks(tiny_dir, settings, options):
     """So that the tests above fail for what they say."""
     with pytest.raises(AssertionError, match="weights were about to load"):
         make(tiny_dir, settings, **options)
+
+
+def test_zero3_would_split_the_reward_model(tiny_dir, settings, monkeypatch):
+    monkeypatch.setattr("trl_kd.trainers.reward_loading.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3, which splits every model.*use ZeRO-2"):
+        make(tiny_dir, settings, preference_function=digits)

@@ -153,3 +153,18 @@ def test_a_student_cannot_be_its_own_teacher(tiny_dir, pairs, settings):
             train_dataset=Dataset.from_list(pairs),
             teacher_model=model,
         )
+
+
+def test_a_teacher_may_be_named(tiny_dir, tmp_path, pairs, settings):
+    name = save_tiny(tmp_path / "teacher", seed=1)
+    losses = []
+    for given in ({"teacher_model_name_or_path": name}, {}):
+        trainer = PbKDTrainer(
+            model=tiny_dir,
+            args=PbKDConfig(**settings, imitation="token", **given),
+            train_dataset=Dataset.from_list(pairs),
+            teacher_model=None if given else name,
+        )
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        losses.append(trainer.compute_loss(trainer.model, dict(batch)))
+    assert losses[0] == losses[1]
