@@ -129,6 +129,8 @@ def test_options_and_an_adapter(trl_kd, rounds, out, pairs_config, tmp_path):
         "previous",
         "--round_optimizer",
         "carried",
+        "--round_schedule",
+        "round",
     ]
     words += ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
     done = trl_kd(*replaced(rounds, "--pairs_config", str(path)), *words)
@@ -136,11 +138,8 @@ def test_options_and_an_adapter(trl_kd, rounds, out, pairs_config, tmp_path):
     told = json.loads((out / "rounds.json").read_text())
     settings = told["settings"]
     assert (settings["prompts_per_round"], settings["accumulate"]) == (4, False)
-    assert (settings["reference"], settings["optimizer"], settings["teacher"]["settings"]["seed"]) == (
-        "previous",
-        "carried",
-        5,
-    )
+    assert [settings[name] for name in ("reference", "optimizer", "schedule")] == ["previous", "carried", "round"]
+    assert settings["teacher"]["settings"]["seed"] == 5
     assert [record["pairs"] for record in told["rounds"]] == [record["new_pairs"] for record in told["rounds"]]
     assert (out / "adapter_model.safetensors").is_file()
     second = json.loads((out / "round-2/pairs/settings.json").read_text())["student"]
@@ -156,6 +155,7 @@ def test_help_lists_it(trl_kd):
         "--accumulate",
         "--reference",
         "--round_optimizer",
+        "--round_schedule",
     ):
         assert re.search(rf"{name}\b", done.out)
 
@@ -223,6 +223,7 @@ def test_pairs_that_are_gone_are_one_line(trl_kd, rounds, out, monkeypatch):
         ("accumulate", "false"),
         ("reference", "previous"),
         ("round_optimizer", "carried"),
+        ("round_schedule", "round"),
     ],
 )
 def test_companions_without_rounds(name, value, trl_kd, base):

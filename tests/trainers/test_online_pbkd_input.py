@@ -5,6 +5,7 @@ import math
 
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, Teacher, digits, make
@@ -106,11 +107,12 @@ def test_bad_parts(tiny_dir, settings, case):
         make(tiny_dir, settings, **options)
 
 
-def test_a_language_model_is_no_reward_model(tiny_dir, settings):
+def test_a_language_model_in_memory_is_no_reward_model(tiny_dir, settings):
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir)
     with pytest.raises(
         ValueError, match="`reward_model` is .*give a sequence-classification checkpoint with one label"
     ):
-        make(tiny_dir, settings, preference_function=digits, reward_model=tiny_dir)
+        make(tiny_dir, settings, preference_function=digits, reward_model=model)
 
 
 def test_a_reward_model_that_is_nowhere_is_named(tiny_dir, settings):

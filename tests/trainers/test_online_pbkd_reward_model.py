@@ -83,6 +83,18 @@ def test_a_tokenizer_is_checked_before_weights_load(tiny_dir, settings, reward_d
         make(tiny_dir, settings, preference_function=digits, reward_model="./nowhere")
 
 
+def test_a_language_models_checkpoint(tiny_dir, settings):
+    """Such as the student's own: the same as without one."""
+    trained = []
+    for source in (tiny_dir, None):
+        parts = {"preference_function": digits, "teacher": Teacher(), "reward_model": source}
+        trainer = make(tiny_dir, settings, **parts, max_steps=2)
+        assert starts_from(trainer.learner.model, trainer.model)
+        trainer.train()
+        trained.append(weights_of(trainer.learner.model))
+    assert equal(*trained)
+
+
 @pytest.mark.parametrize("functions", [[], [lambda completions, **columns: [0.0] * len(completions)]])
 def test_a_tokenizer_may_be_given(tiny_dir, settings, reward_dir, functions):
     tokenizer = make_tokenizer()

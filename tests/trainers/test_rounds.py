@@ -134,9 +134,10 @@ class TestRound:
         assert told["regret_coefficient"] == pytest.approx(c)
         assert told["final"]["round"] == 3
 
-    def test_the_first_is_the_offline_method(self, whole, tiny_dir, tmp_path):
+    def test_one_alone_is_the_offline_method(self, tiny_dir, tmp_path):
         """`build_pairs`, then `PbKDTrainer`: the same pairs, the same weights."""
-        out, _, _ = whole
+        out = tmp_path / "out"
+        make(out, tiny_dir, rounds=1).run()
         pairs = build_pairs(
             PROMPTS,
             teacher=Teacher(),
@@ -212,10 +213,33 @@ class TestReference:
         assert "| 2 | 6 |" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+def test_one_schedule_over_all_rounds(kind, tiny_dir, tmp_path):
+    """Learning rates are those of one training of as many steps; or those of each round alone."""
+    rates: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    settings = {"lr_scheduler_type": kind, "warmup_steps": 4}
+    rounds = make(tmp_path / "all", tiny_dir, settings, rounds=3, callbacks=[Watch()])
+    rounds.run()
+    over_all = rates.copy()
+    rates.clear()
+    args = config(tmp_path / "long", **settings | {"max_steps": 15})
+    PbKDTrainer(str(tiny_dir), args=args, train_dataset=rounds.data(1), callbacks=[Watch()]).train()
+    assert over_all == pytest.approx(rates, rel=1e-12)
+    rates.clear()
+    make(tmp_path / "each", tiny_dir, settings, rounds=2, schedule="round", callbacks=[Watch()]).run()
+    assert rates[:5] == rates[5:]
+    assert rates[0] == 0.0
+
+
 def test_a_carried_optimizer(tiny_dir, tmp_path, monkeypatch):
     """Of an adapter, with a moving λ; and an interruption changes nothing."""
     moving = {"dual_learning_rate": 0.5, "preference_nll_target": 0.01, "lr_scheduler_type": "linear"}
-    options = {"optimizer": "carried", "prompts_per_round": 4}
+    options = {"optimizer": "carried", "prompts_per_round": 4, "schedule": "round"}
     began, ended = [], []
     begin, save = Carried.on_train_begin, Carried.save
 
@@ -318,25 +342,26 @@ class Paid(Digits):
         return super().score(prompts, completions, **columns)
 
 
-def test_more_rounds_later(whole, tiny_dir, tmp_path):
-    expected, told, _ = whole
+def test_more_rounds_later(tiny_dir, tmp_path_factory, tmp_path):
+    expected = tmp_path_factory.mktemp("expected")
+    told = make(expected, tiny_dir, schedule="round").run()
     judges = [Paid(), Paid()]
-    first = make(tmp_path, tiny_dir, rounds=1, preference=judges[0]).run()
+    first = make(tmp_path, tiny_dir, rounds=1, schedule="round", preference=judges[0]).run()
     assert first["final"]["round"] == 2
     assert (
         first["final"]["student_win_rate"]
         == json.loads((tmp_path / "after-1/metrics.json").read_text())["student_win_rate"]
     )
-    later = make(tmp_path, tiny_dir, rounds=2, preference=judges[1]).run()
+    later = make(tmp_path, tiny_dir, rounds=2, schedule="round", preference=judges[1]).run()
     assert later == told
     assert judges[1].usage.requests == judges[0].own + judges[1].own  # caps hold for all rounds together
     assert min(judge.own for judge in judges) > 0
     assert_same(weights(tmp_path), weights(expected))
     before = (tmp_path / "round-2/student/model.safetensors").stat().st_mtime_ns
-    assert make(tmp_path, tiny_dir, rounds=2).run() == told  # nothing is left to do
+    assert make(tmp_path, tiny_dir, rounds=2, schedule="round").run() == told  # nothing is left to do
     assert (tmp_path / "round-2/student/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"`rounds` is 1, but .* holds 2"):
-        make(tmp_path, tiny_dir, rounds=1).run()
+        make(tmp_path, tiny_dir, rounds=1, schedule="round").run()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ class OnlinePbKDScriptArguments(PreferenceScriptArguments):
             YAML or JSON of the arguments of `trl-kd pairs` that say who is the teacher and who is better. Without it the
             column `teacher_column` has the teacher's answers, and nobody compares.
         reward_model_name_or_path (`str`, *optional*):
-            Sequence-classification checkpoint that the reward model starts from; by default the student.
+            Checkpoint that the reward model starts from, a sequence-classification one or a causal language model's; by
+            default the student.
         reward_funcs (`list[str]`, *optional*):
             Rewards beside the reward model's: names of TRL's functions, `module.function` or `file.py:function`, or
             checkpoints.
@@ -48,7 +49,9 @@ class OnlinePbKDScriptArguments(PreferenceScriptArguments):
     )
     reward_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Sequence-classification checkpoint to start the reward model from; default: the student."},
+        metadata={
+            "help": "Checkpoint, a classifier's or a language model's, to start the reward model from; default: the student."
+        },
     )
     reward_funcs: list[str] | None = field(
         default=None,

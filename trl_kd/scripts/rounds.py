@@ -42,6 +42,8 @@ class PbKDScriptArguments(TrainingScriptArguments):
             Reference of each round: the `"start"`, or the student of the `"previous"` round.
         round_optimizer (`str`, *optional*, defaults to `"fresh"`):
             Whether each round's optimizer and λ begin `"fresh"`, or are `"carried"` on.
+        round_schedule (`str`, *optional*, defaults to `"all"`):
+            Whether the learning rate's schedule goes over `"all"` rounds, or begins anew in each `"round"`.
     """
 
     rounds: int | None = field(
@@ -77,9 +79,16 @@ class PbKDScriptArguments(TrainingScriptArguments):
             "choices": ["fresh", "carried"],
         },
     )
+    round_schedule: str = field(
+        default="all",
+        metadata={
+            "help": "With rounds: whether the learning rate's schedule goes over all rounds, or anew in each round.",
+            "choices": ["all", "round"],
+        },
+    )
 
 
-COMPANIONS = ("pairs_config", "prompts_per_round", "accumulate", "reference", "round_optimizer")
+COMPANIONS = ("pairs_config", "prompts_per_round", "accumulate", "reference", "round_optimizer", "round_schedule")
 _NOT_OF_ROUNDS = {
     **dict.fromkeys(("student", "student_column", "student_adapter", "student_model_init_kwargs"), "each round's student is "
                     "the one that it trains: drop it"),
@@ -194,7 +203,7 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
     chosen: dict[str, Any] = {
         key: getattr(script_args, key) for key in ("prompts_per_round", "accumulate", "reference")
     }
-    chosen["optimizer"] = script_args.round_optimizer
+    chosen |= {"optimizer": script_args.round_optimizer, "schedule": script_args.round_schedule}
     pairing_seed = pairs.seed if pairs.pairing_seed is None else pairs.pairing_seed
     return Rounds(
         name,

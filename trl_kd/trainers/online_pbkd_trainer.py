@@ -94,8 +94,8 @@ optimizers, quantization_config, peft_config:
         preference_dataset ([`~datasets.Dataset`], *optional*, keyword only):
             Pairs in TRL's preference format, with which D begins.
         reward_model (`str` or [`~transformers.PreTrainedModel`], *optional*, keyword only):
-            A sequence-classification checkpoint of one label that the reward model starts from; a model in memory is
-            changed. By default the student.
+            What the reward model starts from: a sequence-classification checkpoint of one label, a causal language model's
+            by its name, such as a local teacher's, or a model in memory, which is changed. By default the student.
 
     Attributes:
         learner ([`~trl_kd.trainers.reward_learner.RewardLearner`], *optional*):

@@ -25,8 +25,8 @@ def load_reward_model(
     """
     Args:
         source (`str` or `PreTrainedModel`, *optional*):
-            A sequence-classification model of one label, which is changed, or where it is. `None`: the student as it starts,
-            without adapters, with a head that is zero.
+            A sequence-classification model of one label, which is changed, or where it is; or where a causal language model
+            is, which gets a head that is zero. `None`: such a head on the student as it starts, without adapters.
         tokenizer (`PreTrainedTokenizerBase`):
             The reward model's. It gets a padding token if it has none.
         student (`PreTrainedModel` or `PeftModel`):
@@ -44,6 +44,8 @@ def load_reward_model(
         elif isinstance(source, str):
             options = {"trust_remote_code": args.trust_remote_code}
             model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options, **whole)
+            if _is_language_model(model.config):
+                zero_head(model)
         else:
             model = source
         if tokenizer.pad_token_id is None:
@@ -109,13 +111,20 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
             raise OSError(f"`reward_model` is {source!r}, which cannot be loaded: {error}") from error
     else:
         name, config = get_config_model_id(source.config), source.config
+    if isinstance(source, str) and _is_language_model(config):
+        return name
     classifier = any("SequenceClassification" in kind for kind in config.architectures or [type(source).__name__])
     if config.num_labels != 1 or not classifier:
         raise ValueError(
             f"`reward_model` is {name!r}, with the classes {config.architectures} and {config.num_labels} labels: give a "
-            "sequence-classification checkpoint with one label, or None to start from the student."
+            "sequence-classification checkpoint with one label, a causal language model's, or None for the student."
         )
     return name
+
+
+def _is_language_model(config: Any) -> bool:
+    """Whether a checkpoint has no head that tells responses apart, but can have one."""
+    return any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
 
 
 def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:

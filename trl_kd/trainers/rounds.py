@@ -44,6 +44,7 @@ from trl_kd.trainers.rounds_students import (
     CARRIED,
     Carried,
     LastStepLogged,
+    RoundTrainer,
     default_student,
     free,
     init_kwargs,
@@ -87,8 +88,8 @@ class PbKDRounds:
         model (`str`):
             The student at the start, a Hub id or a folder. It is the reference of every round, unless `reference` says else.
         args ([`PbKDConfig`]):
-            Settings of each round's training: its number of steps or epochs, learning rate and schedule are those of *one*
-            round. `output_dir` is the folder of the whole. The seed of round k is `seed` + k − 1.
+            Settings of each round's training: its number of steps or epochs is that of *one* round. `output_dir` is the
+            folder of the whole. The seed of round k is `seed` + k − 1.
         prompts (`Dataset`):
             Rows with a `prompt`, text or messages, and any other columns, as in [`build_pairs`].
         teacher (`Sampler`):
@@ -110,7 +111,10 @@ class PbKDRounds:
             π_ref of each round: the `"start"`, or the student of the `"previous"` round.
         optimizer (`str`, *optional*, defaults to `"fresh"`):
             Whether each round begins with a `"fresh"` optimizer and λ at `dual_init`, or moments and λ are `"carried"` on
-            from the round before. The learning rate and its schedule begin anew either way.
+            from the round before.
+        schedule (`str`, *optional*, defaults to `"all"`):
+            Whether the learning rate runs through its schedule once over `"all"` rounds, warm-up in the first and decay to
+            the last, or anew in each `"round"`. With more `rounds` than before, it is the schedule of them all.
         num_teacher_samples, num_student_samples (`int`, *optional*, defaults to `1`):
             Answers of each to a prompt, in each round.
         eval_dataset (`Dataset`, *optional*), quantization_config, peft_config, callbacks (*optional*):
@@ -140,6 +144,7 @@ class PbKDRounds:
         accumulate: bool = True,
         reference: Literal["start", "previous"] = "start",
         optimizer: Literal["fresh", "carried"] = "fresh",
+        schedule: Literal["all", "round"] = "all",
         num_teacher_samples: int = 1,
         num_student_samples: int = 1,
         eval_dataset: Any = None,
@@ -158,6 +163,7 @@ class PbKDRounds:
         self.accumulate = accumulate
         self.reference = reference
         self.optimizer = optimizer
+        self.schedule = schedule
         self.num_teacher_samples = num_teacher_samples
         self.num_student_samples = num_student_samples
         self.eval_dataset = eval_dataset
@@ -230,6 +236,8 @@ class PbKDRounds:
         given |= {"callbacks": [*self.callbacks, LastStepLogged()], "quantization_config": self.quantization_config}
         make = self._full_trainer if self.peft_config is None else self._adapter_trainer
         trainer = make(self.student_of(number), number == 1, given)
+        if self.schedule == "all":
+            trainer.number, trainer.rounds = number, self.rounds
         if self.optimizer == "carried" and number > 1:
             carried = Carried(self.folder.round(number - 1) / CARRIED)
             trainer.add_callback(carried)
@@ -238,18 +246,18 @@ class PbKDRounds:
         trainer.card_teacher = public_name(name) if name else None
         return trainer
 
-    def _full_trainer(self, student: str, is_first: bool, given: dict[str, Any]) -> PbKDTrainer:
+    def _full_trainer(self, student: str, is_first: bool, given: dict[str, Any]) -> RoundTrainer:
         reference = student if self.reference == "previous" else self.model
         ref_model = load_reference(reference, self.args, is_start=reference == self.model)
-        trainer = PbKDTrainer(student, ref_model, **given)
+        trainer = RoundTrainer(student, ref_model, **given)
         trainer.model.config._name_or_path = self.model  # what its card is to call its base model
         return trainer
 
-    def _adapter_trainer(self, student: str, is_first: bool, given: dict[str, Any]) -> PbKDTrainer:
+    def _adapter_trainer(self, student: str, is_first: bool, given: dict[str, Any]) -> RoundTrainer:
         ref_model = None  # which is the start, without its adapter
         if self.reference == "previous" and not is_first:
             ref_model = load_reference(self.model, self.args, is_start=True, adapter=student)
-        trainer = PbKDTrainer(self.model, ref_model, peft_config=copy.deepcopy(self.peft_config), **given)
+        trainer = RoundTrainer(self.model, ref_model, peft_config=copy.deepcopy(self.peft_config), **given)
         if not is_first:
             load_adapter(trainer.model, student)
         return trainer

@@ -27,7 +27,7 @@ _REFUSED = {"shard", "relabel"}
 PAIRS_OPTIONS = set(inspect.signature(build_pairs).parameters) - _OURS - _REFUSED
 """What `PbKDRounds` passes on to `build_pairs` as it is."""
 
-_CHOICES = {"reference": ("start", "previous"), "optimizer": ("fresh", "carried")}
+_CHOICES = {"reference": ("start", "previous"), "optimizer": ("fresh", "carried"), "schedule": ("all", "round")}
 _MUTATING = ("pissa", "olora", "corda", "loftq")
 """Initialisations of LoRA that change the base model's weights, so that start plus adapter is no longer the student."""
 
@@ -148,7 +148,7 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
         "teacher": rounds.teacher.describe(),
         "student": rounds.student(rounds.model, 1).describe(),
         "preference": describe_preference(rounds.preference),
-        **{name: getattr(rounds, name) for name in ("prompts_per_round", "accumulate", "reference", "optimizer")},
+        **{name: getattr(rounds, name) for name in ("prompts_per_round", "accumulate", *_CHOICES)},
         **{name: getattr(rounds, name) for name in ("num_teacher_samples", "num_student_samples")},
         "pairs": {name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options},
         "peft_config": None if rounds.peft_config is None else rounds.peft_config.to_dict(),

@@ -1,7 +1,9 @@
-"""The models of rounds: how a round's student is sampled and trained on, its reference, and its optimizer's state."""
+"""The models of rounds: how a round's student is sampled and trained on, its reference, its optimizer's state, and
+its part of the learning-rate schedule."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.local import LocalSampler
+from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
 
 CARRIED = "carried.pt"
@@ -66,6 +70,38 @@ def load_adapter(model: Any, folder: str) -> None:
     outcome = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     if outcome.unexpected_keys:
         raise ValueError(f"The adapter in {folder!r} has weights that `peft_config` has no place for: it was changed.")
+
+
+class RoundTrainer(PbKDTrainer):
+    """
+    Trains one of several rounds with its part of one learning-rate schedule: as if each had as many steps as this one.
+
+    Attributes:
+        number, rounds (`int`):
+            Which round, from 1, of how many. 1 of 1 is a [`PbKDTrainer`].
+    """
+
+    number, rounds = 1, 1
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(self.rounds * num_training_steps, optimizer)
+        if is_new and isinstance(scheduler, LambdaLR):  # all of transformers' but those that watch a metric
+            _move_on(scheduler, (self.number - 1) * num_training_steps)
+        return scheduler
+
+
+def _move_on(scheduler: LambdaLR, steps: int) -> None:
+    """Lets a schedule begin where it would be after so many steps."""
+    scheduler.lr_lambdas = [partial(_later, factor, steps) for factor in scheduler.lr_lambdas]
+    rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _later(factor: Callable[[int], float], steps: int, step: int) -> float:
+    return factor(steps + step)
 
 
 class LastStepLogged(TrainerCallback):
