@@ -4,16 +4,20 @@ are to be held against: PbKD offline, RLOO on the true reward, a discriminator.
     python benchmarks/online_tasks.py                # needs runs/bundled_tasks, else trains its teachers and starts anew
     python benchmarks/online_tasks.py --prompts 500  # a quarter of the teacher's answers
 
-Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each of
-the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
-answers; what differs is how often the student is sampled. The reward model that is climbed has its warm-up once for a task
-and seed, and all methods that climb one start from it and its comparisons; the discriminator starts anew. Every cell (task,
-seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped. Numbers are of test questions, on
+Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each
+of the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
+answers; what differs is how often the student is sampled, and so the number of comparisons, which the rows tell. Reward
+model and discriminator start from the teacher's weights. The reward model that is climbed has its warm-up once for a task
+and seed, and all methods that climb one start from it and its comparisons; where it does not get there, their rows say so.
+Every cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped, and rows of the
+results that were made of the same teacher and start with the same settings are kept too. Numbers are of test questions, on
 which nothing was chosen. Results go to benchmarks/results/online_tasks.json.
 """
 
 import argparse
+import json
 import tempfile
+from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from white_box_tasks import row, summarise
+from white_box_tasks import spread
 
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds
 from trl_kd.pairs import load_pairs
@@ -36,7 +40,7 @@ from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS
 from trl_kd.trainers.online_pbkd_trainer import COMPANIONS
-from trl_kd.trainers.reward_learner import PAIRS
+from trl_kd.trainers.reward_learner import PAIRS, WarmUpFailed
 
 
 ROUNDS = 6
@@ -46,13 +50,13 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, se
     "online_0.05": ("Online PbKD, ζ = 0.05", {"confidence_radius": 0.05}),
     "online_0.2": ("Online PbKD, ζ = 0.2", {"confidence_radius": 0.2}),
     "online_1": ("Online PbKD, ζ = 1", {"confidence_radius": 1.0}),
-    "online_mle_imitation": ("Online, MLE head, imitation", {"confidence_radius": 0.0, "imitation_weight": 0.05}),
+    "online_mle_imitation": ("Online, MLE head, imitation", {"confidence_radius": 0.0, "imitation_weight": 0.5}),
     "online_0.05_imitation": (
         "Online PbKD, ζ = 0.05, imitation",
-        {"confidence_radius": 0.05, "imitation_weight": 0.05},
+        {"confidence_radius": 0.05, "imitation_weight": 0.5},
     ),
     "discriminator": ("Discriminator (GAD-like)", {"adversary": "discriminator"}),
-    "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off"}),
+    "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off", "beta": 0.01}),
 }
 METHODS = {
     "pbkd": "PbKD, offline",
@@ -60,11 +64,11 @@ METHODS = {
     "rounds_newest": "PbKD in rounds, newest pairs",
     **{name: seen for name, (seen, _) in ONLINE.items()},
 }
-OF_ONLINE = {  # found on validation questions of another seed, the policy's with the true reward
+OF_ONLINE = {  # found on validation questions of another seed
     "per_device_train_batch_size": 64,  # answers: as many as 32 pairs have
     "num_generations": 4,
     "learning_rate": 3e-4,
-    "beta": 0.01,
+    "beta": 0.3,
     "rm_lora_r": 0,
     "rm_learning_rate": 1e-3,
 }
@@ -97,9 +101,12 @@ class OnlineCell(Cell):
         else:
             preference = RewardFunctionPreference(self.task.score)
             arguments = {"teacher": self.teacher(), "preference_function": preference}
+            arguments["reward_model"] = str(self.model_folder("teacher"))
             if method.startswith("online"):
                 warm = self.cells / f"reward_model_{self.prompts}"
-                stage(warm, self._warm_up)
+                failed = stage(warm, self._warm_up).get("failed")
+                if failed:
+                    raise WarmUpFailed(failed)
                 arguments["reward_model"] = str(warm / COMPANIONS / "reward_model")
                 arguments["preference_dataset"] = load_pairs(warm / COMPANIONS / PAIRS)
         return Recipe(OnlinePbKDTrainer, OnlinePbKDConfig, self.questions(), settings, arguments)
@@ -107,17 +114,26 @@ class OnlineCell(Cell):
     def distil(self, method: str, folder: Path) -> dict[str, Any]:
         if method.startswith("rounds"):
             return self._rounds(folder, accumulate=method == "rounds")
-        trainer = self.trainer(method, folder)
+        try:
+            trainer = self.trainer(method, folder)
+        except WarmUpFailed as failed:
+            return {"failed": str(failed)}
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         tested = self._test(trainer.model, trainer.processing_class)
+        learner = getattr(trainer, "learner", None)
+        comparisons = {"pbkd": self.prompts}.get(method) if learner is None else len(learner.pool)
+        tested |= {"comparisons": comparisons}
         return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
     def _warm_up(self, folder: Path) -> dict[str, Any]:
         """A reward model that has learnt from comparisons of the start, which itself does not move."""
         trainer = self.trainer("reward_model", folder, learning_rate=0.0, max_steps=1)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        except WarmUpFailed as failed:
+            return {"failed": str(failed)}
         trainer.save_model(str(folder))
         return {"log": trainer.state.log_history}
 
@@ -146,7 +162,49 @@ class OnlineCell(Cell):
                 show_progress=False,
             ).run()
             tested = self._test(*load(Path(scratch)))
+        tested |= {"comparisons": sum(record["new_pairs"] for record in found["rounds"])}
         return tested | {"steps": settings.steps, "log": found["rounds"]}
+
+
+Rows = list[dict[str, Any]]
+
+
+def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    """One line of the results."""
+    line: dict[str, Any] = {"task": task, "method": method, "seed": seed}
+    if "failed" in found:
+        return line | {"failed": found["failed"]}
+    line |= {measure: round(found[measure], 5) for measure in ("sampled", "greedy")}
+    return line | {name: found[name] for name in ("steps", "comparisons") if found.get(name) is not None}
+
+
+def earlier_rows(path: Path, settings: dict[str, Any]) -> Rows:
+    """Those of a results file, if they were made with these settings."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["rows"] if found.get("settings") == settings else []
+
+
+def summarise(rows: Rows) -> dict[str, Any]:
+    """By task and method: mean and standard deviation over seeds, of the lead over offline PbKD too, and for how many seeds
+    the warm-up failed."""
+    lines: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(partial(defaultdict, dict))
+    for line in rows:
+        lines[line["task"]][line["method"]][line["seed"]] = line
+    summary: dict[str, Any] = defaultdict(dict)
+    for task, methods in lines.items():
+        offline = methods["pbkd"]
+        for method, seeds in methods.items():
+            done = {seed: line for seed, line in seeds.items() if "failed" not in line}
+            told: dict[str, Any] = {"seeds": len(done)}
+            if len(done) < len(seeds):
+                told["failed"] = len(seeds) - len(done)
+            if done:
+                told |= {m: spread([line[m] for line in done.values()]) for m in ("sampled", "greedy")}
+            leads = [line["sampled"] - offline[seed]["sampled"] for seed, line in done.items() if seed in offline]
+            if leads:
+                told["lead over offline PbKD"] = spread(leads)
+            summary[task][method] = told
+    return summary
 
 
 def main() -> None:
@@ -154,19 +212,26 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     settings = DemoSettings(curve_every=600)
-    rows: list[dict[str, Any]] = []
+    told = json.loads(json.dumps(asdict(settings) | {"online": OF_ONLINE, "warm-up": WARM_UP, "methods": ONLINE}))
+    rows = earlier_rows(arguments.output, told)
     for seed in range(arguments.seeds):
         for task in (TASKS[name] for name in arguments.tasks):
             shared = arguments.bundled / task.name
             check_settings(shared, fingerprint(task, DemoSettings()))
+            # Pretraining is looked at more often than these curves are, or it would overshoot its goal
+            results = Cell(task, seed, DemoSettings(), shared / f"seed{seed}").run([])
             cell = OnlineCell(task, seed, settings, shared / f"seed{seed}")
             cell.prompts, cell.cells = arguments.prompts, arguments.cells / task.name / f"seed{seed}"
-            results = cell.run([])
-            rows += [row(task.name, seed, name, results[name]) for name in ("teacher", "start")]
-            for method in arguments.methods:
+            models = {name: row(task.name, seed, name, results[name]) for name in ("teacher", "start")}
+            here = {line["method"]: line for line in rows if (line["task"], line["seed"]) == (task.name, seed)}
+            if any(here.get(name) != line for name, line in models.items()):
+                here = models  # those were distilled from other ones
+            rows = [line for line in rows if (line["task"], line["seed"]) != (task.name, seed)]
+            for method in (name for name in arguments.methods if name not in here):
                 found = stage(cell.cells / f"{method}_{arguments.prompts}", partial(cell.distil, method))
-                rows.append(row(task.name, seed, method, found))
-                print(*rows[-1].values(), flush=True)
+                here[method] = row(task.name, seed, method, found)
+                print(*here[method].values(), flush=True)
+            rows += [here[name] for name in ("teacher", "start", *METHODS) if name in here]
             write_json(
                 arguments.output,
                 {
@@ -174,7 +239,7 @@ def main() -> None:
                     "prompts, each answered once by the teacher": arguments.prompts,
                     "summary": summarise(rows),
                     "rows": rows,
-                    "settings": asdict(settings) | {"online": OF_ONLINE, "warm-up": WARM_UP},
+                    "settings": told,
                     "environment": environment(),
                 },
             )
