@@ -214,7 +214,7 @@ def main() -> None:
     settings = DemoSettings(curve_every=600)
     told = json.loads(json.dumps(asdict(settings) | {"online": OF_ONLINE, "warm-up": WARM_UP, "methods": ONLINE}))
     rows = earlier_rows(arguments.output, told)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for task in (TASKS[name] for name in arguments.tasks):
             shared = arguments.bundled / task.name
             check_settings(shared, fingerprint(task, DemoSettings()))
@@ -232,6 +232,7 @@ def main() -> None:
                 here[method] = row(task.name, seed, method, found)
                 print(*here[method].values(), flush=True)
             rows += [here[name] for name in ("teacher", "start", *METHODS) if name in here]
+            rows.sort(key=lambda line: (line["seed"], list(TASKS).index(line["task"])))
             write_json(
                 arguments.output,
                 {
@@ -247,7 +248,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which; rows of others stay")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--prompts", type=int, default=2000, help="questions, and so answers of the teacher")
