@@ -70,7 +70,7 @@ OF_ONLINE = {  # found on validation questions of another seed
     "learning_rate": 3e-4,
     "beta": 0.3,
     "rm_lora_r": 0,
-    "rm_learning_rate": 1e-3,
+    "rm_learning_rate": 3e-4,
 }
 WARM_UP = {"adversary": "mle", "rm_warmup_accuracy": 0.8, "rm_warmup_steps": 4000, "rm_warmup_epochs": 40}
 

@@ -270,7 +270,7 @@ def test_the_table(trl_kd, online, teacher_dir, out, monkeypatch):
         "2 steps a generation batch with 8 pairs each, 50% of them from the newest batch"
     )
     assert line(told, "warm-up") == "none"
-    assert line(told, "student climbs") == "the adversarial head, held by λ and ζ"
+    assert line(told, "student climbs") == "the adversarial head, held by λ and ζ; imitation 0.5"
     for part in ("reference", "reward model", "teacher"):
         assert f"+ {part} " in line(told, "memory")
     assert told.rstrip().endswith("Ready to train.")
@@ -299,7 +299,9 @@ def test_what_the_warm_up_takes(trl_kd, online, jsonl):
     assert "`rm_held_out` is 0.1, which holds out at most" in told
     fixed = jsonl([{"prompt": f"{number}+1=", "chosen": "1", "rejected": "2"} for number in range(600)], "fixed.jsonl")
     words = [*replaced(words, "--pairs_config"), "--preference_dataset", fixed]
-    told = ok(trl_kd(*words, "--dry_run", "--rm_held_out", "0.3", "--adversary", "mle")).out
+    words += ["--dry_run", "--rm_held_out", "0.3", "--adversary", "mle"]
+    assert "or do without imitation by `imitation_weight=0`" in trl_kd(*words).error
+    told = ok(trl_kd(*words, "--imitation_weight", "0")).out
     said = re.search(r"\((\d+) strict\); it stays$", line(told, "D"))
     assert line(told, "warm-up").endswith(f"at most {said[1]}")
 

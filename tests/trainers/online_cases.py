@@ -17,6 +17,7 @@ SHORT = {
     "rm_learning_rate": 1e-2,
     "rm_warmup_accuracy": 0.0,
     "beta": 0.05,
+    "imitation_weight": 0.0,
 }
 
 

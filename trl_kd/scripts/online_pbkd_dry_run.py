@@ -205,7 +205,7 @@ def _climbed(args: Any, reward_funcs: list[str]) -> str:
     told = " + ".join(named)
     if args.reward_weights is not None:
         told += f", weighted {', '.join(f'{weight:g}' for weight in args.reward_weights)}"
-    return told + (f"; imitation {args.imitation_weight:g}" if args.imitation_weight > 0 else "")
+    return told + (f"; imitation {args.imitation_weight:g}" if args.imitates else "")
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class ImitationRows:
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        if self.model.training and self.args.imitation_weight > 0:
+        if self.model.training and self.args.imitates:
             output |= self._teacher_rows(len(inputs))
         return output
 

@@ -18,7 +18,8 @@ class OnlinePbKDConfig(RLOOConfig):
     r"""
     Configuration class for the [`OnlinePbKDTrainer`].
 
-    It has every parameter of [`~trl.RLOOConfig`], with the same defaults, and those below. Student π and reward model r play
+    It has every parameter of [`~trl.RLOOConfig`], with the same defaults but for `beta`, and those below. Student π and
+    reward model r play
 
         min_π max_r  E[r(x, y_T)] − E_{y~π}[r(x, y)] + beta·KL(π ‖ π_ref)   s.t.  NLL_D(r) ≤ NLL* + ζ
 
@@ -32,9 +33,12 @@ class OnlinePbKDConfig(RLOOConfig):
             What the student climbs. "pbkd": the adversarial head, held by λ. "mle": the head that explains the preferences
             best. "discriminator": a head that tells teacher from student, without preferences. "off": reward functions
             alone, which is `RLOOTrainer`.
-        imitation_weight (`float`, *optional*, defaults to `0.0`):
+        beta (`float`, *optional*, defaults to `0.3`):
+            ≥ 0, the weight of KL(π ‖ π_ref), summed over tokens, in the reward. A reward model's rewards, in nats of
+            preference, are larger than those of functions in [0, 1], for which RLOO's default is made.
+        imitation_weight (`float`, *optional*):
             ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch. π is, as in all of
-            RLOO, the softmax of logits / `temperature`.
+            RLOO, the softmax of logits / `temperature`. `None`: 0.5, and 0 for `adversary="off"`.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
 
@@ -89,8 +93,10 @@ class OnlinePbKDConfig(RLOOConfig):
     """
 
     adversary: str = field(default="pbkd", metadata={"help": "What the student climbs.", "choices": list(ADVERSARIES)})
-    imitation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of −log π of the teacher's answer; at least 0."}
+    beta: float = field(default=0.3, metadata={"help": "Weight of KL(π ‖ π_ref) in the reward; at least 0."})
+    imitation_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of −log π of the teacher's answer; by default 0.5, and 0 without an adversary."},
     )
     teacher_column: str = field(
         default="completion", metadata={"help": "Column with the teacher's answers, where no teacher is given."}
@@ -144,11 +150,18 @@ class OnlinePbKDConfig(RLOOConfig):
 
     def __post_init__(self):
         self.confidence_radius = parse_radius(self.confidence_radius)
+        if self.imitation_weight is None:
+            self.imitation_weight = 0.0 if self.adversary == "off" else 0.5
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
         super().__post_init__()
         self._check_combinations()
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the teacher's answers are rows of the policy's loss."""
+        return bool(self.imitation_weight)
 
     @property
     def uses_preferences(self) -> bool:

@@ -118,7 +118,7 @@ reward_model (`str` or `PreTrainedModel`):
     def needs_teacher(self) -> bool:
         args = self.args
         climbs_gap = args.adversary in ("pbkd", "discriminator") and not args.follows_mle
-        return climbs_gap or args.imitation_weight > 0 or self.preference is not None
+        return climbs_gap or args.imitates or self.preference is not None
 
     def sampler(self) -> Sampler:
         """The teacher, or the column that stands for it."""
@@ -197,9 +197,11 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
     if not parts.needs_teacher:
         return
     if parts.teacher is None and args.teacher_column not in first:
+        only_imitated = parts.preference is None and args.follows_mle
         raise ValueError(
             f"The {name} dataset has no column {args.teacher_column!r} with the teacher's answers (`teacher_column`): it "
-            f"has {', '.join(map(repr, sorted(first)))}. Name the column, or give a `teacher`."
+            f"has {', '.join(map(repr, sorted(first)))}. Name the column, or give a `teacher`"
+            f"{', or do without imitation by `imitation_weight=0`' if only_imitated else ''}."
         )
     rows = []
     for index, row in zip(range(_CHECKED), dataset, strict=False):
