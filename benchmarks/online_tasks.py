@@ -44,19 +44,17 @@ from trl_kd.trainers.reward_learner import PAIRS, WarmUpFailed
 
 
 ROUNDS = 6
+NO_IMITATION = {"imitation_weight": 0.0}
 ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, settings)
-    "online_mle": ("Online, MLE head (ζ = 0)", {"confidence_radius": 0.0}),
-    "online_0.02": ("Online PbKD, ζ = 0.02", {"confidence_radius": 0.02}),
-    "online_0.05": ("Online PbKD, ζ = 0.05", {"confidence_radius": 0.05}),
-    "online_0.2": ("Online PbKD, ζ = 0.2", {"confidence_radius": 0.2}),
-    "online_1": ("Online PbKD, ζ = 1", {"confidence_radius": 1.0}),
-    "online_mle_imitation": ("Online, MLE head, imitation", {"confidence_radius": 0.0, "imitation_weight": 0.5}),
-    "online_0.05_imitation": (
-        "Online PbKD, ζ = 0.05, imitation",
-        {"confidence_radius": 0.05, "imitation_weight": 0.5},
-    ),
-    "discriminator": ("Discriminator (GAD-like)", {"adversary": "discriminator"}),
-    "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off", "beta": 0.01}),
+    "online_mle": ("Online, MLE head (ζ = 0)", {"confidence_radius": 0.0} | NO_IMITATION),
+    "online_0.02": ("Online PbKD, ζ = 0.02", {"confidence_radius": 0.02} | NO_IMITATION),
+    "online_0.05": ("Online PbKD, ζ = 0.05", {"confidence_radius": 0.05} | NO_IMITATION),
+    "online_0.2": ("Online PbKD, ζ = 0.2", {"confidence_radius": 0.2} | NO_IMITATION),
+    "online_1": ("Online PbKD, ζ = 1", {"confidence_radius": 1.0} | NO_IMITATION),
+    "online_mle_imitation": ("Online, MLE head, imitation", {"confidence_radius": 0.0}),
+    "online_0.05_imitation": ("Online PbKD, ζ = 0.05, imitation", {"confidence_radius": 0.05}),
+    "discriminator": ("Discriminator (GAD-like)", {"adversary": "discriminator"} | NO_IMITATION),
+    "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off", "beta": 0.01} | NO_IMITATION),
 }
 METHODS = {
     "pbkd": "PbKD, offline",
@@ -69,6 +67,7 @@ OF_ONLINE = {  # found on validation questions of another seed
     "num_generations": 4,
     "learning_rate": 3e-4,
     "beta": 0.3,
+    "imitation_weight": 0.5,
     "rm_lora_r": 0,
 }
 RM_LEARNING_RATE = {"running_sums": 1e-3, "addition": 3e-4}  # at the other's neither warm-up ends in time

@@ -80,6 +80,18 @@ def teacher_dir(tmp_path_factory) -> str:
     return save_tiny(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=24)
 
 
+@pytest.fixture(scope="session")
+def wide_dir(tmp_path_factory) -> str:
+    """A student to quantise: on CPUs with AVX512-BF16 bitsandbytes takes 4-bit layers of multiples of 64 features alone."""
+    return save_tiny(tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="session")
+def wide_teacher_dir(tmp_path_factory) -> str:
+    """A teacher to quantise."""
+    return save_tiny(tmp_path_factory.mktemp("wide_teacher"), seed=1, hidden_size=64, intermediate_size=128)
+
+
 @pytest.fixture
 def pairs() -> list[dict]:
     """Rows of different lengths, in TRL's standard preference format."""
