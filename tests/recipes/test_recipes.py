@@ -84,7 +84,7 @@ def test_its_header_says_what_it_takes(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 class TestRecipe:
     def test_it_runs_two_steps(
-        self, path, chats, sums, tiny_dir, teacher_dir, wide_teacher_dir, reward_dir, tmp_path, capfd, monkeypatch
+        self, path, chats, sums, tiny_dir, teacher_dir, reward_dir, tmp_path, capfd, monkeypatch
     ):
         monkeypatch.chdir(RECIPES.parent)
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -128,7 +128,6 @@ class TestRecipe:
             words["teacher_model_name_or_path"] = teacher_dir
         if "load_in_4bit" in recipe.get("teacher_model_init_kwargs", {}):
             pytest.importorskip("bitsandbytes")
-            words["teacher_model_name_or_path"] = wide_teacher_dir
         if "reward_model_name_or_path" in recipe:
             words["reward_model_name_or_path"] = teacher_dir
         argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]

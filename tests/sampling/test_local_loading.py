@@ -41,9 +41,9 @@ def test_an_adapter_changes_answers(tiny_dir, adapter_dir):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_model_answers(wide_dir, bits):
+def test_a_quantized_model_answers(tiny_dir, bits):
     pytest.importorskip("bitsandbytes")
-    sampler = LocalSampler(wide_dir, SETTINGS, model_init_kwargs={f"load_in_{bits}bit": True})
+    sampler = LocalSampler(tiny_dir, SETTINGS, model_init_kwargs={f"load_in_{bits}bit": True})
     drawn = list(sampler.sample(make_requests(2, (0, 1))))
     assert sampler.model.config.quantization_config.quant_method == "bitsandbytes"
     assert len(drawn) == 4

@@ -143,13 +143,13 @@ def test_lora_student(tiny_dir, teacher_dir, settings):
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
-def test_a_quantised_teacher(bits, tiny_dir, wide_teacher_dir, settings):
+def test_a_quantised_teacher(bits, tiny_dir, teacher_dir, settings):
     """Its distribution is nearly the whole teacher's; it answers where the data does not."""
     pytest.importorskip("bitsandbytes")
     kl = []
     for kwargs in (None, bits):
         options = {"pairs": PAIRS, "lmbda": 0.5, "max_steps": 2, "teacher_model_init_kwargs": kwargs}
-        trainer = make(tiny_dir, wide_teacher_dir, settings, [*ROWS[:4], *PROMPTS[4:]], **options)
+        trainer = make(tiny_dir, teacher_dir, settings, [*ROWS[:4], *PROMPTS[4:]], **options)
         assert getattr(trainer.teacher_model, "is_quantized", False) == (kwargs is not None)
         trainer.train()
         kl.append(logs_of(trainer)[0]["mmpbkd/kl"])
@@ -157,10 +157,10 @@ def test_a_quantised_teacher(bits, tiny_dir, wide_teacher_dir, settings):
     assert kl[1] == pytest.approx(kl[0], rel=0.3)
 
 
-def test_qlora_student(wide_dir, teacher_dir, settings):
+def test_qlora_student(tiny_dir, teacher_dir, settings):
     pytest.importorskip("bitsandbytes")
     trainer = Recording(
-        model=wide_dir,
+        model=tiny_dir,
         teacher_model=teacher_dir,
         args=MMPbKDConfig(**{**settings, "lmbda": 0.5, "max_completion_length": 6, "q_warmup_steps": 2}),
         train_dataset=Dataset.from_list(ROWS),

@@ -165,19 +165,19 @@ def test_prompt_learning_scores_the_responses_themselves(tiny_dir, teacher_dir, 
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
-def test_a_quantised_teacher_gives_its_distribution(bits, tiny_dir, wide_teacher_dir, rows, settings):
+def test_a_quantised_teacher_gives_its_distribution(bits, tiny_dir, teacher_dir, rows, settings):
     pytest.importorskip("bitsandbytes")
-    options = {"imitation": "token", "teacher_model_name_or_path": wide_teacher_dir, "max_steps": 2}
+    options = {"imitation": "token", "teacher_model_name_or_path": teacher_dir, "max_steps": 2}
     trainer = make(tiny_dir, rows, settings, **options, teacher_model_init_kwargs=bits)
     assert trainer.teacher.model.is_quantized
     trainer.train()
     assert trainer.state.log_history[0]["pbkd/imitation"] > 0
 
 
-def test_qlora_student(wide_dir, rows, settings):
+def test_qlora_student(tiny_dir, rows, settings):
     pytest.importorskip("bitsandbytes")
     trainer = make(
-        wide_dir,
+        tiny_dir,
         rows,
         settings,
         LoraConfig(target_modules=["q_proj", "v_proj"]),
