@@ -89,7 +89,7 @@ def trainer_of(kind: str, options: argparse.Namespace, folder: str) -> Any:
     if kind == "rloo":
         return RLOOTrainer(reward_funcs=nothing, args=RLOOConfig(**settings), **common)
     ours = {"rm_lora_r": options.lora, "rm_warmup_accuracy": 0.0}
-    ours |= {"imitation_weight": 0.1} if kind == "online, imitation" else {}
+    ours["imitation_weight"] = 0.1 if kind == "online, imitation" else 0.0
     return OnlinePbKDTrainer(args=OnlinePbKDConfig(**settings, **ours), preference_function=longer, **common)
 
 

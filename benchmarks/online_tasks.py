@@ -6,12 +6,13 @@ are to be held against: PbKD offline, RLOO on the true reward, a discriminator.
 
 Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each
 of the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
-answers; what differs is how often the student is sampled, and so the number of comparisons, which the rows tell. Reward
-model and discriminator start from the teacher's weights. The reward model that is climbed has its warm-up once for a task
-and seed, and all methods that climb one start from it and its comparisons; where it does not get there, their rows say so.
-Every cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped, and rows of the
-results that were made of the same teacher and start with the same settings are kept too. Numbers are of test questions, on
-which nothing was chosen. Results go to benchmarks/results/online_tasks.json.
+answers. They are not equal in how often the student is sampled, and so in pairs, which the rows tell; nor in what they know:
+reward model and discriminator start from the teacher's weights. Offline PbKD and rounds have the demo's settings, the others
+those that did best on validation questions of another seed. The reward model that is climbed has its warm-up once for a task
+and seed, and all methods that climb one start from it and its pairs; where it does not get there, their rows say so. Every
+cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped, and rows of the results
+that were made of the same teacher and start with the same settings are kept too. Numbers are of test questions, on which
+nothing was chosen. Results go to benchmarks/results/online_tasks.json.
 """
 
 import argparse
@@ -103,7 +104,7 @@ class OnlineCell(Cell):
             arguments = {"teacher": self.teacher(), "preference_function": preference}
             arguments["reward_model"] = str(self.model_folder("teacher"))
             if method.startswith("online"):
-                warm = self.cells / f"reward_model_{self.prompts}"
+                warm = self.cells / "reward_model"
                 failed = stage(warm, self._warm_up).get("failed")
                 if failed:
                     raise WarmUpFailed(failed)
@@ -116,14 +117,13 @@ class OnlineCell(Cell):
             return self._rounds(folder, accumulate=method == "rounds")
         try:
             trainer = self.trainer(method, folder)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         except WarmUpFailed as failed:
             return {"failed": str(failed)}
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
         tested = self._test(trainer.model, trainer.processing_class)
         learner = getattr(trainer, "learner", None)
-        comparisons = {"pbkd": self.prompts}.get(method) if learner is None else len(learner.pool)
-        tested |= {"comparisons": comparisons}
+        tested |= {"pairs": {"pbkd": self.prompts}.get(method) if learner is None else len(learner.pool)}
         return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
     def _warm_up(self, folder: Path) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class OnlineCell(Cell):
                 show_progress=False,
             ).run()
             tested = self._test(*load(Path(scratch)))
-        tested |= {"comparisons": sum(record["new_pairs"] for record in found["rounds"])}
+        tested |= {"pairs": sum(record["new_pairs"] for record in found["rounds"])}
         return tested | {"steps": settings.steps, "log": found["rounds"]}
 
 
@@ -175,7 +175,7 @@ def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, A
     if "failed" in found:
         return line | {"failed": found["failed"]}
     line |= {measure: round(found[measure], 5) for measure in ("sampled", "greedy")}
-    return line | {name: found[name] for name in ("steps", "comparisons") if found.get(name) is not None}
+    return line | {name: found[name] for name in ("steps", "pairs") if found.get(name) is not None}
 
 
 def earlier_rows(path: Path, settings: dict[str, Any]) -> Rows:
@@ -192,7 +192,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
         lines[line["task"]][line["method"]][line["seed"]] = line
     summary: dict[str, Any] = defaultdict(dict)
     for task, methods in lines.items():
-        offline = methods["pbkd"]
+        offline = methods.get("pbkd", {})
         for method, seeds in methods.items():
             done = {seed: line for seed, line in seeds.items() if "failed" not in line}
             told: dict[str, Any] = {"seeds": len(done)}
@@ -212,7 +212,14 @@ def main() -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     settings = DemoSettings(curve_every=600)
-    online = {"online": OF_ONLINE, "rm_learning_rate": RM_LEARNING_RATE, "warm-up": WARM_UP, "methods": ONLINE}
+    online = {
+        "questions": arguments.prompts,
+        "rounds": ROUNDS,
+        "online": OF_ONLINE,
+        "rm_learning_rate": RM_LEARNING_RATE,
+        "warm-up": WARM_UP,
+        "methods": ONLINE,
+    }
     told = json.loads(json.dumps(asdict(settings) | online))
     rows = earlier_rows(arguments.output, told)
     for seed in arguments.seeds:
@@ -222,14 +229,16 @@ def main() -> None:
             # Pretraining is looked at more often than these curves are, or it would overshoot its goal
             results = Cell(task, seed, DemoSettings(), shared / f"seed{seed}").run([])
             cell = OnlineCell(task, seed, settings, shared / f"seed{seed}")
-            cell.prompts, cell.cells = arguments.prompts, arguments.cells / task.name / f"seed{seed}"
+            cell.prompts = arguments.prompts
+            cell.cells = arguments.cells / f"{cell.prompts}_prompts" / task.name / f"seed{seed}"
             models = {name: row(task.name, seed, name, results[name]) for name in ("teacher", "start")}
+            check_settings(cell.cells, told | models)
             here = {line["method"]: line for line in rows if (line["task"], line["seed"]) == (task.name, seed)}
             if any(here.get(name) != line for name, line in models.items()):
                 here = models  # those were distilled from other ones
             rows = [line for line in rows if (line["task"], line["seed"]) != (task.name, seed)]
             for method in (name for name in arguments.methods if name not in here):
-                found = stage(cell.cells / f"{method}_{arguments.prompts}", partial(cell.distil, method))
+                found = stage(cell.cells / method, partial(cell.distil, method))
                 here[method] = row(task.name, seed, method, found)
                 print(*here[method].values(), flush=True)
             rows += [here[name] for name in ("teacher", "start", *METHODS) if name in here]

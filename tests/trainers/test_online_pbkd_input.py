@@ -6,7 +6,7 @@ import math
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig
+from trl import DPOConfig, RLOOConfig
 
 from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, Teacher, digits, make
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
@@ -152,6 +152,17 @@ def test_good_input_passes_the_checks(tiny_dir, settings, options):
     """So that the tests above fail for what they say."""
     with pytest.raises(AssertionError, match="weights were about to load"):
         make(tiny_dir, settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("adversary", "beta", "imitation"), [("pbkd", 0.3, 0.5), ("mle", 0.3, 0.5), ("off", 0.05, 0.0)]
+)
+def test_defaults_of_an_adversary_and_without(adversary, beta, imitation, settings):
+    """Without one they are RLOO's."""
+    args = OnlinePbKDConfig(**settings, num_generations=2, adversary=adversary)
+    assert (args.beta, args.imitation_weight, args.imitates) == (beta, imitation, imitation > 0)
+    if adversary == "off":
+        assert beta == RLOOConfig(**settings, num_generations=2).beta
 
 
 def test_zero3_would_split_the_reward_model(tiny_dir, settings, monkeypatch):

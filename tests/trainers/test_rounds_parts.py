@@ -27,6 +27,12 @@ from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret
         ({}, {"prompts": PROMPTS.to_iterable_dataset()}, "`prompts` is a IterableDataset"),
         ({}, {"prompts": PROMPTS.rename_column("prompt", "question")}, "no column 'prompt'"),
         ({}, {"reference": "end"}, "`reference` is 'end'"),
+        ({}, {"schedule": "each"}, "`schedule` is 'each': use 'all' or 'round'"),
+        (
+            {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
+            {"eval_dataset": PROMPTS},
+            "`schedule` is 'all', but `lr_scheduler_type` is 'greedy'",
+        ),
         ({}, {"optimizer": "new"}, "`optimizer` is 'new'"),
         ({}, {"policy": "some"}, "`policy` is 'some'"),
         ({}, {"shard": (0, 2)}, "`shard` is no argument"),

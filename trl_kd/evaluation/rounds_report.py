@@ -134,7 +134,7 @@ def _regret(told: dict[str, Any]) -> Section:
 
 def _settings(settings: dict[str, Any]) -> Section:
     ours = ["model", "teacher", "student", "preference", "prompts", "prompts_per_round", "accumulate", "reference"]
-    ours += ["optimizer", "num_teacher_samples", "num_student_samples", "peft_config"]
+    ours += ["optimizer", "schedule", "num_teacher_samples", "num_student_samples", "peft_config"]
     trained = ["learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"]
     trained += ["gradient_accumulation_steps", "beta", "imitation_weight", "dual_init", "dual_learning_rate", "seed"]
     rows = [[name, _told(settings.get(name))] for name in (*ours, *trained)]

@@ -62,6 +62,8 @@ def _describe(rounds: Any, args: Any, model_args: ModelConfig, processes: int) -
     if args.teacher_model_name_or_path is not None:
         table += describe_teacher(getattr(tokenizer, "tokenizer", tokenizer), args, model_args)
     table += _describe_steps(sizes, args, processes)
+    over = "one schedule over all rounds" if rounds.schedule == "all" else "a schedule for each round"
+    table.append(("learning rate", f"{args.learning_rate:g}, {over} ({args.lr_scheduler_type.value})"))
     return table + _describe_memory(rounds, args, model_args)
 
 

@@ -21,10 +21,11 @@ class OnlinePbKDConfig(RLOOConfig):
     It has every parameter of [`~trl.RLOOConfig`], with the same defaults but for `beta`, and those below. Student π and
     reward model r play
 
-        min_π max_r  E[r(x, y_T)] − E_{y~π}[r(x, y)] + beta·KL(π ‖ π_ref)   s.t.  NLL_D(r) ≤ NLL* + ζ
+        min_π max_r  E[r(x, y_T)] − E_{y~π}[r(x, y)] + beta·KL(π ‖ π_ref) − w·E[log π(y_T|x)]   s.t.  NLL_D(r) ≤ NLL* + ζ
 
-    with y_T the teacher's answers and D preferences, which grow with every batch (online form of [Online Knowledge
-    Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in docs/method.md).
+    with y_T the teacher's answers, w the weight of imitation, and D preferences, which grow with every batch (online form of
+    [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
+    docs/method.md).
 
     Parameters:
         > Parameters of the game
@@ -33,12 +34,13 @@ class OnlinePbKDConfig(RLOOConfig):
             What the student climbs. "pbkd": the adversarial head, held by λ. "mle": the head that explains the preferences
             best. "discriminator": a head that tells teacher from student, without preferences. "off": reward functions
             alone, which is `RLOOTrainer`.
-        beta (`float`, *optional*, defaults to `0.3`):
-            ≥ 0, the weight of KL(π ‖ π_ref), summed over tokens, in the reward. A reward model's rewards, in nats of
-            preference, are larger than those of functions in [0, 1], for which RLOO's default is made.
+        beta (`float`, *optional*):
+            ≥ 0, the weight of KL(π ‖ π_ref), summed over tokens, in the reward. `None`: 0.3, since a reward model's rewards,
+            in nats of preference, are larger than those of functions in [0, 1]; with `adversary="off"` 0.05, RLOO's default.
         imitation_weight (`float`, *optional*):
             ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch. π is, as in all of
-            RLOO, the softmax of logits / `temperature`. `None`: 0.5, and 0 for `adversary="off"`.
+            RLOO, the softmax of logits / `temperature`. `None`: 0.5, found on answers of at most nine tokens; with
+            `adversary="off"` 0.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
 
@@ -93,7 +95,10 @@ class OnlinePbKDConfig(RLOOConfig):
     """
 
     adversary: str = field(default="pbkd", metadata={"help": "What the student climbs.", "choices": list(ADVERSARIES)})
-    beta: float = field(default=0.3, metadata={"help": "Weight of KL(π ‖ π_ref) in the reward; at least 0."})
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Weight of KL(π ‖ π_ref) in the reward; by default 0.3, and 0.05 without an adversary."},
+    )
     imitation_weight: float | None = field(
         default=None,
         metadata={"help": "Weight of −log π of the teacher's answer; by default 0.5, and 0 without an adversary."},
@@ -150,6 +155,8 @@ class OnlinePbKDConfig(RLOOConfig):
 
     def __post_init__(self):
         self.confidence_radius = parse_radius(self.confidence_radius)
+        if self.beta is None:
+            self.beta = 0.05 if self.adversary == "off" else 0.3
         if self.imitation_weight is None:
             self.imitation_weight = 0.0 if self.adversary == "off" else 0.5
         for name in self._VALID_DICT_FIELDS:

@@ -82,10 +82,10 @@ class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, \
 optimizers, quantization_config, peft_config:
-            As in [`~trl.RLOOTrainer`]. `args` is an [`OnlinePbKDConfig`]; a plain [`~trl.RLOOConfig`] is taken with our
-            defaults. Rewards of `reward_funcs`, by default none, are added to the reward model's, which comes last in
-            `reward_weights`, and whose tokenizer may be last in `reward_processing_classes`, one more than there are reward
-            functions; by default it is that of the reward model's checkpoint.
+            As in [`~trl.RLOOTrainer`]. `args` is an [`OnlinePbKDConfig`]; a plain [`~trl.RLOOConfig`] keeps its `beta` and
+            gets our other defaults. Rewards of `reward_funcs`, by default none, are added to the reward model's, which comes
+            last in `reward_weights`, and whose tokenizer may be last in `reward_processing_classes`, one more than there are
+            reward functions; by default it is that of the reward model's checkpoint.
         teacher ([`~trl_kd.sampling.Sampler`], *optional*, keyword only):
             Who answers for the teacher. By default the column `args.teacher_column` of the rows does.
         preference_function ([`~trl_kd.preferences.Preference`], *optional*, keyword only):

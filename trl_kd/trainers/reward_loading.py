@@ -8,6 +8,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
@@ -42,10 +46,12 @@ def load_reward_model(
         if source is None:
             model = _from_student(student, args, whole.get("dtype", student.dtype))
         elif isinstance(source, str):
-            options = {"trust_remote_code": args.trust_remote_code}
-            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, **options, **whole)
-            if _is_language_model(model.config):
+            options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+            options |= {"num_labels": 1, "output_loading_info": True, **whole}
+            model, found = AutoModelForSequenceClassification.from_pretrained(source, **options)
+            if found["missing_keys"]:  # of a language model's checkpoint
                 zero_head(model)
+                logger.info(f"The reward model's head starts at zero: {source} has none.")
         else:
             model = source
         if tokenizer.pad_token_id is None:
@@ -117,14 +123,17 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
     if config.num_labels != 1 or not classifier:
         raise ValueError(
             f"`reward_model` is {name!r}, with the classes {config.architectures} and {config.num_labels} labels: give a "
-            "sequence-classification checkpoint with one label, a causal language model's, or None for the student."
+            "sequence-classification checkpoint with one label, a causal language model's name, or None for the student."
         )
     return name
 
 
 def _is_language_model(config: Any) -> bool:
-    """Whether a checkpoint has no head that tells responses apart, but can have one."""
-    return any(kind.endswith("ForCausalLM") for kind in config.architectures or [])
+    """Whether a checkpoint is a causal language model's of a kind that can have a classifier's head."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    kinds = {names} if isinstance(names, str) else set(names)
+    can_classify = config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return can_classify and not kinds.isdisjoint(config.architectures or [])
 
 
 def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:

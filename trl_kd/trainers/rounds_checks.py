@@ -107,6 +107,12 @@ def _check_model(rounds: Any) -> None:
     args = rounds.args
     if args.eval_strategy != "no" and rounds.eval_dataset is None:
         raise ValueError(f"`eval_strategy` is {args.eval_strategy.value!r}, but `eval_dataset` is not given: give it.")
+    watching = ("reduce_lr_on_plateau", "greedy")
+    if rounds.schedule == "all" and args.lr_scheduler_type in watching:
+        raise ValueError(
+            f"`schedule` is 'all', but `lr_scheduler_type` is {args.lr_scheduler_type.value!r}, which has no length that "
+            "rounds could share: use 'round', or another scheduler."
+        )
     sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if rounds.optimizer == "carried" and (sharded or args.deepspeed or args.fsdp):
         raise ValueError(

@@ -84,10 +84,14 @@ class RoundTrainer(PbKDTrainer):
     number, rounds = 1, 1
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        is_new = self.lr_scheduler is None
+        if self.rounds == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self.rounds * num_training_steps, optimizer)
-        if is_new and isinstance(scheduler, LambdaLR):  # all of transformers' but those that watch a metric
-            _move_on(scheduler, (self.number - 1) * num_training_steps)
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"The schedule is a {type(scheduler).__name__}, which cannot go over all rounds: use `schedule='round'`."
+            )
+        _move_on(scheduler, (self.number - 1) * num_training_steps)
         return scheduler
 
 
