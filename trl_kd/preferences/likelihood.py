@@ -70,12 +70,14 @@ class TeacherLikelihood(ModelPreference):
     ) -> list[float | None]:
         """As every preference; `first_finish_reason` and `second_finish_reason`, where given, say which responses were
         cut off."""
-        scores = []
+        scores: list[list[float | None]] = []
+        responses: list[list[tuple[Text, Any]]] = []
         for side, completions in (("first", first), ("second", second)):
             reasons = columns.get(f"{side}_finish_reason")
             own = columns if reasons is None else {**columns, "finish_reason": reasons}
             scores.append(self.score(prompts, completions, **own))
-        return [self.prefer(a, b) for a, b in zip(*scores, strict=True)]
+            responses.append(list(zip(completions, reasons or [None] * len(completions), strict=True)))
+        return self.compare(responses[0], responses[1], scores[0], scores[1])
 
     def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         """

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from trl_kd.sampling import Text
@@ -75,7 +75,15 @@ class ScoredPreference:
         self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
     ) -> list[float | None]:
         scores = [self.score(prompts, completions, **columns) for completions in (first, second)]
-        return [self.prefer(a, b) for a, b in zip(*scores, strict=True)]
+        return self.compare(first, second, *scores)
+
+    def compare(
+        self, first: Sequence[Any], second: Sequence[Any], of_first: list[float | None], of_second: list[float | None]
+    ) -> list[float | None]:
+        """P(first ≻ second) of responses from their scores. Equal ones tie, though in another batch a
+        model may score one otherwise, in the last bits."""
+        rows = zip(first, second, of_first, of_second, strict=True)
+        return [self.prefer(a, a if one == other else b) for one, other, a, b in rows]
 
 
 def check_call(function: Callable[..., Any], positional: Iterable[str], keywords: Iterable[str]) -> None:
