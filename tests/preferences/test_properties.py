@@ -110,6 +110,19 @@ def test_equal_responses_tie(preference):
         assert 0.5 in labels
 
 
+def test_equal_responses_tie_whatever_their_scores():
+    """A model may score a text otherwise in another batch, in the last bits."""
+
+    class Noisy(ScoredPreference):
+        calls = 0
+
+        def score(self, prompts, completions, **columns):
+            self.calls += 1
+            return [1.0 + 1e-7 * self.calls for _ in completions]
+
+    assert Noisy()(["1+1=", "2+3="], ["2", "6"], ["2", "5"]) == [0.5, 0.0]
+
+
 def test_nothing_gives_nothing(preference):
     assert preference(**{name: [] for name in ROWS}) == []
 

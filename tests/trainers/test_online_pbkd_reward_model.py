@@ -1,12 +1,13 @@
 """The reward model of `OnlinePbKDTrainer`: what it starts from, how it reads a row, and what is told of it."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, make, weights_of
@@ -93,6 +94,17 @@ def test_a_language_models_checkpoint(tiny_dir, settings):
         trainer.train()
         trained.append(weights_of(trainer.learner.model))
     assert equal(*trained)
+
+
+def test_a_head_that_was_trained_stays(reward_dir, tiny_dir, settings):
+    """Whatever the configuration calls the model."""
+    model = AutoModelForSequenceClassification.from_pretrained(reward_dir)
+    torch.nn.init.ones_(model.score.weight)
+    model.save_pretrained(reward_dir)
+    path = Path(reward_dir, "config.json")
+    path.write_text(path.read_text().replace("LlamaForSequenceClassification", "LlamaForCausalLM"))
+    trainer = make(tiny_dir, settings, preference_function=digits, teacher=Teacher(), reward_model=reward_dir)
+    assert (trainer.learner.model.heads.mle.weight == 1).all()
 
 
 @pytest.mark.parametrize("functions", [[], [lambda completions, **columns: [0.0] * len(completions)]])

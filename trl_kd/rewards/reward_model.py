@@ -74,7 +74,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: PreTrainedModel, bound: float, lora_r: int, pad_token_id: int):
         super().__init__()
         self.bound, self._pad = bound, pad_token_id
-        name, head = _classifier(model)
+        name, head = classifier(model)
         self.heads = TwoHeads(head)
         model.set_submodule(name, self.heads)
         model.config.num_labels = 2
@@ -163,7 +163,7 @@ class RewardModel(nn.Module):
             model.config.num_labels = 2
 
 
-def _classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+def classifier(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """Name and layer of the last linear one, which gives the labels."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     name, layer = layers[-1]
@@ -195,5 +195,5 @@ def from_student(
 
 def zero_head(model: PreTrainedModel) -> None:
     """The last layer of a sequence-classification model of one label gives 0."""
-    for p in _classifier(model)[1].parameters():
+    for p in classifier(model)[1].parameters():
         nn.init.zeros_(p)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
-from trl_kd.rewards.reward_model import RewardModel, from_student, zero_head
+from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
 from trl_kd.trainers.fields import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
@@ -49,7 +49,8 @@ def load_reward_model(
             options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
             options |= {"num_labels": 1, "output_loading_info": True, **whole}
             model, found = AutoModelForSequenceClassification.from_pretrained(source, **options)
-            if found["missing_keys"]:  # of a language model's checkpoint
+            name, _ = classifier(model)
+            if f"{name}.weight" in found["missing_keys"]:  # of a language model's checkpoint
                 zero_head(model)
                 logger.info(f"The reward model's head starts at zero: {source} has none.")
         else:
