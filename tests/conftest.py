@@ -110,9 +110,9 @@ def settings(tmp_path) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def trainable_four_bits(monkeypatch):
-    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit layers when they first answer. Then their gradient is lost, and
-    widths that 64 does not divide fail: that is for inference alone, and not what these tests are about."""
+def unpacked_four_bits(monkeypatch):
+    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit layers when they first answer, where widths that 64 does not divide
+    fail: tiny models, on such a machine alone. Tests of what is trained turn it on again."""
     if importlib.util.find_spec("bitsandbytes"):
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
 

@@ -51,8 +51,9 @@ def digits(prompts, first, second, **columns):
 
 def make(model, settings: dict, rows=ROWS, eval_rows=None, pairs=None, **more) -> OnlinePbKDTrainer:
     """Keywords of the constructor that are not settings are named below."""
-    names = ("reward_funcs", "teacher", "preference_function", "reward_model", "peft_config", "processing_class")
-    keywords = {name: more.pop(name) for name in (*names, "reward_processing_classes") if name in more}
+    names = ["reward_funcs", "teacher", "preference_function", "reward_model", "peft_config", "processing_class"]
+    names += ["reward_processing_classes", "quantization_config"]
+    keywords = {name: more.pop(name) for name in names if name in more}
     datasets = [Dataset.from_list(given) if isinstance(given, list) else given for given in (rows, eval_rows, pairs)]
     trainer = more.pop("trainer", OnlinePbKDTrainer)
     return trainer(

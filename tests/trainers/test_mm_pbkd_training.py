@@ -157,18 +157,22 @@ def test_a_quantised_teacher(bits, tiny_dir, teacher_dir, settings):
     assert kl[1] == pytest.approx(kl[0], rel=0.3)
 
 
-def test_qlora_student(tiny_dir, teacher_dir, settings):
+def test_qlora_student(tiny_dir, teacher_dir, settings, monkeypatch):
+    """Which has answered in an evaluation: on some CPUs bitsandbytes then packs layers, and they learn no more."""
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     trainer = Recording(
         model=tiny_dir,
         teacher_model=teacher_dir,
         args=MMPbKDConfig(**{**settings, "lmbda": 0.5, "max_completion_length": 6, "q_warmup_steps": 2}),
         train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]),
         preference_dataset=Dataset.from_list(PAIRS),
         peft_config=LoraConfig(**LORA),
         quantization_config=BitsAndBytesConfig(load_in_4bit=True),
     )
     assert trainer.model.get_base_model().is_loaded_in_4bit
+    trainer.evaluate()
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before)

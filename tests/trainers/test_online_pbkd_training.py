@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, weights_of
 from trl_kd.pairs import load_pairs
@@ -54,6 +54,22 @@ def test_it_trains(tiny_dir, settings, more):
         assert logs[0]["reward"] == pytest.approx(
             0.1 * logs[0]["rewards/<lambda>/mean"] + logs[0]["rewards/reward_model/mean"], rel=1e-5
         )
+
+
+def test_a_student_in_four_bits_learns_after_it_has_answered(tiny_dir, settings, monkeypatch):
+    """And so does its reward model. On some CPUs bitsandbytes packs layers that answer, for inference alone."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    options = {"peft_config": LoraConfig(r=2, target_modules="all-linear"), "rm_lora_r": 2, "max_steps": 3}
+    options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    trainer = make(tiny_dir, settings, eval_rows=ROWS[:4], preference_function=digits, **options)
+    trainer.evaluate()
+    models = (trainer.model, trainer.learner.model)
+    before = [p.detach().clone() for model in models for p in model.parameters() if p.requires_grad]
+    trainer.train()
+    after = [p for model in models for p in model.parameters() if p.requires_grad]
+    moved = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
+    assert all(moved), f"{moved.count(False)} of {len(moved)} have not moved"
 
 
 def test_the_teacher_is_asked_once_a_prompt(tiny_dir, settings):

@@ -174,8 +174,10 @@ def test_a_quantised_teacher_gives_its_distribution(bits, tiny_dir, teacher_dir,
     assert trainer.state.log_history[0]["pbkd/imitation"] > 0
 
 
-def test_qlora_student(tiny_dir, rows, settings):
+def test_qlora_student(tiny_dir, rows, settings, monkeypatch):
+    """Which has answered in an evaluation: on some CPUs bitsandbytes then packs layers, and they learn no more."""
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     trainer = make(
         tiny_dir,
         rows,
@@ -184,6 +186,7 @@ def test_qlora_student(tiny_dir, rows, settings):
         BitsAndBytesConfig(load_in_4bit=True),
         max_steps=6,
     )
+    trainer.evaluate()
     trainer.train()
     logs = [entry["loss"] for entry in trainer.state.log_history if "pbkd/imitation" in entry]
     assert len(logs) == 6

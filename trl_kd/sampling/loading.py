@@ -38,3 +38,11 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
             )
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
     return _trl.create_model_from_path(name, architecture=architecture, **kwargs)
+
+
+def keep_gradients(model: Any) -> None:
+    """Lets no 4-bit layer of a model that is trained be packed for inference, which bitsandbytes does at the first answer or
+    evaluation on a CPU with AVX512-BF16: what lies below it would have no gradient any more."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

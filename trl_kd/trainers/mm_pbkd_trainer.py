@@ -22,6 +22,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
 from trl_kd.rewards.q_function import QFunction
+from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config
@@ -161,6 +162,7 @@ quantization_config, peft_config, tools:
             peft_config=peft_config,
             tools=tools,
         )
+        keep_gradients(self.model)
         warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model

@@ -24,6 +24,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
+from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.imitation_rows import ImitationRows
@@ -166,6 +167,7 @@ optimizers, quantization_config, peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        keep_gradients(self.model)
         self.parts = parts
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
+from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
@@ -150,6 +151,7 @@ optimizers, quantization_config, peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        keep_gradients(self.model)
         self.data_collator = PbKDCollator(self.data_collator)
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 

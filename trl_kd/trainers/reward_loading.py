@@ -16,6 +16,7 @@ from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
+from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.fields import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
@@ -60,6 +61,7 @@ def load_reward_model(
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
             model.enable_input_require_grads()
+        keep_gradients(model)
         return RewardModel(model, args.reward_bound, args.rm_lora_r, tokenizer.pad_token_id)
 
 
