@@ -63,7 +63,8 @@ ForwardRedirection = require("trl.models.utils", "_ForwardRedirection")
 
 DPOTrainer = require("trl", "DPOTrainer")
 DPO_SEAMS = (
-    *("_prepare_dataset", "_set_signature_columns_if_needed", "_compute_loss", "compute_ref_log_probs"),
+    *("_prepare_dataset", "_set_signature_columns_if_needed", "_compute_loss"),
+    *("compute_ref_log_probs", "_precompute_ref_logps"),
     *("get_batch_samples", "training_step", "evaluation_loop", "_save"),
     *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
 )

@@ -110,6 +110,10 @@ def test_bad_yaml(trl_kd, base, tmp_path, text, said):
         (["--load_in_4bit"], ["`load_in_4bit` is True", "`use_peft`"]),
         (["--load_in_4bit", "--load_in_8bit", "--use_peft"], ["8 bit and 4 bit"]),
         (["--resume_from_checkpoint", "true"], ["`resume_from_checkpoint` is true", "no checkpoint"]),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay"],
+            ["`lr_scheduler_type` is 'warmup_stable_decay'", "num_decay_steps"],
+        ),
         (["--resume_from_checkpoint", "nowhere"], ["`resume_from_checkpoint` is 'nowhere'"]),
         (["--accelerate_config", "zero9"], ["`accelerate_config` is 'zero9'", "zero2"]),
         (["--config", "nowhere.yaml"], ["`config` is 'nowhere.yaml'", "no such file"]),

@@ -168,6 +168,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(trl_kd, base, tmp_path, train
 
     unbroken = run("unbroken")
     run("broken", "--max_steps", "1")
+    (tmp_path / "broken" / "checkpoint-2").mkdir()  # killed while it was saved
     resumed = run("broken", "--resume_from_checkpoint", "true")
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
     assert trained[-1].state.global_step == 2

@@ -104,6 +104,8 @@ def test_a_run(monkeypatch, trl_kd, rounds, out):
         assert said in page
     assert "## Rounds" in (out / "README.md").read_text()
 
+    assert "`round_schedule` was 'all' and is 'round'" in trl_kd(*rounds, "--round_schedule", "round").error
+
     monkeypatch.setattr(rounds_module, "HfApi", Hub)
     again = trl_kd(*rounds, "--push_to_hub")
     assert again.code == 0, again.err
@@ -164,6 +166,7 @@ def test_a_dry_run(trl_kd, rounds, out):
     done = trl_kd(*rounds, "--dry_run", "--rounds", "3", "--prompts_per_round", "4")
     assert done.code == 0, done.err
     told = dict(re.findall(r"^  ([\w ]+?)  +(.*)$", done.out, re.MULTILINE))
+    assert done.out.startswith("Dry run: the rounds, then one answer of each source, and nothing is written.")
     assert told["rounds"] == "3"
     assert told["student answers"] == "8 a round, 32 in all (at the end once more)"
     assert told["teacher answers"] == "6 in all, each once"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from tests.conftest import make_model, make_tokenizer
@@ -82,6 +83,10 @@ def test_a_tokenizer_is_checked_before_weights_load(tiny_dir, settings, reward_d
             make(tiny_dir, settings, rows, preference_function=digits, reward_model=reward_model)
     with pytest.raises(OSError, match=r"`reward_model` is './nowhere': no such folder\.$"):
         make(tiny_dir, settings, preference_function=digits, reward_model="./nowhere")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="`reward_model` is .*adapter', an adapter: merge it"):
+        make(tiny_dir, settings, preference_function=digits, reward_model=str(tmp_path / "adapter"))
 
 
 def test_a_language_models_checkpoint(tiny_dir, settings):
@@ -105,6 +110,16 @@ def test_a_head_that_was_trained_stays(reward_dir, tiny_dir, settings):
     path.write_text(path.read_text().replace("LlamaForSequenceClassification", "LlamaForCausalLM"))
     trainer = make(tiny_dir, settings, preference_function=digits, teacher=Teacher(), reward_model=reward_dir)
     assert (trainer.learner.model.heads.mle.weight == 1).all()
+
+
+def test_a_classifier_without_its_head_is_refused(reward_dir, tiny_dir, settings):
+    """A language model's checkpoint has none, but one that calls itself a classifier has lost what it has learnt."""
+    path = Path(reward_dir, "model.safetensors")
+    weights = load_file(path)
+    weights["v_head.weight"] = weights.pop("score.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"without its head: there is no `score.weight` .* but v_head.weight\. Give"):
+        make(tiny_dir, settings, preference_function=digits, reward_model=reward_dir)
 
 
 @pytest.mark.parametrize("functions", [[], [lambda completions, **columns: [0.0] * len(completions)]])
@@ -189,6 +204,19 @@ def test_the_accuracy_on_held_out_pairs_is_logged(tiny_dir, settings):
     accuracies = [log.get("pbkd/rm_held_out_accuracy") for log in trainer.state.log_history]
     assert len(accuracies) == 3
     assert accuracies[1:] == [trainer.learner.held_out_accuracy(), None]  # nothing more at the end of the training
+
+
+def test_a_discriminator_holds_nothing_out(tiny_dir, settings):
+    """It learns from all prompts: an accuracy would be of what it has seen."""
+    options = {"adversary": "discriminator", "rm_held_out": 0.5, "max_steps": 1, "eval_rows": ROWS}
+    trainer = make(tiny_dir, settings, preference_function=digits, teacher=Teacher(), **options)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.learner.pool.strict
+    assert not [name for entry in trainer.state.log_history for name in entry if "held_out" in name]
+    trainer.create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text(encoding="utf-8")
+    assert f"D has {len(trainer.learner.pool)} pairs in the end." in card
 
 
 def test_the_newest_pairs_are_those_held_out():

@@ -174,7 +174,8 @@ def test_a_quantised_teacher_gives_its_distribution(bits, tiny_dir, teacher_dir,
     assert trainer.state.log_history[0]["pbkd/imitation"] > 0
 
 
-def test_qlora_student(tiny_dir, rows, settings, monkeypatch):
+@pytest.mark.parametrize("precompute", [False, True])
+def test_qlora_student(precompute, tiny_dir, rows, settings, monkeypatch):
     """Which has answered in an evaluation: on some CPUs bitsandbytes then packs layers, and they learn no more."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
@@ -185,6 +186,7 @@ def test_qlora_student(tiny_dir, rows, settings, monkeypatch):
         LoraConfig(target_modules=["q_proj", "v_proj"]),
         BitsAndBytesConfig(load_in_4bit=True),
         max_steps=6,
+        precompute_ref_log_probs=precompute,
     )
     trainer.evaluate()
     trainer.train()

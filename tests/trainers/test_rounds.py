@@ -236,6 +236,19 @@ def test_one_schedule_over_all_rounds(kind, tiny_dir, tmp_path):
     assert rates[0] == 0.0
 
 
+def test_a_schedule_that_becomes_longer_is_said(tiny_dir, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="trl_kd")
+    make(tmp_path, tiny_dir, rounds=1).run()
+    make(tmp_path, tiny_dir, rounds=1).run()
+    assert not caplog.messages
+    make(tmp_path, tiny_dir, rounds=2).run()
+    assert "1 of the rounds are finished, with a learning rate that has gone through its schedule." in caplog.text
+    caplog.clear()
+    told = make(tmp_path, tiny_dir, rounds=2).run()
+    assert [record["schedule_rounds"] for record in told["rounds"]] == [1, 2]
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("schedule", ["all", "round"])
 def test_a_carried_optimizer(schedule, tiny_dir, tmp_path, monkeypatch):
     """Of an adapter, with a moving λ; and an interruption changes nothing."""

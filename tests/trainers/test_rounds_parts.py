@@ -12,7 +12,8 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.trainers.rounds_folder import last_checkpoint, late_means
+from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
+from trl_kd.trainers.rounds_folder import late_means
 from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
 
 
@@ -33,6 +34,8 @@ from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret
             {"eval_dataset": PROMPTS},
             "`schedule` is 'all', but `lr_scheduler_type` is 'greedy'",
         ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, {}, "'warmup_stable_decay', with `lr_scheduler_kwargs` = {}"),
+        ({"lr_scheduler_kwargs": {"power": 2}}, {"schedule": "round"}, "`lr_scheduler_kwargs` = {'power': 2}"),
         ({}, {"optimizer": "new"}, "`optimizer` is 'new'"),
         ({}, {"policy": "some"}, "`policy` is 'some'"),
         ({}, {"shard": (0, 2)}, "`shard` is no argument"),
@@ -103,7 +106,7 @@ def test_fetched_answers_keep_the_teachers_usage(tmp_path):
         FetchedAnswers(Source("other"), tmp_path / "teacher", 1).fetch(PROMPTS, show_progress=False)
 
 
-def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
+def test_a_checkpoint_in_part_is_none_and_in_rounds_one_at_the_end(tmp_path):
     for step, text in (
         (2, '{"global_step": 2, "max_steps": 5}'),
         (4, '{"global_step"'),
@@ -112,7 +115,8 @@ def test_a_checkpoint_at_the_end_or_in_part_is_none(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-10").mkdir()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert last_checkpoint(tmp_path, is_unfinished) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_record_tells_of_a_rounds_second_half_and_of_its_last_dual():

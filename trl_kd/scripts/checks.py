@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.errors import InputError, one_line
-from trl_kd.trainers.fields import looks_like_path
+from trl_kd.trainers.checkpoints import last_checkpoint
+from trl_kd.trainers.fields import check_schedule, looks_like_path
 
 
 def check_arguments(
@@ -39,6 +39,7 @@ def check_training(training_args: Any, model_args: Any) -> None:
         raise InputError(
             f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."
         )
+    check_schedule(training_args)
     _check_quantization(model_args)
     teacher: Any = getattr(training_args, "teacher_model_init_kwargs", None) or {}
     if any(name.startswith("load_in_") for name in teacher) and find_spec("bitsandbytes") is None:
@@ -101,11 +102,11 @@ def _checkpoint(value: Any, output_dir: str) -> str | None:
     if value is None or str(value).lower() in ("false", "none", "null", ""):
         return None
     if str(value).lower() == "true":
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        last = last_checkpoint(Path(output_dir))
         if last is None:
             raise InputError(
-                f"`resume_from_checkpoint` is true, but `output_dir` = {output_dir!r} has no checkpoint: drop it, or "
-                "name the folder of one."
+                f"`resume_from_checkpoint` is true, but `output_dir` = {output_dir!r} has no checkpoint that was "
+                "saved in full: drop it, or name the folder of one."
             )
         return last
     if not (Path(value) / "trainer_state.json").is_file():

@@ -27,6 +27,7 @@ from trl_kd.scripts.demo_stage import MARKER, stage
 from trl_kd.scripts.errors import InputError
 from trl_kd.tasks import SPLITS, Question, Task
 from trl_kd.tasks.models import make_model, make_tokenizer
+from trl_kd.trainers.checkpoints import last_checkpoint
 from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
@@ -240,7 +241,7 @@ class Cell:
     def _train_and_test(self, trainer, folder: Path) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         model_folder = self.model_folder(folder.name)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(model_folder))
+        trainer.train(resume_from_checkpoint=last_checkpoint(model_folder))
         tested = self._test(trainer.model, trainer.processing_class)
         if isinstance(trainer, (PbKDTrainer, MMPbKDTrainer)):
             trainer.card_results = self._card_results(tested)
@@ -310,15 +311,3 @@ def columns(questions: list[Question]) -> dict[str, list[str]]:
 def load(folder: Path):
     """Loads a model and its tokenizer from a folder of this experiment."""
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was saved in full: the trainer's state is what a checkpoint gets last."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(checkpoints):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(checkpoint)
-    return None

@@ -32,8 +32,8 @@ SHOWN = 3
 Table = list[tuple[str, str]]
 
 
-def as_text(describe: Callable[[], Table]) -> str:
-    """The table that `describe` makes, to be printed."""
+def as_text(describe: Callable[[], Table], what: str = "nothing is loaded or written") -> str:
+    """The table that `describe` makes, to be printed; `what` the dry run does."""
     disable_progress_bars()
     try:
         table = describe()
@@ -41,7 +41,7 @@ def as_text(describe: Callable[[], Table]) -> str:
         enable_progress_bars()
     width = max(len(name) for name, _ in table)
     lines = [f"  {name:<{width}}  {value}" for name, value in table]
-    return "\n".join(["Dry run: nothing is loaded or written.", *lines, "Ready to train."])
+    return "\n".join([f"Dry run: {what}.", *lines, "Ready to train."])
 
 
 # ---- Output and data ---------------------------------------------------------------------------------------------------

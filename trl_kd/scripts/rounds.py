@@ -222,13 +222,29 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
     )
 
 
+_WORDS = {"`optimizer`": "`round_optimizer`", "`schedule`": "`round_schedule`"}
+"""What `PbKDRounds` says in Python's words, and how the command says it."""
+
+
+def checked_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:
+    """As `make_rounds`, and compared with what `output_dir` holds; what is refused is said in the command's words."""
+    try:
+        rounds = make_rounds(script_args, training_args, model_args)
+        rounds.check()
+    except ValueError as error:
+        text = str(error)
+        for theirs, ours in _WORDS.items():
+            text = text.replace(theirs, ours)
+        raise InputError(one_line(text)) from error
+    return rounds
+
+
 def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> int:
     """Runs the rounds, writes their report, and pushes the student where `push_to_hub` says so."""
     from accelerate import PartialState
 
     with bad_input():
-        rounds = make_rounds(script_args, training_args, model_args)
-        rounds.check()
+        rounds = checked_rounds(script_args, training_args, model_args)
     with _said():
         rounds.run()
     state = PartialState()

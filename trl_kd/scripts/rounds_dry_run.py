@@ -20,7 +20,7 @@ from trl_kd.scripts.dry_run import (
     teacher_memory,
 )
 from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
-from trl_kd.scripts.rounds import make_rounds, read_pairs_config
+from trl_kd.scripts.rounds import checked_rounds, read_pairs_config
 from trl_kd.trainers.rounds_folder import TRAINED
 
 
@@ -39,9 +39,9 @@ def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, proce
     Raises:
         `ValueError` or `InputError`: what the run itself would refuse.
     """
-    rounds = make_rounds(script_args, training_args, model_args)
-    rounds.check()
-    table = as_text(lambda: _describe(rounds, training_args, model_args, processes))
+    rounds = checked_rounds(script_args, training_args, model_args)
+    what = "the rounds, then one answer of each source, and nothing is written"
+    table = as_text(lambda: _describe(rounds, training_args, model_args, processes), what)
     return f"{table}\n\nThe first round's pairs. {_of_a_round(rounds, script_args, training_args, model_args)}"
 
 

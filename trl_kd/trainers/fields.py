@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+
 from trl_kd._trl import get_config_model_id
 
 
@@ -51,6 +54,24 @@ def check_json(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
+
+
+def check_schedule(args: Any) -> Any:
+    """A learning-rate scheduler as `args` (`TrainingArguments`) describe it, of 100 steps, to look at.
+
+    Raises:
+        `ValueError`: it cannot be made, since `lr_scheduler_kwargs` lack one that it needs, or have another.
+    """
+    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        return get_scheduler(kind, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(options))
+    except (TypeError, ValueError) as error:
+        name = getattr(kind, "value", kind)
+        raise ValueError(
+            f"`lr_scheduler_type` is {name!r}, with `lr_scheduler_kwargs` = {options}: {error}. Give what it takes in "
+            "`lr_scheduler_kwargs`, or another scheduler."
+        ) from error
 
 
 def extend_config(args: Any, target: type, **changed: Any) -> Any:

@@ -337,7 +337,7 @@ optimizers, quantization_config, peft_config:
         return True
 
     def log(self, logs, start_time=None):
-        if self.learner is not None and self.model.training and self._metrics["train"] and self.learner.pool.strict:
+        if self.learner is not None and self.learner.holds_out and self.model.training and self._metrics["train"]:
             self._record("train", {"rm_held_out_accuracy": self.learner.held_out_accuracy(LOGGED_HELD_OUT)})
         super().log(logs, start_time)
 
@@ -348,7 +348,7 @@ optimizers, quantization_config, peft_config:
         if not metric_key_prefix.startswith("eval"):
             self._metrics["eval"].clear()  # of `predict`, which logs nothing: the next evaluation would
         elif self.learner is not None:
-            if self.learner.pool.strict:
+            if self.learner.holds_out:
                 self._record("eval", {"rm_held_out_accuracy": self.learner.held_out_accuracy()})
             rewards = self._metrics["eval"].get(f"rewards/{self.reward_func_names[-1]}/mean")
             losses = self._metrics["eval"].get("pbkd/teacher_win_rate")

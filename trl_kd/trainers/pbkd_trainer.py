@@ -283,6 +283,10 @@ optimizers, quantization_config, peft_config:
         logps = self.compute_ref_log_probs(forward, inputs)
         return dict(zip(names, logps, strict=True)), captured[0].log_probs
 
+    def _precompute_ref_logps(self, *args, **kwargs):
+        keep_gradients(self.model)  # this is within TRL's `__init__`, before ours goes on
+        return super()._precompute_ref_logps(*args, **kwargs)
+
     def compute_ref_log_probs(self, model, inputs):
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in LABEL_COLUMNS})
 

@@ -86,6 +86,11 @@ class RewardLearner:
         self.warmed_up = not args.warms_up
         self._encoded: dict[int, tuple[array, ...]] = {}  # by place in D
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are pairs to measure accuracy on: a discriminator learns from all prompts."""
+        return self._args.uses_preferences and bool(self.pool.strict)
+
     # ---- Texts as rewards ------------------------------------------------------------------------------------------------
 
     def encode(self, prompt: Text, response: Text, complete: bool) -> list[int]:

@@ -51,7 +51,13 @@ def load_reward_model(
             options |= {"num_labels": 1, "output_loading_info": True, **whole}
             model, found = AutoModelForSequenceClassification.from_pretrained(source, **options)
             name, _ = classifier(model)
-            if f"{name}.weight" in found["missing_keys"]:  # of a language model's checkpoint
+            if f"{name}.weight" in found["missing_keys"]:
+                config = AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+                if not _is_language_model(config):
+                    raise ValueError(
+                        f"`reward_model` is {source!r}, a classifier without its head: there is no `{name}.weight` among "
+                        f"its weights{_other_names(found)}. Give one that has it."
+                    )
                 zero_head(model)
                 logger.info(f"The reward model's head starts at zero: {source} has none.")
         else:
@@ -63,6 +69,11 @@ def load_reward_model(
             model.enable_input_require_grads()
         keep_gradients(model)
         return RewardModel(model, args.reward_bound, args.rm_lora_r, tokenizer.pad_token_id)
+
+
+def _other_names(found: dict[str, Any]) -> str:
+    unexpected = sorted(found["unexpected_keys"])
+    return f", but {', '.join(unexpected[:3])}" if unexpected else ""
 
 
 def check_reward_model(
@@ -114,10 +125,16 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
     if isinstance(source, str):
         if looks_like_path(source) and not os.path.isdir(source):
             raise OSError(f"`reward_model` is {source!r}: no such folder.")
+        if os.path.isfile(os.path.join(source, "adapter_config.json")):
+            raise ValueError(
+                f"`reward_model` is {source!r}, an adapter: merge it into its base model first (`merge_and_unload` of "
+                "PEFT), and save that."
+            )
         try:
             name, config = source, AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        except OSError as error:
-            raise OSError(f"`reward_model` is {source!r}, which cannot be loaded: {error}") from error
+        except (OSError, ValueError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"`reward_model` is {source!r}, which cannot be loaded: {error}") from error
     else:
         name, config = get_config_model_id(source.config), source.config
     if isinstance(source, str) and _is_language_model(config):

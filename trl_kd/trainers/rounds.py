@@ -24,17 +24,23 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.store import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
+from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
 from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import add_rounds_section, public_name
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
-from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
+from trl_kd.trainers.rounds_checks import (
+    check_rounds,
+    describe_rounds,
+    no_pairs,
+    resume_rounds_usage,
+    warn_of_longer_schedule,
+)
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
     SAMPLED,
     TRAINED,
     RoundsFolder,
-    last_checkpoint,
     late_means,
     told_of_round,
     wait_until,
@@ -211,6 +217,7 @@ class PbKDRounds:
         """
         settings = describe_rounds(self)
         self.folder.check(settings, self.rounds)
+        warn_of_longer_schedule(self)
         return settings
 
     def student_of(self, number: int) -> str:
@@ -315,10 +322,10 @@ class PbKDRounds:
         if not len(data):
             raise no_pairs(self, number)
         trainer, folder = self.trainer(number, data), self.folder
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number)))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number), is_unfinished))
         steps = trainer.state.global_step
         record = (folder.record(folder.round(number)) or {}) | late_means(trainer.state.log_history, steps)
-        record |= {"stage": TRAINED, "steps": steps}
+        record |= {"stage": TRAINED, "steps": steps, "schedule_rounds": trainer.rounds}
         trainer.save_model()
         trainer.card_results = {CARD_RESULTS[k]: record[k] for k in CARD_RESULTS if record[k] is not None}
         trainer.create_model_card(model_name=folder.path.name)

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 
 from trl_kd.pairs import build_pairs
 from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
@@ -17,9 +19,12 @@ from trl_kd.pairs.pairing import PairingSettings
 from trl_kd.pairs.prompts import Fingerprint, read_prompts
 from trl_kd.pairs.stored import resume_usage
 from trl_kd.sampling import Request
-from trl_kd.trainers.fields import check_integer
+from trl_kd.trainers.fields import check_integer, check_schedule
 from trl_kd.trainers.pbkd_data import load_processing_class
-from trl_kd.trainers.rounds_folder import as_json, compared_settings
+from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
+
+
+logger = get_logger(__name__)
 
 
 _OURS = {"prompts", "teacher", "student", "preference", "output_dir", "num_teacher_samples", "num_student_samples"}
@@ -107,11 +112,10 @@ def _check_model(rounds: Any) -> None:
     args = rounds.args
     if args.eval_strategy != "no" and rounds.eval_dataset is None:
         raise ValueError(f"`eval_strategy` is {args.eval_strategy.value!r}, but `eval_dataset` is not given: give it.")
-    watching = ("reduce_lr_on_plateau", "greedy")
-    if rounds.schedule == "all" and args.lr_scheduler_type in watching:
+    if not isinstance(check_schedule(args), LambdaLR) and rounds.schedule == "all":
         raise ValueError(
-            f"`schedule` is 'all', but `lr_scheduler_type` is {args.lr_scheduler_type.value!r}, which has no length that "
-            "rounds could share: use 'round', or another scheduler."
+            f"`schedule` is 'all', but `lr_scheduler_type` is {args.lr_scheduler_type.value!r}, which is not of such a kind "
+            "that rounds could share it: use 'round', or another scheduler."
         )
     sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if rounds.optimizer == "carried" and (sharded or args.deepspeed or args.fsdp):
@@ -162,6 +166,18 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
         "eval_dataset": eval_rows,
     }
     return as_json(described) | compared_settings(rounds.args)
+
+
+def warn_of_longer_schedule(rounds: Any) -> None:
+    """Says that rounds were trained with the schedule of fewer of them, which has come to its end already."""
+    before = [record.get("schedule_rounds") for record in rounds.folder.records() if record["stage"] == TRAINED]
+    told = before[-1] if before else None
+    if rounds.schedule == "all" and told is not None and told < rounds.rounds and len(before) < rounds.rounds:
+        logger.warning(
+            f"{len(before)} of the rounds are finished, with a learning rate that has gone through its schedule. The "
+            f"next go on in one over {rounds.rounds}, where it is higher than it was at the end. Only in a new "
+            "`output_dir` do all have one schedule."
+        )
 
 
 def no_pairs(rounds: Any, number: int) -> ValueError:

@@ -191,22 +191,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(building, path)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """
-    The newest checkpoint in a trainer's folder that was saved in full (the trainer's state is what it gets last) and from
-    which there is something left to train: `Trainer` would take a step too many from one at the very end.
-    """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(checkpoints):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state["global_step"] < state["max_steps"]:
-            return str(checkpoint)
-    return None
-
-
 def late_means(history: list[dict[str, Any]], steps: int) -> dict[str, float | None]:
     """What the logs of a round's trainer tell of the second half of its `steps`, by the names of `LOGGED`: means over steps,
     since the last log may cover one of them, but λ as it was last."""

@@ -87,10 +87,6 @@ class RoundTrainer(PbKDTrainer):
         if self.rounds == 1 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self.rounds * num_training_steps, optimizer)
-        if not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"The schedule is a {type(scheduler).__name__}, which cannot go over all rounds: use `schedule='round'`."
-            )
         _move_on(scheduler, (self.number - 1) * num_training_steps)
         return scheduler
 
@@ -101,7 +97,6 @@ def _move_on(scheduler: LambdaLR, steps: int) -> None:
     rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def _later(factor: Callable[[int], float], steps: int, step: int) -> float:
