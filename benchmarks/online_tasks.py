@@ -4,15 +4,17 @@ are to be held against: PbKD offline, RLOO on the true reward, a discriminator.
     python benchmarks/online_tasks.py                # needs runs/bundled_tasks, else trains its teachers and starts anew
     python benchmarks/online_tasks.py --prompts 500  # a quarter of the teacher's answers
 
-Every method makes the same number of updates of as many rows, from the same start, with one answer of the teacher to each
-of the same prompts, labelled by the task's verifier. So at a given `--prompts` they are equal in updates and in teacher's
-answers. They are not equal in how often the student is sampled, and so in pairs, which the rows tell; nor in what they know:
-reward model and discriminator start from the teacher's weights. Offline PbKD and rounds have the demo's settings, the others
-those that did best on validation questions of another seed. The reward model that is climbed has its warm-up once for a task
-and seed, and all methods that climb one start from it and its pairs; where it does not get there, their rows say so. Every
-cell (task, seed, method) is kept under `runs/`, so that an interrupted run goes on where it stopped, and rows of the results
-that were made of the same teacher and start with the same settings are kept too. Numbers are of test questions, on which
-nothing was chosen. Results go to benchmarks/results/online_tasks.json.
+Every method makes the same number of updates of as many rows (imitation's come on top, 16 a step, and the reward model's own
+steps), from the same start, with one answer of the teacher to each of the same prompts, labelled by the task's verifier. So
+at a given `--prompts` they are equal in updates and in teacher's answers. They are not equal in how often the student is
+sampled, and so in pairs, which the rows tell: beside rounds stands offline PbKD with as many pairs as they have in the end,
+all of the start's answers. Nor are they equal in what they know: reward model and discriminator start from the teacher's
+weights. Offline PbKD has the demo's settings, rounds too, with the schedule that did best on validation questions of another
+seed, and the others what did best there. The reward model that is climbed has its warm-up once for a task and seed, and all
+methods that climb one start from it and its pairs; where it does not get there, their rows say so. Every cell (task, seed,
+method) is kept under `runs/`, so that an interrupted run goes on where it stopped, and rows of the results that were made of
+the same teacher and start with the same settings are kept too. Numbers are of test questions, on which nothing was chosen.
+Results go to benchmarks/results/online_tasks.json.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from transformers import PrinterCallback
 from white_box_tasks import spread
 
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds
-from trl_kd.pairs import load_pairs
+from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
@@ -56,9 +58,11 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, se
     "online_0.05_imitation": ("Online PbKD, ζ = 0.05, imitation", {"confidence_radius": 0.05}),
     "discriminator": ("Discriminator (GAD-like)", {"adversary": "discriminator"} | NO_IMITATION),
     "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off", "beta": 0.01} | NO_IMITATION),
+    "rloo_imitation": ("RLOO on the true reward, imitation", {"adversary": "off", "beta": 0.01}),
 }
 METHODS = {
     "pbkd": "PbKD, offline",
+    "pbkd_6": "PbKD, offline, six answers of the start to each prompt",
     "rounds": "PbKD in rounds, pairs accumulate",
     "rounds_newest": "PbKD in rounds, newest pairs",
     **{name: seen for name, (seen, _) in ONLINE.items()},
@@ -91,14 +95,36 @@ class OnlineCell(Cell):
         )  # as of the pairs
         return LocalSampler(str(self.model_folder("teacher")), settings)
 
+    def start(self) -> SamplingSettings:
+        return SamplingSettings(
+            max_new_tokens=self.task.max_response_tokens, seed=10 * self.seed + 1
+        )  # as of the pairs
+
+    def more_pairs(self) -> list[dict[str, Any]]:
+        """As many as rounds have, all with answers of the start."""
+        folder = self.cells / "pairs_6"
+        build_pairs(
+            self.questions(),
+            teacher=self.teacher(),
+            student=LocalSampler(str(self.model_folder("start")), self.start()),
+            preference=RewardFunctionPreference(self.task.score),
+            output_dir=folder,
+            num_student_samples=ROUNDS,
+            show_progress=False,
+        )
+        return load_pairs(folder).to_list()
+
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
+        if method == "pbkd_6":
+            return super().recipe("pbkd", self.more_pairs())
         if method not in (*ONLINE, "reward_model"):
             return super().recipe(method, rows[: self.prompts])
         own = WARM_UP if method == "reward_model" else ONLINE[method][1]
         settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **own}
         settings["rm_learning_rate"] = RM_LEARNING_RATE[self.task.name]
-        if method == "rloo":
+        if method.startswith("rloo"):
             arguments: dict[str, Any] = {"reward_funcs": self.task.score}
+            arguments["teacher"] = self.teacher() if method == "rloo_imitation" else None
         else:
             preference = RewardFunctionPreference(self.task.score)
             arguments = {"teacher": self.teacher(), "preference_function": preference}
@@ -123,7 +149,8 @@ class OnlineCell(Cell):
             return {"failed": str(failed)}
         tested = self._test(trainer.model, trainer.processing_class)
         learner = getattr(trainer, "learner", None)
-        tested |= {"pairs": {"pbkd": self.prompts}.get(method) if learner is None else len(learner.pool)}
+        pairs = {"pbkd": self.prompts, "pbkd_6": ROUNDS * self.prompts}.get(method)
+        tested |= {"pairs": pairs if learner is None else len(learner.pool)}
         return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
     def _warm_up(self, folder: Path) -> dict[str, Any]:
@@ -156,7 +183,7 @@ class OnlineCell(Cell):
                 prompts=self.questions(),
                 teacher=self.teacher(),
                 preference=RewardFunctionPreference(self.task.score),
-                student=SamplingSettings(max_new_tokens=self.task.max_response_tokens, seed=10 * self.seed + 1),
+                student=self.start(),
                 rounds=ROUNDS,
                 accumulate=accumulate,
                 show_progress=False,
@@ -179,9 +206,13 @@ def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, A
 
 
 def earlier_rows(path: Path, settings: dict[str, Any]) -> Rows:
-    """Those of a results file, if they were made with these settings."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found["rows"] if found.get("settings") == settings else []
+    """Those of a results file that were made with these settings."""
+    found = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    then = found.get("settings", {})
+    if then | {"methods": None} != settings | {"methods": None}:
+        return []
+    own = [(line, line["method"]) for line in found["rows"]]
+    return [line for line, name in own if then["methods"].get(name) == settings["methods"].get(name)]
 
 
 def summarise(rows: Rows) -> dict[str, Any]:
@@ -218,10 +249,10 @@ def main() -> None:
         "online": OF_ONLINE,
         "rm_learning_rate": RM_LEARNING_RATE,
         "warm-up": WARM_UP,
-        "methods": ONLINE,
     }
     told = json.loads(json.dumps(asdict(settings) | online))
-    rows = earlier_rows(arguments.output, told)
+    own = {name: changed for name, (_, changed) in ONLINE.items()}
+    rows = earlier_rows(arguments.output, told | {"methods": own})
     for seed in arguments.seeds:
         for task in (TASKS[name] for name in arguments.tasks):
             shared = arguments.bundled / task.name
@@ -238,6 +269,7 @@ def main() -> None:
                 here = models  # those were distilled from other ones
             rows = [line for line in rows if (line["task"], line["seed"]) != (task.name, seed)]
             for method in (name for name in arguments.methods if name not in here):
+                check_settings(cell.cells / method, own.get(method, {}))
                 found = stage(cell.cells / method, partial(cell.distil, method))
                 here[method] = row(task.name, seed, method, found)
                 print(*here[method].values(), flush=True)
@@ -250,7 +282,7 @@ def main() -> None:
                     "prompts, each answered once by the teacher": arguments.prompts,
                     "summary": summarise(rows),
                     "rows": rows,
-                    "settings": told,
+                    "settings": told | {"methods": own},
                     "environment": environment(),
                 },
             )

@@ -38,8 +38,9 @@ class OnlinePbKDConfig(RLOOConfig):
             ≥ 0, the weight of KL(π ‖ π_ref), summed over tokens, in the reward. `None`: 0.3, since a reward model's rewards,
             in nats of preference, are larger than those of functions in [0, 1]; with `adversary="off"` 0.05, RLOO's default.
         imitation_weight (`float`, *optional*):
-            ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch. π is, as in all of
-            RLOO, the softmax of logits / `temperature`. `None`: 0.5, found on answers of at most nine tokens; with
+            ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch, as RLOO's own loss
+            is: the teacher's answer has the gradient of `num_generations` of the student's with this advantage, whatever
+            their length. π is, as in all of RLOO, the softmax of logits / `temperature`. `None`: 0.5, with
             `adversary="off"` 0.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
