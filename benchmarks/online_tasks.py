@@ -67,6 +67,7 @@ METHODS = {
     "rounds_newest": "PbKD in rounds, newest pairs",
     **{name: seen for name, (seen, _) in ONLINE.items()},
 }
+LEADS = {"pbkd": "offline PbKD", "rounds": "rounds", "rloo": "RLOO"}
 OF_ONLINE = {  # found on validation questions of another seed
     "per_device_train_batch_size": 64,  # answers: as many as 32 pairs have
     "num_generations": 4,
@@ -216,14 +217,13 @@ def earlier_rows(path: Path, settings: dict[str, Any]) -> Rows:
 
 
 def summarise(rows: Rows) -> dict[str, Any]:
-    """By task and method: mean and standard deviation over seeds, of the lead over offline PbKD too, and for how many seeds
-    the warm-up failed."""
+    """By task and method: mean and standard deviation over seeds, of leads over others too, for the seeds that both have,
+    and for how many seeds the warm-up failed."""
     lines: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(partial(defaultdict, dict))
     for line in rows:
         lines[line["task"]][line["method"]][line["seed"]] = line
     summary: dict[str, Any] = defaultdict(dict)
     for task, methods in lines.items():
-        offline = methods.get("pbkd", {})
         for method, seeds in methods.items():
             done = {seed: line for seed, line in seeds.items() if "failed" not in line}
             told: dict[str, Any] = {"seeds": len(done)}
@@ -231,9 +231,11 @@ def summarise(rows: Rows) -> dict[str, Any]:
                 told["failed"] = len(seeds) - len(done)
             if done:
                 told |= {m: spread([line[m] for line in done.values()]) for m in ("sampled", "greedy")}
-            leads = [line["sampled"] - offline[seed]["sampled"] for seed, line in done.items() if seed in offline]
-            if leads:
-                told["lead over offline PbKD"] = spread(leads)
+            for other, seen in LEADS.items():
+                theirs = methods.get(other, {})
+                leads = [line["sampled"] - theirs[seed]["sampled"] for seed, line in done.items() if seed in theirs]
+                if leads:
+                    told[f"lead over {seen}"] = spread(leads)
             summary[task][method] = told
     return summary
 
