@@ -57,15 +57,18 @@ def check_json(name: str, value: Any) -> None:
 
 
 def check_schedule(args: Any) -> Any:
-    """A learning-rate scheduler as `args` (`TrainingArguments`) describe it, of 100 steps, to look at.
+    """A learning-rate scheduler as `args` (`TrainingArguments`) describe it, of very many steps, to look at.
 
     Raises:
         `ValueError`: it cannot be made, since `lr_scheduler_kwargs` lack one that it needs, or have another.
     """
     kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    steps = 1_000_000  # whatever is warm-up or decay has room
     try:
-        return get_scheduler(kind, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=dict(options))
+        return get_scheduler(
+            kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=dict(options)
+        )
     except (TypeError, ValueError) as error:
         name = getattr(kind, "value", kind)
         raise ValueError(
