@@ -216,7 +216,7 @@ def test_a_discriminator_holds_nothing_out(tiny_dir, settings):
     assert not [name for entry in trainer.state.log_history for name in entry if "held_out" in name]
     trainer.create_model_card()
     card = Path(settings["output_dir"], "README.md").read_text(encoding="utf-8")
-    assert f"D has {len(trainer.learner.pool)} pairs in the end." in card
+    assert f"there were {len(trainer.learner.pool)} preference pairs." in card
 
 
 def test_the_newest_pairs_are_those_held_out():

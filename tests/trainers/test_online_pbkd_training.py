@@ -359,10 +359,17 @@ def test_a_student_in_bfloat16(tiny_dir, settings):
 
 
 def test_the_card_says_how(tiny_dir, settings):
-    trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits)
+    trainer = make(tiny_dir, settings, teacher=Teacher(), preference_function=digits, rm_held_out=0.5)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card(model_name="student")
     card = Path(settings["output_dir"], "README.md").read_text(encoding="utf-8")
-    for said in ("Teacher: first operand", "`adversary` | pbkd", "λ (dual variable), last value", "2505.18952"):
+    held_out = f"preference pairs, {len(trainer.learner.pool.held_out)} of them held out."
+    for said in (
+        held_out,
+        "Teacher: first operand",
+        "`adversary` | pbkd",
+        "λ (dual variable), last value",
+        "2505.18952",
+    ):
         assert said in card

@@ -118,8 +118,8 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
         teacher = public_name(described.get("model")) if described.get("model") else str(described.get("sampler"))
     lines = [f"Teacher: {teacher}.", ""]
     if learner is not None:
-        held_out = f", of which {len(learner.pool.held_out)} are held out" if learner.holds_out else ""
-        lines += [f"D has {len(learner.pool)} pairs in the end{held_out}.", ""]
+        held_out = f", {len(learner.pool.held_out)} of them held out" if learner.holds_out else ""
+        lines += [f"In the end there were {len(learner.pool)} preference pairs{held_out}.", ""]
     _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
 
 
