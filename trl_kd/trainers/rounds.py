@@ -29,13 +29,7 @@ from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import add_rounds_section, public_name
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
-from trl_kd.trainers.rounds_checks import (
-    check_rounds,
-    describe_rounds,
-    no_pairs,
-    resume_rounds_usage,
-    warn_of_longer_schedule,
-)
+from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
     SAMPLED,
@@ -217,7 +211,6 @@ class PbKDRounds:
         """
         settings = describe_rounds(self)
         self.folder.check(settings, self.rounds)
-        warn_of_longer_schedule(self)
         return settings
 
     def student_of(self, number: int) -> str:

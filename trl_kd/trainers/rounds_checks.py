@@ -70,6 +70,7 @@ def check_rounds(rounds: Any) -> None:
             "`student` looks its answers up, and each round's student answers anew: give one that samples."
         )
     check_parts(first, sources, rounds.preference)
+    _warn_of_longer_schedule(rounds)
 
 
 _PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed")
@@ -168,7 +169,7 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
     return as_json(described) | compared_settings(rounds.args)
 
 
-def warn_of_longer_schedule(rounds: Any) -> None:
+def _warn_of_longer_schedule(rounds: Any) -> None:
     """Says that rounds were trained with the schedule of fewer of them, which has come to its end already."""
     before = [record.get("schedule_rounds") for record in rounds.folder.records() if record["stage"] == TRAINED]
     told = before[-1] if before else None
