@@ -74,6 +74,17 @@ def test_chart_of_any_values_is_drawn_inside(points):
             assert 0 <= y <= height
 
 
+def test_what_is_counted_has_marks_at_whole_numbers():
+    points = [(1.0, 0.5), (2.0, 0.6), (3.0, 0.7)]
+    marks = []
+    for whole in (False, True):
+        root = ET.fromstring(LineChart("t", "x", "y", [Series("a", points)], percent=True, whole=whole).svg())
+        marks.append({text.text for text in root.iter("text") if text.get("class") == "tick"})
+    assert "1.5" in marks[0]
+    assert {"1", "2", "3"} < marks[1]
+    assert "1.5" not in marks[1]
+
+
 def test_chart_without_points_says_so():
     chart = LineChart("t", "x", "y", [Series("a", []), Series("b", [(0, float("inf"))])])
     assert "Nothing was recorded" in chart.svg()

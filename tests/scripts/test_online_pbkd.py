@@ -289,14 +289,20 @@ def test_a_column_is_read_and_steps_are_those_of_the_trainer(trl_kd, online, pai
     assert line(told, "steps").startswith(f"{trained[0].state.max_steps} in 2 epochs")
 
 
+def test_a_reward_model_that_is_nowhere_is_said_once(trl_kd, online):
+    for more in ([], ["--dry_run"]):
+        error = trl_kd(*online, "--reward_model_name_or_path", "no/such", *more).error
+        assert error.count("`reward_model_name_or_path` is 'no/such', which cannot be loaded") == 1
+
+
 def test_what_the_warm_up_takes(trl_kd, online, jsonl):
     many = jsonl([{"prompt": f"{number}+1="} for number in range(400)], "many.jsonl")
     words = replaced(replaced(online, "--dataset_name", many), "--rm_warmup_accuracy")
     told = ok(trl_kd(*words, "--dry_run", "--num_generations", "4", "--rm_held_out", "0.2")).out
     said = re.search(r"until 65% of 100 or more .* at most (\d+)$", line(told, "warm-up"))
     assert 200 < int(said[1]) < 440
-    told = trl_kd(*words, "--dry_run").error  # 40 prompts with two answers each
-    assert "`rm_held_out` is 0.1, which holds out at most" in told
+    for more in ([], ["--dry_run"]):  # 40 prompts with two answers each
+        assert "`rm_held_out` is 0.1, which holds out at most" in trl_kd(*words, *more).error
     fixed = jsonl([{"prompt": f"{number}+1=", "chosen": "1", "rejected": "2"} for number in range(600)], "fixed.jsonl")
     words = [*replaced(words, "--pairs_config"), "--preference_dataset", fixed]
     words += ["--dry_run", "--rm_held_out", "0.3", "--adversary", "mle"]

@@ -221,7 +221,7 @@ def test_push_sends_pairs_card_and_page_but_not_the_answers(folder, trl_kd, monk
     calls = []
 
     class Api:
-        def whoami(self):
+        def whoami(self, token):
             calls.append(("whoami", "me", {}))
 
         def create_repo(self, name, **kwargs):

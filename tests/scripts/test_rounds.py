@@ -106,6 +106,8 @@ def test_a_run(monkeypatch, trl_kd, rounds, out):
 
     assert "`round_schedule` was 'all' and is 'round'" in trl_kd(*rounds, "--round_schedule", "round").error
 
+    assert "`push_to_hub` is true, but the Hub does not let you in" in trl_kd(*rounds, "--push_to_hub").error
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self, token: {})
     monkeypatch.setattr(rounds_module, "HfApi", Hub)
     again = trl_kd(*rounds, "--push_to_hub")
     assert again.code == 0, again.err
@@ -114,6 +116,11 @@ def test_a_run(monkeypatch, trl_kd, rounds, out):
     assert "pushed to the Hub: me/out" in again.out
     assert {"model.safetensors", "README.md", "rounds.json", "rounds.html"} <= Hub.uploads[0]
     assert not [name for name in Hub.uploads[0] if "/" in name or name == ".lock"]
+
+    more = trl_kd(*rounds, "--rounds", "3", "--dry_run").out
+    assert "The pairs of round 3." in more
+    assert not re.search(r"6 answers to ask", more)  # the teacher's: all are stored
+    assert "The pairs of round" not in trl_kd(*rounds, "--dry_run").out
 
     changed = trl_kd(*rounds, "--beta", "0.2")
     assert "`beta` was 0.1 and is 0.2" in changed.error
@@ -174,6 +181,7 @@ def test_a_dry_run(trl_kd, rounds, out):
     assert told["D in the last"] == "at most 24, all rounds"
     assert told["steps"].startswith("2 a round, 6 in all")
     assert "reference" in told["memory"]
+    assert re.search(r"about .* one model at a time: student .*, teacher ", told["memory to sample"])
     assert "P(teacher ≻ student) =" in told["preference"]
     assert not out.exists()
     epochs = trl_kd(*replaced(rounds, "--max_steps"), "--dry_run", "--num_train_epochs", "1")
@@ -188,6 +196,7 @@ def test_a_dry_run(trl_kd, rounds, out):
         (["--eval_strategy", "steps"], {}, "`eval_strategy` is 'steps', but rounds have no evaluation data"),
         (["--resume_from_checkpoint", "true"], {}, "`resume_from_checkpoint` is 'true', but rounds go on"),
         (["--pairs_config", "nowhere.yaml"], {}, "`pairs_config` is 'nowhere.yaml': no such file"),
+        (["--max_length", "3"], {}, "`max_length` is 3, and the shortest of the first 6 prompts has"),
         (["--prompts_per_round", "7"], {}, "`prompts_per_round` is 7, but there are 6 prompts"),
         (["--reference", "end"], {}, "`reference`"),
         (["--model_name_or_path", "./nowhere"], {}, "`model_name_or_path` is './nowhere': no such folder"),

@@ -7,7 +7,7 @@ from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
 from trl_kd.sampling import Answer
 
 
-__all__ = ["PAIRS", "PROMPTS", "ROWS", "Teacher", "digits", "equal", "logs_of", "make", "weights_of"]
+__all__ = ["PAIRS", "PROMPTS", "ROWS", "Teacher", "digits", "equal", "logs_of", "make", "unchecked", "weights_of"]
 
 SHORT = {
     "max_completion_length": 6,
@@ -47,6 +47,11 @@ def digits(prompts, first, second, **columns):
     texts = [[text if isinstance(text, str) else text[-1]["content"] for text in side] for side in (first, second)]
     counts = [[sum(c.isdigit() for c in text) for text in side] for side in texts]
     return [0.5 if a == b else float(a > b) for a, b in zip(*counts, strict=True)]
+
+
+def unchecked(monkeypatch) -> None:
+    """As if there were prompts enough for a warm-up, before it is known how many of their pairs are ties."""
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd_trainer.check_held_out", lambda *args: None)
 
 
 def make(model, settings: dict, rows=ROWS, eval_rows=None, pairs=None, **more) -> OnlinePbKDTrainer:

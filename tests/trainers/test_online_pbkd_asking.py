@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, make
+from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, make, unchecked
 from trl_kd.pairs import load_pairs
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
@@ -63,7 +63,8 @@ def test_no_comparison_is_paid_for_twice(tiny_dir, settings):
         assert stored.label_count() == len(set(failing.asked + again.asked))
 
 
-def test_pairs_outlive_a_warm_up_that_failed(tiny_dir, settings):
+def test_pairs_outlive_a_warm_up_that_failed(tiny_dir, settings, monkeypatch):
+    unchecked(monkeypatch)
     trainer = make(tiny_dir, settings, preference_function=digits, rm_warmup_accuracy=0.9, rm_warmup_steps=2)
     with pytest.raises(WarmUpFailed):
         trainer.train()

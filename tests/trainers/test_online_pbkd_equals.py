@@ -74,7 +74,8 @@ def test_off_is_rloo(tiny_dir, settings, more):
 def test_a_plain_config_is_taken(tiny_dir, settings):
     shared = {name: value for name, value in SHORT.items() if not name.startswith(OURS)}
     args = RLOOConfig(**{**settings, **shared, "gradient_accumulation_steps": 2})
-    trainer = OnlinePbKDTrainer(tiny_dir, length, args, Dataset.from_list(ROWS), preference_function=digits)
+    rows = Dataset.from_list([{"prompt": f"{number}+1=", "completion": "1"} for number in range(600)])
+    trainer = OnlinePbKDTrainer(tiny_dir, length, args, rows, preference_function=digits)
     assert trainer.args.steps_per_generation == 2
     assert trainer.args.adversary == "pbkd"
 

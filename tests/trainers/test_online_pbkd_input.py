@@ -5,11 +5,12 @@ import math
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, RLOOConfig
 
 from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, Teacher, digits, make
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
+from trl_kd.preferences.simple import LabelColumn
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,15 @@ PARTS = {
     ),
     "few pairs that stay": (
         {"pairs": PAIRS, "rm_warmup_accuracy": 0.6},
-        "`preference_dataset` leaves . held-out pairs .* takes 100 to tell",
+        "`rm_held_out` is 0.1, which holds out . pairs that are no ties, and the warm-up needs 100 of them",
+    ),
+    "few held-out prompts": (
+        {"preference_function": digits, "rm_warmup_accuracy": 0.6},
+        "`rm_held_out` is 0.1, which holds out at most .* and the warm-up needs 100 of them",
+    ),
+    "labels of other answers": (
+        {"preference_function": LabelColumn("label")},
+        "`preference_function` reads the column 'label', whose labels belong to answers that are there already",
     ),
     "a stream of pairs": (
         {"pairs": Dataset.from_list(PAIRS).to_iterable_dataset()},
@@ -113,6 +122,24 @@ def test_a_language_model_in_memory_is_no_reward_model(tiny_dir, settings):
         ValueError, match="`reward_model` is .*give a sequence-classification checkpoint with one label"
     ):
         make(tiny_dir, settings, preference_function=digits, reward_model=model)
+
+
+def test_a_classifier_in_memory_is_known_by_its_class(tiny_dir, settings):
+    """Its configuration is still that of the language model that it began as."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_dir, num_labels=1)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    with pytest.raises(AssertionError, match="weights were about to load"):
+        make(tiny_dir, settings, preference_function=digits, reward_model=model)
+
+
+def test_messages_without_a_template(tiny_dir, settings):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    tokenizer.chat_template = None
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    with pytest.raises(
+        ValueError, match="The train dataset holds messages, but the tokenizer of .* has no chat template"
+    ):
+        make(tiny_dir, settings, rows, teacher=Teacher(), preference_function=digits, processing_class=tokenizer)
 
 
 def test_a_reward_model_that_is_nowhere_is_named(tiny_dir, settings):

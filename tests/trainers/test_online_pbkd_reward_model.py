@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from tests.conftest import make_model, make_tokenizer
-from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, make, weights_of
+from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, make, unchecked, weights_of
 from trl_kd import OnlinePbKDConfig
 from trl_kd.rewards.reward_model import RewardModel, from_student
 from trl_kd.trainers.online_pbkd_data import HackingWatch
@@ -228,13 +228,14 @@ def test_the_newest_pairs_are_those_held_out():
     assert not set(held) & set(pool.train)
 
 
-def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings):
+def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings, monkeypatch):
     """After its last prompt, or after as many steps as are allowed."""
-    answered = "all prompts have been answered"
-    for allowed, epochs, done, message in (
-        (1000, 1, 2, answered),
-        (1000, 3, 6, answered),
-        (1, 1, 1, "`rm_warmup_steps` = 1"),
+    unchecked(monkeypatch)
+    answered, more = "all prompts have been answered", "Give more prompts or pairs"
+    for allowed, epochs, done, message, fix in (
+        (1000, 1, 2, answered, more),
+        (1000, 3, 6, answered, more),
+        (1, 1, 1, "`rm_warmup_steps` = 1", "Raise `rm_warmup_steps` or the batch"),
     ):
         trainer = make(
             tiny_dir,
@@ -248,7 +249,7 @@ def test_a_warm_up_that_cannot_succeed_ends(tiny_dir, settings):
         )
         steps = []
         trainer.learner.step = lambda *args, steps=steps, **kwargs: steps.append(1)
-        with pytest.raises(WarmUpFailed, match=f"After {message} there are"):
+        with pytest.raises(WarmUpFailed, match=f"After {message} there are .*{fix}"):
             trainer.train()
         assert len(steps) == done
 

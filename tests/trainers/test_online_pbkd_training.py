@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, TrainerCallback
 
-from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, weights_of
+from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, unchecked, weights_of
 from trl_kd.pairs import load_pairs
 from trl_kd.trainers.online_pbkd_data import HackingWatch
 from trl_kd.trainers.pair_pool import PairPool
@@ -187,7 +187,8 @@ def test_a_reward_model_that_has_not_learnt_stops_the_run(tiny_dir, settings, ma
     assert equal(before, weights_of(trainer.model))
 
 
-def test_too_few_held_out_pairs_stop_the_run(tiny_dir, settings):
+def test_too_few_held_out_pairs_stop_the_run(tiny_dir, settings, monkeypatch):
+    unchecked(monkeypatch)
     trainer = make(tiny_dir, settings, preference_function=digits, **WARM, rm_warmup_steps=3)
     with pytest.raises(WarmUpFailed, match="held out and no ties: it takes 100"):
         trainer.train()
@@ -368,6 +369,9 @@ def test_the_card_says_how(tiny_dir, settings):
     for said in (
         held_out,
         "Teacher: first operand",
+        "compared with the student's by `tests.trainers.online_cases.digits`",
+        "The reward model started from the student.",
+        "% of the newest held-out ones rightly",
         "`adversary` | pbkd",
         "λ (dual variable), last value",
         "2505.18952",

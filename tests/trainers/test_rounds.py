@@ -73,13 +73,17 @@ class TestRound:
         assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
 
     def test_the_last_student_is_the_result(self, whole):
-        out, _, _ = whole
+        out, told, _ = whole
         assert_same(weights(out), weights(out / "round-2/student"))
         AutoModelForCausalLM.from_pretrained(out)
         assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
         card = (out / "README.md").read_text()
         for said in ("# Model Card for out", "## Distillation", "## Rounds", "| 2 | 6 |", 'model="out"'):
             assert said in card, said
+        assert "| optimizer steps, of all rounds | 10 |" in card
+        assert "| `seed`, of the first round | 42 |" in card
+        assert f"| win rate against the teacher | {told['final']['student_win_rate']:.6g} |" in card
+        assert "on the pairs of all rounds so far, with the start as the reference" in card
 
     def test_the_teacher_is_asked_once(self, whole):
         _, told, log = whole
@@ -215,17 +219,22 @@ class TestReference:
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
 def test_one_schedule_over_all_rounds(kind, tiny_dir, tmp_path):
-    """Learning rates are those of one training of as many steps; or those of each round alone."""
+    """Learning rates, as used and as logged, are those of one training of as many steps; or those of each round alone."""
     rates: list[float] = []
+    logged: list[float] = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             rates.append(optimizer.param_groups[0]["lr"])
 
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.extend([logs["learning_rate"]] if "learning_rate" in logs else [])
+
     settings = {"lr_scheduler_type": kind, "warmup_steps": 4}
     rounds = make(tmp_path / "all", tiny_dir, settings, rounds=3, callbacks=[Watch()])
     rounds.run()
     over_all = rates.copy()
+    assert logged == over_all
     rates.clear()
     args = config(tmp_path / "long", **settings | {"max_steps": 15})
     PbKDTrainer(str(tiny_dir), args=args, train_dataset=rounds.data(1), callbacks=[Watch()]).train()
@@ -280,7 +289,7 @@ def test_a_carried_optimizer(schedule, tiny_dir, tmp_path, monkeypatch):
         assert_same(moments[key], state[key])
     assert dual != 1.0
     assert ended[1][2] == 10  # λ's history is that of both rounds
-    assert [path.parent.name for path in tmp_path.glob("one/round-*/carried.pt")] == ["round-2"]
+    assert {path.parent.name for path in tmp_path.glob("one/round-*/carried.pt")} == {"round-1", "round-2"}
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -295,6 +304,13 @@ def test_a_carried_optimizer(schedule, tiny_dir, tmp_path, monkeypatch):
     name = "adapter_model.safetensors"
     assert_same(weights(tmp_path / "one", name), weights(tmp_path / "two", name))
     assert ended[3][1:] == ended[1][1:]
+    # The last round can be done again, one before it cannot
+    (tmp_path / "two/round-2/metrics.json").unlink()
+    assert make(tmp_path / "two", tiny_dir, moving, **parts).run() == told
+    (tmp_path / "two/round-2/metrics.json").unlink()
+    (tmp_path / "two/round-1/carried.pt").unlink()
+    with pytest.raises(ValueError, match=r"there is no `.*carried.pt`.* with a copy of the folder `teacher`"):
+        make(tmp_path / "two", tiny_dir, moving, **parts).run()
 
 
 # ---- Stopped and gone on -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from tests.pairs.fakes import Source
-from tests.trainers.rounds_cases import PROMPTS, make
+from tests.trainers.rounds_cases import PROMPTS, Teacher, make
 from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
@@ -157,9 +157,42 @@ class Silent(Source):
 
 def test_a_teacher_that_answers_nothing(tiny_dir, tmp_path):
     said = (
-        r"Round 1 has no pairs to train on: the teacher answered 0 of 6 times, the student answered 12 of 12 times\. The "
-        r"teacher is \{'name': 'mute'\}; where it did not answer, the finish reasons are content_filter \(6\)"
+        r"Round 1 has no pairs to train on: the teacher answered 0 of 6 times, the student answered 12 of 12 times, 12 "
+        r"of them cut off\. The teacher is \{'name': 'mute'\}; where it did not answer, the finish reasons are "
+        r"content_filter \(6\)"
     )
     for _ in range(2):
         with pytest.raises(ValueError, match=said):
             make(tmp_path, tiny_dir, teacher=Silent("mute")).run()
+
+
+def test_answers_that_are_cut_off_and_dropped(tiny_dir, tmp_path):
+    said = "12 of them cut off.* are dropped .`truncated` = 'drop'.: give more `max_new_tokens`, or 'keep'"
+    with pytest.raises(ValueError, match=said):
+        make(tmp_path, tiny_dir, truncated="drop").run()
+
+
+def test_a_prompt_that_fills_max_length(tiny_dir, tmp_path):
+    with pytest.raises(ValueError, match="`max_length` is 4, and the shortest of the first 6 prompts has 4 tokens"):
+        make(tmp_path, tiny_dir, {"max_length": 4})
+
+
+def test_a_student_is_no_name(tiny_dir, tmp_path):
+    with pytest.raises(TypeError, match="`student` is 'start': give `SamplingSettings`, or a function"):
+        make(tmp_path, tiny_dir, student="start")
+
+
+def test_training_may_change_before_there_is_any(tiny_dir, tmp_path):
+    """A setting on which it fails costs no answer."""
+    teacher = Teacher()
+    rounds = make(tmp_path, tiny_dir, teacher=teacher, peft_config=LoraConfig(target_modules=["nowhere"]))
+    with pytest.raises(ValueError, match="nowhere"):
+        rounds.run()
+    asked = teacher.given
+    assert asked == len(PROMPTS)
+    with pytest.raises(ValueError, match="`num_student_samples` was 2 and is 1.*A copy of the folder `teacher`"):
+        make(tmp_path, tiny_dir, num_student_samples=1).run()
+    make(tmp_path, tiny_dir, {"learning_rate": 2e-2}, teacher=teacher).run()
+    assert teacher.given == asked
+    with pytest.raises(ValueError, match="`learning_rate` was 0.02 and is 0.01"):
+        make(tmp_path, tiny_dir).run()

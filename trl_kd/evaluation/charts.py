@@ -48,6 +48,8 @@ class LineChart:
             Whether y is a share, to be written in per cent and shown from 0 to 100.
         note (`str`, *optional*, defaults to `""`):
             What a reader should see in it.
+        whole (`bool`, *optional*, defaults to `False`):
+            Whether x counts something: there are no marks between whole numbers.
     """
 
     title: str
@@ -56,6 +58,7 @@ class LineChart:
     series: Sequence[Series]
     percent: bool = False
     note: str = ""
+    whole: bool = False
     finite: list[Series] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self):
@@ -70,7 +73,7 @@ class LineChart:
             return '<p class="empty">Nothing was recorded.</p>'
         xs = [x for one in self.finite for x, _ in one.points]
         ys = [y for one in self.finite for _, y in one.points]
-        x_ticks = _ticks(min(xs), max(xs))
+        x_ticks = [x for x in _ticks(min(xs), max(xs)) if not self.whole or x.is_integer()]
         y_ticks = [0, 0.25, 0.5, 0.75, 1] if self.percent else _ticks(min(0.0, min(ys)), max(ys))
         scale = _Scale((min(xs), max(xs)), (y_ticks[0], max(y_ticks[-1], max(ys))))
         middle = ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)

@@ -76,10 +76,14 @@ def _results(told: dict[str, Any]) -> Section:
     )
     imitation = Series("−log π(teacher's answer)", _logged(rounds, "imitation"), 3)
     charts = [
-        LineChart("Against the teacher", "round", "share", rates, percent=True, note=note),
-        LineChart("λ, the weight of the preferences", "round", "λ", [Series("λ", _logged(rounds, "dual"), 0)]),
-        LineChart("Size of D", "round", "pairs", [Series("pairs trained on", _logged(rounds, "pairs"), 1)]),
-        LineChart("Imitation", "round", "nats per answer", [imitation]),
+        LineChart("Against the teacher", "round", "share", rates, percent=True, note=note, whole=True),
+        LineChart(
+            "λ, the weight of the preferences", "round", "λ", [Series("λ", _logged(rounds, "dual"), 0)], whole=True
+        ),
+        LineChart(
+            "Size of D", "round", "pairs", [Series("pairs trained on", _logged(rounds, "pairs"), 1)], whole=True
+        ),
+        LineChart("Imitation", "round", "nats per answer", [imitation], whole=True),
     ]
     return Section(title="Round by round", tables=[_table(rounds, final)], charts=charts)
 
@@ -128,7 +132,7 @@ def _regret(told: dict[str, Any]) -> Section:
             "curve that bends as the fitted c·√k does, or more, is what one hopes for; a straight one says that the rounds "
             "do not help.",
         ],
-        charts=[LineChart("Cumulative regret", "round k", "regret", lines)],
+        charts=[LineChart("Cumulative regret", "round k", "regret", lines, whole=True)],
     )
 
 

@@ -54,6 +54,15 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
     Labeller(preference).check(rows)
 
 
+def check_asked_anew(preference: Any, name: str) -> None:
+    """Raises a `ValueError` for stored labels in a training that samples its student: they belong to other answers."""
+    if getattr(preference, "is_lookup", False) and hasattr(preference, "column"):
+        raise ValueError(
+            f"`{name}` reads the column {preference.column!r}, whose labels belong to answers that are there already, and "
+            "the student answers anew: give a preference that can be asked."
+        )
+
+
 def _check_kind(name: str, part: Any, needed: tuple[str, ...], example: str) -> None:
     missing = [attribute for attribute in needed if not hasattr(part, attribute)]
     if isinstance(part, str):

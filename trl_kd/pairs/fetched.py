@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from trl_kd.pairs.asking import MissingRequests, together
 from trl_kd.pairs.progress import Bar, show_cost
-from trl_kd.pairs.prompts import prompt_key
+from trl_kd.pairs.prompts import prompt_key, read_prompts
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer, Request, Sampler
@@ -109,6 +109,13 @@ class FetchedAnswers:
             show_cost(bar, self.sampler)
         requests.check()
         return asked
+
+    def has_all(self, prompts: Dataset) -> bool:
+        """Whether every answer to `prompts` is stored."""
+        with closing(StoredAnswers(self.folder)) as stored:
+            return not any(
+                stored.missing(self.source, [row.key for row in rows], self.samples) for rows in read_prompts(prompts)
+            )
 
     def count(self) -> int:
         """How many answers are stored."""

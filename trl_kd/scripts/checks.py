@@ -140,6 +140,27 @@ def check_model_source(field: str, name: str, adapters: bool = False) -> None:
         raise InputError(f"`{field}` is {name!r}: no such folder.")
 
 
+def check_hub(name: str, field: str, value: Any, own_field: str, token: str | None = None) -> None:
+    """Raises if nothing could be pushed in the end: the repository's `name`, which `field` = `value` gives and `own_field`
+    could, is none, or nobody is logged in."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(
+            f"`{field}` is {value!r}, which names no repository of the Hub: set `{own_field}`. {one_line(error)}"
+        ) from error
+    try:
+        HfApi().whoami(token=token)
+    except OSError as error:  # no token, one that is not valid any more, or no way to the Hub
+        raise InputError(
+            "`push_to_hub` is true, but the Hub does not let you in: log in by `hf auth login`, or drop it. "
+            f"{one_line(error)}"
+        ) from error
+
+
 def model_error(field: str, name: str, error: Exception) -> InputError:
     """What went wrong with the model that `field` names, said so that the field can be found."""
     try:

@@ -21,6 +21,7 @@ from trl_kd.scripts.memory import (
     reward_parameters,
     trainable_parameters,
 )
+from trl_kd.scripts.pairs_arguments import PairsArguments, read_json
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
 
@@ -161,6 +162,18 @@ def model_memory(field: str, name: str, options: dict[str, Any], args: Any) -> f
     """Bytes of the weights of another model that `field` names, which is not trained."""
     quantization = next((kind for kind in ("load_in_4bit", "load_in_8bit") if options.get(kind)), None)
     return model_size(_empty(field, name, None, args), options.get("dtype"), quantization).bytes
+
+
+def pairs_memory(pairs: PairsArguments, args: Any) -> dict[str, float]:
+    """Bytes of the weights of a local teacher, and of a model that compares."""
+    found: dict[str, float] = {}
+    teacher, (kind, _, name) = pairs.teacher, (pairs.preference or "").partition(":")
+    if teacher is not None and not teacher.startswith(("api:", "vllm:")):
+        found["teacher"] = model_memory("teacher", teacher, read_json(pairs, "teacher_model_init_kwargs"), args)
+    if kind in ("reward_model", "likelihood"):
+        options = read_json(pairs, "preference_model_init_kwargs")
+        found["preference"] = model_memory("preference", name, options, args)
+    return found
 
 
 def reward_model_memory(args: Any, model_args: ModelConfig, source: str | None) -> tuple[int, int, float]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_kd.pairs.prompts import read_prompts
 from trl_kd.scripts.dry_run import (
     SHOWN,
     Table,
@@ -18,17 +17,18 @@ from trl_kd.scripts.dry_run import (
     first_rows,
     load_student_processor,
     model_memory,
+    pairs_memory,
     reward_model_memory,
     student_memory,
     tokenize_prompt,
 )
-from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.online_pbkd_parts import Parts, make_parts, said, teacher_folder
-from trl_kd.scripts.pairs_arguments import is_server, read_json
+from trl_kd.scripts.pairs_arguments import is_server
 from trl_kd.scripts.pairs_dry_run import ask_teacher
-from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT, MOST_HELD_OUT
-from trl_kd.trainers.online_pbkd_data import OnlineParts, check_parts, reward_columns
+from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT
+from trl_kd.trainers.online_pbkd_data import OnlineParts, check_parts, check_student_template, reward_columns
 from trl_kd.trainers.pair_pool import PairPool
+from trl_kd.trainers.reward_learner import check_held_out
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:
@@ -58,6 +58,7 @@ def _describe(script_args: Any, args: Any, model_args: Any, mixture: Any, proces
     parts = make_parts(script_args, args, model_args, mixture)
     online = OnlineParts(args, parts.teacher, parts.preference_function, parts.preference_dataset, parts.reward_model)
     table.append(("dataset", dataset_name(script_args, mixture)))
+    check_student_template(model_args.model_name_or_path, processor, parts.train_dataset, args)
     for name, dataset in (("train", parts.train_dataset), ("eval", parts.eval_dataset)):
         if dataset is not None:
             check_parts(online, parts.reward_funcs, dataset, name)
@@ -166,31 +167,12 @@ def _steps(args: Any, told: str) -> str:
 
 
 def _warm_up(parts: Parts, pool: PairPool, args: Any) -> str:
-    """What it takes, or an `InputError` where it is bound to stop the run."""
     if args.rm_warmup_accuracy == 0:
         return "none"
-    most = _most_held_out(parts, pool, args)
-    if most is not None and most < LEAST_HELD_OUT:
-        raise InputError(
-            f"`rm_held_out` is {args.rm_held_out}, which holds out at most {most} strict pairs, and the warm-up needs "
-            f"{LEAST_HELD_OUT} of them to tell whether the reward model has learnt: give more prompts or pairs, raise it, "
-            "or do without the check by `rm_warmup_accuracy` 0."
-        )
+    most = check_held_out(pool, None if parts.preference_function is None else parts.train_dataset, args)
     told = f"at most {args.rm_warmup_steps} steps, until {args.rm_warmup_accuracy:.0%} of {LEAST_HELD_OUT} or more strict "
     told += "held-out pairs are ordered rightly, before the student moves"
     return told if most is None else f"{told}; of these there will be at most {most}"
-
-
-def _most_held_out(parts: Parts, pool: PairPool, args: Any) -> int | None:
-    """Strict held-out pairs after every prompt has been answered, at most. `None` for a stream."""
-    if parts.preference_function is None:
-        return len(pool.strict)
-    if not isinstance(parts.train_dataset, Dataset):
-        return None
-    prompts = PairPool(args.rm_held_out, 0)
-    for rows in read_prompts(parts.train_dataset.select_columns(["prompt"])):
-        prompts.add([{"prompt": row.prompt, "preference": 1.0} for row in rows])
-    return min(len(pool.strict) + len(prompts.held_out) * args.num_generations * args.rm_warmup_epochs, MOST_HELD_OUT)
 
 
 def _climbed(args: Any, reward_funcs: list[str]) -> str:
@@ -229,15 +211,7 @@ def _describe_memory(parts: Parts, args: Any, model_args: Any) -> Table:
 
 def _others(parts: Parts, args: Any) -> dict[str, float]:
     """The models beside student and reward model that live in the process."""
-    found: dict[str, float] = {}
-    if parts.pairs is not None:
-        teacher, (kind, _, name) = parts.pairs.teacher, (parts.pairs.preference or "").partition(":")
-        if teacher is not None and not teacher.startswith(("api:", "vllm:")):
-            options = read_json(parts.pairs, "teacher_model_init_kwargs")
-            found["teacher"] = model_memory("teacher", teacher, options, args)
-        if kind in ("reward_model", "likelihood"):
-            options = read_json(parts.pairs, "preference_model_init_kwargs")
-            found["preference"] = model_memory("preference", name, options, args)
+    found = {} if parts.pairs is None else pairs_memory(parts.pairs, args)
     for reward in parts.reward_funcs:
         if isinstance(reward, str):
             found[reward] = model_memory("reward_funcs", reward, {}, args)

@@ -22,6 +22,7 @@ from trl_kd.pairs.statistics import format_summary
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import parse
+from trl_kd.scripts.checks import check_hub
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import SOURCES, PairsArguments, check, parse_shard
 from trl_kd.scripts.pairs_dry_run import dry_run
@@ -121,25 +122,8 @@ def _hub_name(args: PairsArguments) -> str:
 
 
 def _check_hub(args: PairsArguments) -> None:
-    """Raises an `InputError` if the dataset could not be pushed in the end: a wrong name, or nobody logged in."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(_hub_name(args))
-    except HFValidationError as error:
-        field = "hub_dataset_id" if args.hub_dataset_id else "output_dir"
-        raise InputError(
-            f"`{field}` is {getattr(args, field)!r}, which names no dataset of the Hub: set `hub_dataset_id`. "
-            f"{one_line(error)}"
-        ) from error
-    try:
-        HfApi().whoami()
-    except OSError as error:  # no token, one that is not valid any more, or no way to the Hub
-        raise InputError(
-            "`push_to_hub` is true, but the Hub does not let you in: log in by `hf auth login`, or drop it. "
-            f"{one_line(error)}"
-        ) from error
+    field = "hub_dataset_id" if args.hub_dataset_id else "output_dir"
+    check_hub(_hub_name(args), field, getattr(args, field), "hub_dataset_id")
 
 
 def _push(args: PairsArguments) -> None:

@@ -16,9 +16,12 @@ from trl_kd.scripts.dry_run import (
     describe_teacher,
     describe_tokenizer,
     load_student_processor,
+    pairs_memory,
     student_memory,
     teacher_memory,
 )
+from trl_kd.scripts.memory import readable
+from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
 from trl_kd.scripts.rounds import checked_rounds, read_pairs_config
 from trl_kd.trainers.rounds_folder import TRAINED
@@ -33,7 +36,7 @@ def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, proce
             How many processes the run will have.
 
     Returns:
-        A table of the rounds, made without weights, and that of `trl-kd pairs --dry_run` for the first round, for which each
+        A table of the rounds, made without weights, and that of `trl-kd pairs --dry_run` for the next round, for which each
         source is asked for one answer.
 
     Raises:
@@ -41,13 +44,20 @@ def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, proce
     """
     rounds = checked_rounds(script_args, training_args, model_args)
     what = "the rounds, then one answer of each source, and nothing is written"
-    table = as_text(lambda: _describe(rounds, training_args, model_args, processes), what)
-    return f"{table}\n\nThe first round's pairs. {_of_a_round(rounds, script_args, training_args, model_args)}"
+    pairs = read_pairs_config(script_args, training_args, model_args)
+    table = as_text(lambda: _describe(rounds, pairs, training_args, model_args, processes), what)
+    done = _finished(rounds)
+    if done == rounds.rounds:
+        return table
+    return f"{table}\n\nThe pairs of round {done + 1}. {_of_a_round(rounds, done + 1)}"
 
 
-def _describe(rounds: Any, args: Any, model_args: ModelConfig, processes: int) -> Table:
-    table = describe_output(args)
-    done = sum(record["stage"] == TRAINED for record in rounds.folder.records())
+def _finished(rounds: Any) -> int:
+    return sum(record["stage"] == TRAINED for record in rounds.folder.records())
+
+
+def _describe(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelConfig, processes: int) -> Table:
+    table, done = describe_output(args), _finished(rounds)
     table.append(("rounds", f"{rounds.rounds}" + (f", of which {done} are finished" if done else "")))
     prompts, each = len(rounds.prompts), rounds.prompts_per_round or len(rounds.prompts)
     table.append(("prompts", f"{each:,} a round, of {prompts:,}"))
@@ -64,7 +74,7 @@ def _describe(rounds: Any, args: Any, model_args: ModelConfig, processes: int) -
     table += _describe_steps(sizes, args, processes)
     over = "one schedule over all rounds" if rounds.schedule == "all" else "a schedule for each round"
     table.append(("learning rate", f"{args.learning_rate:g}, {over} ({args.lr_scheduler_type.value})"))
-    return table + _describe_memory(rounds, args, model_args)
+    return table + _describe_memory(rounds, pairs, args, model_args)
 
 
 def _describe_answers(rounds: Any, each: int) -> Table:
@@ -109,21 +119,24 @@ def _describe_steps(sizes: list[int], args: Any, processes: int) -> Table:
     return [("steps", f"at most {range_} round, {sum(steps):,} in all: {args.num_train_epochs:g} epochs each, {told}")]
 
 
-def _describe_memory(rounds: Any, args: Any, model_args: ModelConfig) -> Table:
+def _describe_memory(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelConfig) -> Table:
     _, size, trained, parts = student_memory(args, model_args)
     if not model_args.use_peft or rounds.reference == "previous":
         parts["reference"] = size.bytes
     if args.teacher_model_name_or_path is not None:
         parts["teacher"] = teacher_memory(args)
-    return describe_memory(size, trained, parts, without="activations, logits and batches")
+    table = describe_memory(size, trained, parts, without="activations, logits and batches")
+    sampling = {"student": size.bytes, **pairs_memory(pairs, args)}
+    told = ", ".join(f"{name} {readable(value)}" for name, value in sampling.items())
+    return [*table, ("memory to sample", f"about {readable(max(sampling.values()))}, one model at a time: {told}")]
 
 
-def _of_a_round(rounds: Any, script_args: Any, args: Any, model_args: ModelConfig) -> str:
-    teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
+def _of_a_round(rounds: Any, number: int) -> str:
+    prompts, teacher = rounds.prompts_of(number), rounds.teacher
+    if isinstance(teacher, FetchedAnswers) and not teacher.has_all(prompts):
+        teacher = teacher.sampler
     sources = {
         "teacher": (teacher, rounds.num_teacher_samples),
-        "student": (rounds.student(rounds.model, 1), rounds.num_student_samples),
+        "student": (rounds.student(rounds.student_of(number), number), rounds.num_student_samples),
     }
-    folder = read_pairs_config(script_args, args, model_args).output_dir
-    assert folder is not None
-    return pairs_dry_run(rounds.prompts_of(1), sources, rounds.preference, _pairing(rounds), folder)
+    return pairs_dry_run(prompts, sources, rounds.preference, _pairing(rounds), rounds.folder.pairs(number))

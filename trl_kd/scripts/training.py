@@ -189,6 +189,8 @@ def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Except
     for field, start in ((teacher, f"`{teacher}` is "), (student, "`model` is ")):
         if field in models and str(error).startswith(start):  # it says so itself
             return model_error(field, models[field], error.__cause__ or error)  # type: ignore[arg-type]
+    if str(error).startswith("`reward_model` is "):
+        return error
     named = [field for field, name in models.items() if name in str(error)]
     if named:  # the name of one may be the beginning of the other's
         field = max(named, key=lambda field: len(models[field]))

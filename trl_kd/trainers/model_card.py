@@ -1,6 +1,7 @@
 """The model card's account of a distillation: what taught the student, on what, how, and what came of it."""
 
 import os
+import re
 import textwrap
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from trl_kd import __version__
 from trl_kd._trl import get_config_model_id
+from trl_kd.pairs.labels import describe_preference
 
 
 if TYPE_CHECKING:
@@ -117,9 +119,21 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
         described = parts.teacher.describe()
         teacher = public_name(described.get("model")) if described.get("model") else str(described.get("sampler"))
     lines = [f"Teacher: {teacher}.", ""]
+    if parts.preference is not None:
+        lines += [
+            f"Its answers were compared with the student's by {_comparer(describe_preference(parts.preference))}.",
+            "",
+        ]
     if learner is not None:
+        start = parts.reward_model
+        name = start if start is None or isinstance(start, str) else get_config_model_id(start.config)
+        lines += [f"The reward model started from {'the student' if start is None else public_name(name)}.", ""]
         held_out = f", {len(learner.pool.held_out)} of them held out" if learner.holds_out else ""
         lines += [f"In the end there were {len(learner.pool)} preference pairs{held_out}.", ""]
+        logged = [entry for entry in trainer.state.log_history if "pbkd/rm_held_out_accuracy" in entry]
+        if logged:
+            rate = f"{100 * logged[-1]['pbkd/rm_held_out_accuracy']:.1f} %"
+            lines += [f"At the last log it ordered {rate} of the newest held-out ones rightly.", ""]
     _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
 
 
@@ -128,11 +142,18 @@ def add_rounds_section(path: str, told: dict[str, Any]) -> None:
     card = ModelCard.load(path)
     name = os.path.basename(os.path.dirname(os.path.abspath(path)))
     card.text = card.text.replace('model="student"', f'model="{name}"', 1)
+    settings, final = told["settings"], told["final"]
+    comparer = _comparer(settings["preference"])
+    grown = "the pairs of all rounds so far" if settings["accumulate"] else "the pairs of that round"
+    reference = "the start" if settings["reference"] == "start" else "the student of the round before"
+    schedule = "one over all rounds" if settings["schedule"] == "all" else "anew in each round"
     header = ("round", "prompts", "pairs trained on", "student wins, before it", "accuracy", "λ")
     lines = [
         "## Rounds",
         "",
-        "Each round sampled the student as it was, compared its answers with its teacher's, and trained on the pairs.",
+        f"Each round sampled the student as it was, had its answers compared with its teacher's by {comparer}, and trained "
+        f"it on {grown}, with {reference} as the reference. Learning-rate schedule: {schedule}; optimizer in each round: "
+        f"{settings['optimizer']}.",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
@@ -140,12 +161,27 @@ def add_rounds_section(path: str, told: dict[str, Any]) -> None:
     for record in told["rounds"]:
         values = (record[k] for k in ("round", "prompts", "pairs", "student_win_rate", "accuracy", "dual"))
         lines.append(f"| {' | '.join('' if value is None else _cell(value) for value in values)} |")
-    final = told["final"]
     if final is not None and final["student_win_rate"] is not None:
+        own = f"win rate against the teacher | {_cell(final['student_win_rate'])} |"
+        card.text = re.sub(r"win rate against the teacher, before this round \| \S+ \|", own, card.text, count=1)
         wins = f"{100 * final['student_win_rate']:.1f} % of {final['teacher_pairs']} comparisons with its teacher"
         lines += ["", f"This student, after the last round, wins {wins}, on the last round's prompts."]
+    steps = sum(record.get("steps", 0) for record in told["rounds"])
+    card.text = re.sub(
+        r"\| optimizer steps \| \d+ \|", f"| optimizer steps, of all rounds | {steps} |", card.text, count=1
+    )
+    seed = f"| `seed`, of the first round | {settings['seed']} |"
+    card.text = re.sub(r"\| `seed` \| \d+ \|", seed, card.text, count=1)
     card.text = card.text.replace("## Training procedure", "\n".join([*lines, "", "## Training procedure"]), 1)
     card.save(path)
+
+
+def _comparer(described: dict[str, Any]) -> str:
+    """Who compared answers, of what a preference function says of itself."""
+    kind = described.get("preference", described.get("name", "a function"))
+    model, functions = described.get("model"), described.get("functions")
+    names = [public_name(model)] if model else [str(function.get("name")) for function in functions or []]
+    return f"`{kind}`" + (f" ({', '.join(names)})" if names else "")
 
 
 def _add_sections(path: str, trainer: Any, data: list[str], settings: tuple[str, ...]) -> None:

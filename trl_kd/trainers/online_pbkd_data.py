@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import maybe_extract_prompt
+from trl import is_conversational, maybe_extract_prompt
 
+from trl_kd.pairs.checks import check_asked_anew
 from trl_kd.pairs.checks import check_parts as check_source
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
@@ -23,7 +24,7 @@ from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import as_rows
-from trl_kd.trainers.pbkd_data import has_images
+from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, load_processing_class
 
 
 logger = get_logger(__name__)
@@ -211,12 +212,20 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
     check_source(rows, {"teacher": (parts.sampler(), 1)}, preference)
 
 
+def check_student_template(model: Any, processing_class: Any, dataset: Any, args: OnlinePbKDConfig) -> None:
+    """Raises a `ValueError` for messages that the student's tokenizer cannot render."""
+    if is_conversational(next(iter(dataset))):
+        processor = load_processing_class(model, args) if processing_class is None else processing_class
+        check_tokenizer(getattr(processor, "tokenizer", processor), dataset, "train")
+
+
 def _nobody(prompts: list, first: list, second: list, **columns: Any) -> list[None]:
     return [None] * len(prompts)
 
 
 def _check_adversary(parts: OnlineParts, reward_funcs: list) -> None:
     args, kind = parts.args, parts.args.adversary
+    check_asked_anew(parts.preference, "preference_function")
     given = {
         "preference_function": parts.preference,
         "preference_dataset": parts.pairs,

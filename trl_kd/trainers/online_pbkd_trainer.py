@@ -36,6 +36,7 @@ from trl_kd.trainers.online_pbkd_data import (
     OnlineParts,
     PromptGroup,
     check_parts,
+    check_student_template,
     fill_groups,
     group_rows,
     reward_columns,
@@ -146,10 +147,11 @@ optimizers, quantization_config, peft_config:
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
+        check_student_template(model, processing_class, train_dataset, args)
         pool = PairPool(args.rm_held_out, args.seed)
         pool.add(parts.given_pairs())
-        if parts.preference is None and args.warms_up:
-            check_held_out(pool, args)
+        if args.warms_up:
+            check_held_out(pool, None if parts.preference is None else train_dataset, args)
         functions, classes, tokenizer = reward_columns(args, reward_funcs, reward_processing_classes)
         rows = {"train dataset": train_dataset, "`preference_dataset`": preference_dataset}
         tokenizer = check_reward_model(reward_model, tokenizer, rows, args)

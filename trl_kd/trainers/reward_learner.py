@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy
+from trl_kd.pairs.prompts import read_prompts
 from trl_kd.preferences.tokens import tokenize_response
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
 from trl_kd.sampling import Text
@@ -38,14 +40,39 @@ class WarmUpFailed(RuntimeError):
     """The reward model is not fit to be climbed."""
 
 
-def check_held_out(pool: PairPool, args: OnlinePbKDConfig) -> None:
-    """Raises a `ValueError` for a D that stays and is too small to tell when the warm-up ends."""
-    if len(pool.strict) < LEAST_HELD_OUT:
+def check_held_out(pool: PairPool, prompts: Any, args: OnlinePbKDConfig) -> int | None:
+    """
+    Args:
+        pool (`PairPool`):
+            D at the start.
+        prompts (`Dataset` or `IterableDataset`, *optional*):
+            Those that the student answers for the warm-up. `None`: D stays.
+        args (`OnlinePbKDConfig`):
+            Settings.
+
+    Returns:
+        `int`, *optional*: how many strict held-out pairs there will be when all prompts have been answered, at most; `None`
+        where that is not known, of a stream.
+
+    Raises:
+        `ValueError`: too few to tell when the warm-up ends.
+    """
+    most = len(pool.strict)
+    if isinstance(prompts, Dataset):
+        each = args.num_generations * args.rm_warmup_epochs
+        for rows in read_prompts(prompts.select_columns(["prompt"])):
+            most += each * sum(pool.holds_out(row.prompt) for row in rows)
+            if most >= MOST_HELD_OUT:
+                break
+    elif prompts is not None:
+        return None
+    if most < LEAST_HELD_OUT:
         raise ValueError(
-            f"`preference_dataset` leaves {len(pool.strict)} held-out pairs that are no ties (`rm_held_out` = "
-            f"{args.rm_held_out}), and it takes {LEAST_HELD_OUT} to tell whether the reward model has learnt: give more "
-            "pairs, raise `rm_held_out`, or do without the check by `rm_warmup_accuracy=0`."
+            f"`rm_held_out` is {args.rm_held_out}, which holds out {'' if prompts is None else 'at most '}{most} pairs that "
+            f"are no ties, and the warm-up needs {LEAST_HELD_OUT} of them to tell whether the reward model has learnt: give "
+            "more prompts or pairs, raise it, or do without the check by `rm_warmup_accuracy=0`."
         )
+    return min(most, MOST_HELD_OUT)
 
 
 class RewardLearner:
@@ -269,11 +296,12 @@ class RewardLearner:
         args, strict = self._args, len(self.pool.strict)
         if strict < LEAST_HELD_OUT:
             after = f"`rm_warmup_steps` = {args.rm_warmup_steps}" if left else "all prompts have been answered"
+            fix = "Raise `rm_warmup_steps` or the batch, or" if left else "Give more prompts or pairs,"
             raise WarmUpFailed(
                 f"After {after} there are {len(self.pool)} pairs, of which {strict} are held out and no ties: it "
                 f"takes {LEAST_HELD_OUT} to tell whether the reward model has learnt what they say, and a student that "
-                "climbs one which has not is destroyed. Give more prompts or pairs, raise "
-                f"`rm_held_out` = {args.rm_held_out}, or do without the check by `rm_warmup_accuracy=0`."
+                f"climbs one which has not is destroyed. {fix} raise `rm_held_out` = {args.rm_held_out}, or do without "
+                "the check by `rm_warmup_accuracy=0`."
             )
         if not self._has_learnt(accuracies):
             looks = " and ".join(f"{accuracy:.1%}" for accuracy in accuracies[-2:])

@@ -139,10 +139,11 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
         name, config = get_config_model_id(source.config), source.config
     if isinstance(source, str) and _is_language_model(config):
         return name
-    classifier = any("SequenceClassification" in kind for kind in config.architectures or [type(source).__name__])
-    if config.num_labels != 1 or not classifier:
+    # A model in memory keeps the classes of the checkpoint that it began as, until it is saved
+    kinds = (config.architectures or []) if isinstance(source, str) else [type(source).__name__]
+    if config.num_labels != 1 or not any("SequenceClassification" in kind for kind in kinds):
         raise ValueError(
-            f"`reward_model` is {name!r}, with the classes {config.architectures} and {config.num_labels} labels: give a "
+            f"`reward_model` is {name!r}, with the classes {kinds} and {config.num_labels} labels: give a "
             "sequence-classification checkpoint with one label, a causal language model's name, or None for the student."
         )
     return name

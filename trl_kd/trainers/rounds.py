@@ -226,9 +226,12 @@ class PbKDRounds:
         return self.prompts.select(order[np.arange(start, start + self.prompts_per_round) % len(order)])
 
     def data(self, number: int) -> Dataset:
-        """D as round `number` trains on it: the pairs of all rounds so far, or its own."""
+        """D as round `number` trains on it: the pairs of all rounds so far, or its own. A `ValueError` if there is none."""
         numbers = range(1, number + 1) if self.accumulate else [number]
-        return join_pairs([self.folder.pairs(k) for k in numbers])
+        data = join_pairs([self.folder.pairs(k) for k in numbers])
+        if not len(data):
+            raise no_pairs(self, number)
+        return data
 
     def trainer(self, number: int, data: Dataset) -> PbKDTrainer:
         """The trainer of a round, ready to train the student of the one before on `data`."""
@@ -312,8 +315,6 @@ class PbKDRounds:
 
     def _train(self, number: int, data: Dataset) -> None:
         """Trains a round's student, saves it with its card, and writes down how it went."""
-        if not len(data):
-            raise no_pairs(self, number)
         trainer, folder = self.trainer(number, data), self.folder
         trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number), is_unfinished))
         steps = trainer.state.global_step
@@ -333,18 +334,22 @@ class PbKDRounds:
         wait_until(lambda: folder.stage(number) == TRAINED)
 
     def _tidy(self, number: int) -> None:
-        """Removes what was there to go on from, in a round that is finished."""
+        """Removes what was there to go on from, in a round that is finished; this one can still be done again."""
         for checkpoint in self.folder.student(number).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        (self.folder.round(number - 1) / CARRIED).unlink(missing_ok=True)
+        (self.folder.round(number - 2) / CARRIED).unlink(missing_ok=True)
+
+    @property
+    def hub_name(self) -> str:
+        """The repository that `push_to_hub` pushes to."""
+        return self.args.hub_model_id or self.folder.path.resolve().name
 
     def push_to_hub(self) -> str:
         """Pushes the last student, with its card and what the rounds said, as `args` has it; returns the repository's name.
         The folders of the rounds stay here."""
         args = self.args
         api = HfApi(token=args.hub_token)
-        name = args.hub_model_id or self.folder.path.resolve().name
-        repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True)
+        repo = api.create_repo(self.hub_name, private=args.hub_private_repo, exist_ok=True)
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=self.folder.path,

@@ -12,13 +12,14 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
 from trl_kd.pairs import build_pairs
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_asked_anew, check_parts
 from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.labels import describe_preference
 from trl_kd.pairs.pairing import PairingSettings
-from trl_kd.pairs.prompts import Fingerprint, read_prompts
+from trl_kd.pairs.prompts import Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.stored import resume_usage
 from trl_kd.sampling import Request
+from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.fields import check_integer, check_schedule
 from trl_kd.trainers.pbkd_data import load_processing_class
 from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
@@ -45,6 +46,11 @@ def check_rounds(rounds: Any) -> None:
         `ValueError`, `TypeError`: the sentence names the argument, its value and the way out.
     """
     _check_numbers(rounds)
+    if not callable(rounds.student):
+        raise TypeError(
+            f"`student` is {rounds.student!r}: give `SamplingSettings`, or a function of the model's name and the round's "
+            "number that returns a sampler. The student itself is `model`."
+        )
     unknown = sorted(set(rounds.pairs_options) - PAIRS_OPTIONS)
     if unknown:
         raise TypeError(
@@ -53,12 +59,8 @@ def check_rounds(rounds: Any) -> None:
         )
     PairingSettings(**{name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options})
     _check_model(rounds)
-    load_processing_class(rounds.model, rounds.args)  # or the sentence that names the model
-    if getattr(rounds.preference, "is_lookup", False) and hasattr(rounds.preference, "column"):
-        raise ValueError(
-            f"`preference` reads the column {rounds.preference.column!r}, whose labels belong to answers that are there "
-            "already, and each round's student answers anew: give a preference that can be asked."
-        )
+    tokenizer = load_processing_class(rounds.model, rounds.args)  # or the sentence that names the model
+    check_asked_anew(rounds.preference, "preference")
     first = next(read_prompts(rounds.prompts, batch_size=CHECKED_ROWS))
     teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
     sources = {
@@ -70,7 +72,18 @@ def check_rounds(rounds: Any) -> None:
             "`student` looks its answers up, and each round's student answers anew: give one that samples."
         )
     check_parts(first, sources, rounds.preference)
+    _check_length(first, getattr(tokenizer, "tokenizer", tokenizer), rounds.args.max_length)
     _warn_of_longer_schedule(rounds)
+
+
+def _check_length(rows: list[PromptRow], tokenizer: Any, limit: int | None) -> None:
+    requests = [Request(row.key, row.prompt, (0,), row.columns) for row in rows]
+    shortest = min(len(encode_prompt(tokenizer, request, {})) for request in requests)
+    if limit is not None and shortest >= limit:
+        raise ValueError(
+            f"`max_length` is {limit}, and the shortest of the first {len(rows)} prompts has {shortest} tokens, which "
+            "leaves none of a response: raise it."
+        )
 
 
 _PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed")
@@ -185,9 +198,7 @@ def no_pairs(rounds: Any, number: int) -> ValueError:
     """What to say of a round that has nothing to train on: who did not answer, and why."""
     folder = rounds.folder.pairs(number)
     answers = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["answers"]
-    told = [
-        f"the {who} answered {of['answers'] - of['refused']} of {of['answers']} times" for who, of in answers.items()
-    ]
+    told = [_answered(who, of) for who, of in answers.items()]
     samples = tuple(range(rounds.num_teacher_samples))
     rows = (row for rows in read_prompts(rounds.prompts_of(number)) for row in rows)
     requests = [Request(f"{row.key}/{row.index}", row.prompt, samples, row.columns) for row in rows]
@@ -195,9 +206,20 @@ def no_pairs(rounds: Any, number: int) -> ValueError:
     why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items() if reason is not None)
     return ValueError(
         f"Round {number} has no pairs to train on: {', '.join(told)}. The teacher is {rounds.teacher.describe()}"
-        f"{f'; where it did not answer, the finish reasons are {why}' if why else ''}. Give one that answers, or other "
-        f"prompts, and another `output_dir`: `{folder}` keeps what was said."
+        f"{f'; where it did not answer, the finish reasons are {why}' if why else ''}. "
+        f"{_way_out(rounds, answers)}, and another `output_dir`: `{folder}` keeps what was said."
     )
+
+
+def _answered(who: str, answers: dict[str, Any]) -> str:
+    told = f"the {who} answered {answers['answers'] - answers['refused']} of {answers['answers']} times"
+    return f"{told}, {answers['truncated']} of them cut off" if answers["truncated"] else told
+
+
+def _way_out(rounds: Any, answers: dict[str, Any]) -> str:
+    if rounds.pairs_options.get("truncated") == "drop" and any(of["truncated"] for of in answers.values()):
+        return "Answers that are cut off are dropped (`truncated` = 'drop'): give more `max_new_tokens`, or 'keep'"
+    return "Give one that answers, or other prompts"
 
 
 def resume_rounds_usage(rounds: Any) -> None:

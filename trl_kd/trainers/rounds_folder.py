@@ -52,6 +52,11 @@ _NOT_COMPARED = {
     ),
     *("include_for_metrics", "include_num_input_tokens_seen", "batch_eval_metrics", "prediction_loss_only"),
 }
+_OF_PAIRS = {
+    *("model", "prompts", "teacher", "student", "preference", "pairs", "prompts_per_round", "seed"),
+    *("num_teacher_samples", "num_student_samples", "quantization_config", "model_init_kwargs", "trust_remote_code"),
+}
+"""Settings that the first round's pairs depend on."""
 _NOT_COMPARED_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "ddp_", "trackio_")
 
 
@@ -101,17 +106,20 @@ class RoundsFolder:
 
     def check(self, settings: dict[str, Any], rounds: int) -> None:
         """
-        Compares today's settings, JSON, with those that the folder was begun with.
+        Compares today's settings, JSON, with those that the folder was begun with. Before anything is trained, those of
+        training alone may change.
 
         Raises:
             `ValueError`: one has changed, or more rounds are there than are asked for; the message names the field.
         """
         before = (_read(self.path / REPORT) or {}).get("settings", settings)
-        changes = [c for name in sorted({*before, *settings}) for c in _changes(before, settings, name)]
+        compared = {*before, *settings} if self._has_trained() else _OF_PAIRS
+        changes = [c for name in sorted(compared) for c in _changes(before, settings, name)]
         if changes:
             raise ValueError(
                 f"`{self.path}` holds rounds that were made with other settings: set it back, or give another `output_dir`. "
-                f"Only `rounds` may be raised. {listed(changes)}."
+                f"Only `rounds` may be raised. {listed(changes)}. A copy of the folder `teacher` in a new `output_dir` "
+                "keeps the teacher's answers from being asked for again."
             )
         there = sum(1 for _ in self.records())
         if there > rounds:
@@ -119,6 +127,9 @@ class RoundsFolder:
                 f"`rounds` is {rounds}, but `{self.path}` holds {there}: ask for {there} at least, or give another "
                 "`output_dir`."
             )
+
+    def _has_trained(self) -> bool:
+        return self.stage(1) == TRAINED or any(self.student(1).glob("checkpoint-*"))
 
     def told(self, settings: dict[str, Any], last: int) -> dict[str, Any]:
         """All records in one. `last` is the round after which the student is measured once more."""

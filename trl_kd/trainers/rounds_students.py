@@ -97,6 +97,7 @@ def _move_on(scheduler: LambdaLR, steps: int) -> None:
     rates = [rate * factor(0) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    scheduler._last_lr = rates  # what is logged of the first step
 
 
 def _later(factor: Callable[[int], float], steps: int, step: int) -> float:
@@ -121,6 +122,12 @@ class Carried(TrainerCallback):
     """
 
     def __init__(self, path: Path):
+        if not path.is_file():
+            raise ValueError(
+                f"The optimizer is to be carried on, but there is no `{path}`: it is removed when two more rounds are "
+                "finished, and a round before the last cannot be done again. Put back a copy of its `metrics.json`, or "
+                "begin in another `output_dir`, with a copy of the folder `teacher`."
+            )
         self.state = torch.load(path, map_location="cpu", weights_only=True)
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
