@@ -74,15 +74,17 @@ def test_chart_of_any_values_is_drawn_inside(points):
             assert 0 <= y <= height
 
 
-def test_what_is_counted_has_marks_at_whole_numbers():
-    points = [(1.0, 0.5), (2.0, 0.6), (3.0, 0.7)]
+@pytest.mark.parametrize("last", [2, 3, 7, 30])
+def test_what_is_counted_has_marks_at_whole_numbers(last):
+    points = [(float(x), 0.5) for x in range(1, last + 1)]
     marks = []
     for whole in (False, True):
         root = ET.fromstring(LineChart("t", "x", "y", [Series("a", points)], percent=True, whole=whole).svg())
         marks.append({text.text for text in root.iter("text") if text.get("class") == "tick"})
-    assert "1.5" in marks[0]
-    assert {"1", "2", "3"} < marks[1]
-    assert "1.5" not in marks[1]
+    parts = [{mark for mark in found if "." in mark} for found in marks]
+    assert bool(parts[0]) == (last <= 3)
+    assert not parts[1]
+    assert len(marks[1] - {f"{share}%" for share in (0, 25, 50, 75, 100)}) >= 2
 
 
 def test_chart_without_points_says_so():

@@ -73,7 +73,7 @@ class LineChart:
             return '<p class="empty">Nothing was recorded.</p>'
         xs = [x for one in self.finite for x, _ in one.points]
         ys = [y for one in self.finite for _, y in one.points]
-        x_ticks = [x for x in _ticks(min(xs), max(xs)) if not self.whole or x.is_integer()]
+        x_ticks = [x for x in _ticks(min(xs), max(xs)) if not self.whole or x % 1 == 0]
         y_ticks = [0, 0.25, 0.5, 0.75, 1] if self.percent else _ticks(min(0.0, min(ys)), max(ys))
         scale = _Scale((min(xs), max(xs)), (y_ticks[0], max(y_ticks[-1], max(ys))))
         middle = ((LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2)
