@@ -2,13 +2,14 @@ import logging
 
 import pytest
 
-from trl_kd.sampling.finish_reasons import ending
+from trl_kd.responses.finish_reasons import ending
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("complete", [None, "stop", "STOP", "tool_calls", "function_call", "eos", "eos_token", "end_turn", "stop_sequence"]),
+        ("complete", [None, "stop", "STOP", "tool_calls", "function_call"]),
+        ("complete", ["eos", "eos_token", "end_turn", "stop_sequence"]),
         ("cut", ["length", "Length", "max_tokens", "MAX_TOKENS", "model_length"]),
         ("failed", ["error", "abort", "cancelled"]),
         ("final", ["content_filter", "refusal"]),

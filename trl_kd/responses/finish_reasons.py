@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Literal
 
 
-
 logger = logging.getLogger(__name__)
 
 Ending = Literal["complete", "cut", "failed", "final"]
