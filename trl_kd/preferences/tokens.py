@@ -1,11 +1,11 @@
 """A prompt and its response as tokens, by the rules of TRL's `DPOTrainer`."""
 
-import json
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import Any
 
+from trl_kd.responses.rendering import encode
 from trl_kd.sampling import Text
+from trl_kd.sampling.prompts import row_options
 
 
 def match_format(prompt: Text, completion: Text) -> Text:
@@ -25,23 +25,17 @@ def match_format(prompt: Text, completion: Text) -> Text:
 
 
 def template_options(columns: Mapping[str, list[Any]], index: int) -> dict[str, Any]:
-    """What the columns `tools` and `chat_template_kwargs` of a row tell the chat template."""
-    options: dict[str, Any] = {}
-    if "tools" in columns:
-        tools = columns["tools"][index]
-        options["tools"] = (json.loads(tools) if isinstance(tools, str) else tools) or None
-    if "chat_template_kwargs" in columns:
-        options |= columns["chat_template_kwargs"][index] or {}
-    return options
+    """What the columns `tools` and `chat_template_kwargs` of a row tell the chat template. Fields that are null are left
+    out."""
+    row = {name: columns[name][index] for name in ("tools", "chat_template_kwargs") if name in columns}
+    return row_options(row)
 
 
 def tokenize_response(
     tokenizer: Any, prompt: Text, completion: Text, options: Mapping[str, Any] | None = None, complete: bool = True
 ) -> tuple[list[int], list[int]]:
     """
-    Tokenizes a prompt with its response.
-
-    Messages go through the chat template as one conversation; after plain text comes the end token, if there is one.
+    Tokenizes a prompt with its response: [`~trl_kd.responses.rendering.encode`] without what it says of each token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -60,16 +54,5 @@ def tokenize_response(
         whole and the prompt alone differ, so that the first are a prefix of the whole: where tokens merge across the
         border, the prompt is shorter than by itself.
     """
-    completion = match_format(prompt, completion)
-    if isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = tokenizer(f"{prompt}{completion}")["input_ids"]
-        if complete and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-    else:
-        rendering = {"tokenize": True, "return_dict": True, **(options or {})}
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **rendering)["input_ids"]
-        whole = [*prompt, *completion]
-        ids = tokenizer.apply_chat_template(whole, continue_final_message=not complete, **rendering)["input_ids"]
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
-    return ids[:length], ids[length:]
+    encoded = encode(tokenizer, prompt, match_format(prompt, completion), options, complete=complete)
+    return encoded.prompt_ids, encoded.ids

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_kd import _trl
+from trl_kd.responses.ends import end_tokens, turn_end
 from trl_kd.sampling.decoding import Batch, Prompt, Row
 from trl_kd.sampling.loading import QUANTIZATION, load_model
 from trl_kd.sampling.prompts import (
@@ -194,7 +195,9 @@ class LocalSampler:
                 window = list(islice(reading, self._read_ahead))
                 if not window and (batch is None or not batch.rows):
                     return
-                batch = batch or Batch(self.model, self.settings, self._end_tokens(), self._is_stopped)
+                if batch is None:
+                    ends = self._end_tokens(in_turns=not isinstance(window[0].prompt, str))
+                    batch = Batch(self.model, self.settings, ends, self._is_stopped)
                 waiting, refused = self._encode(window)
                 yield from refused
             if batch is not None and (waiting or batch.rows):
@@ -265,11 +268,12 @@ class LocalSampler:
         clear_device_cache()
         logger.warning(f"Out of memory with {rows} answers at once: going on with `max_batch_tokens` = {size // 2}.")
 
-    def _end_tokens(self) -> set[int]:
-        config = getattr(self.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        return {int(token) for token in [*ends, self.tokenizer.eos_token_id] if token is not None}
+    def _end_tokens(self, in_turns: bool) -> set[int]:
+        """Tokens that end an answer; of messages also the one that the chat template ends turns with, which base models that
+        know no such token as their end have learnt all the same."""
+        ends = set(end_tokens(self.tokenizer, getattr(self.model, "generation_config", None)))
+        turn = turn_end(self.tokenizer) if in_turns else None
+        return ends if turn is None else ends | {turn}
 
     def _is_stopped(self, tokens: list[int]) -> bool:
         if not self.settings.stop:

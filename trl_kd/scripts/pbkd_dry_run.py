@@ -22,7 +22,8 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
-from trl_kd.trainers.pbkd_data import RowCounts, check_tokenizer, has_images, prepare_rows, tokenize_rows
+from trl_kd.trainers.pbkd_data import RowCounts, check_tokenizer, has_images, prepare_rows
+from trl_kd.trainers.response_rows import tokenize_rows
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:

@@ -7,9 +7,26 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import get_scheduler
+from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
+from trl_kd.responses.ends import set_end_token, stop_at_end_token, unlearnable_end
+from trl_kd.responses.rendering import REASONING
+
+
+logger = get_logger(__name__)
+
+
+REASONING_METADATA: dict[str, Any] = {
+    "help": "What is learnt where the chat template changes a response: 'keep' (the response as it was sampled), 'strip' "
+    "(without <think> blocks), 'error' (stop), or by default the template's rendering, with a warning.",
+    "choices": ["keep", "strip", "error"],
+}
+EOS_TOKEN_METADATA: dict[str, Any] = {
+    "help": "Token that ends a turn, saved in the student's tokenizer and generation config; by default the tokenizer's."
+}
 
 
 def parse_radius(value: float | str | None) -> float | str:
@@ -42,6 +59,36 @@ def check_integer(name: str, value: Any, least: int) -> None:
     """As `check_number`, for whole numbers."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` is {value!r}: it must be a whole number, at least {least}.")
+
+
+def check_reasoning(value: Any) -> None:
+    """Raises a `ValueError` unless it is a value of `reasoning`."""
+    if value not in REASONING:
+        raise ValueError(f"`reasoning` is {value!r}: use 'keep', 'strip' or 'error', or leave it out.")
+
+
+def settle_end_token(processing_class: Any, model: Any, eos_token: str | None, row: dict[str, Any] | None) -> None:
+    """
+    Lets a model stop at the end token that was asked for; without one warns where it cannot learn to stop.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The student's.
+        model (`PreTrainedModel` or `PeftModel`):
+            The student.
+        eos_token (`str`, *optional*):
+            The setting.
+        row (`dict`, *optional*):
+            A row that is trained on: texts end with the tokenizer's own end token, messages as their template says.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if eos_token is not None:
+        set_end_token(tokenizer, eos_token)
+        stop_at_end_token(model, tokenizer)
+    elif row is not None and is_conversational(row):
+        said = unlearnable_end(processing_class, model.generation_config)
+        if said is not None:
+            logger.warning(said)
 
 
 def check_json(name: str, value: Any) -> None:

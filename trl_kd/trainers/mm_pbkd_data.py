@@ -15,7 +15,8 @@ from torch.utils.data import Sampler
 from trl import is_conversational
 
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows, tokenize_rows
+from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows
+from trl_kd.trainers.response_rows import tokenize_rows
 
 
 logger = get_logger(__name__)

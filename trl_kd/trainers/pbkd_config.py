@@ -5,7 +5,14 @@ from typing import Any
 
 from trl import DPOConfig
 
-from trl_kd.trainers.fields import check_json, check_number, parse_radius
+from trl_kd.trainers.fields import (
+    EOS_TOKEN_METADATA,
+    REASONING_METADATA,
+    check_json,
+    check_number,
+    check_reasoning,
+    parse_radius,
+)
 
 
 # TRL refuses another one in the middle of the first step
@@ -45,6 +52,16 @@ class PbKDConfig(DPOConfig):
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`. `{"load_in_4bit": true}` and the other fields of
             [`~transformers.BitsAndBytesConfig`] load a quantised teacher.
+
+        > Parameters of the data
+
+        reasoning (`str`, *optional*):
+            What is learnt where the chat template changes a response, as those of reasoning models do. By default the
+            template's rendering, with a warning. `"keep"`: the generation prompt, the response as it was sampled, and what
+            the template ends a turn with. `"strip"`: the response without `<think>` blocks. `"error"`: training stops.
+        eos_token (`str`, *optional*):
+            Token that ends a turn. It becomes the tokenizer's end token, and is saved in the student's generation config. By
+            default the tokenizer's.
 
         > Parameters of the constraint
 
@@ -124,6 +141,9 @@ class PbKDConfig(DPOConfig):
         },
     )
 
+    reasoning: str | None = field(default=None, metadata=REASONING_METADATA)
+    eos_token: str | None = field(default=None, metadata=EOS_TOKEN_METADATA)
+
     def __post_init__(self):
         # The command line and YAML hand over a union with `str` as a string
         self.confidence_radius = parse_radius(self.confidence_radius)
@@ -134,6 +154,7 @@ class PbKDConfig(DPOConfig):
         self._check_combinations()
 
     def _check_ranges(self) -> None:
+        check_reasoning(self.reasoning)
         if self.imitation not in ("sequence", "token"):
             raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
         for name in ("imitation_weight", "dual_init", "dual_learning_rate", "learning_rate"):

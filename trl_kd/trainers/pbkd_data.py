@@ -4,7 +4,9 @@ Beside TRL's `prompt` (optional), `chosen` and `rejected`, a row may have
 
 - `preference`: P(chosen ≻ rejected), 1 by default; a soft label, ½ for a tie, or null where nothing is known;
 - `teacher_side`: "chosen" or "rejected", which of the two the teacher wrote, or null for neither;
-- `teacher`: the teacher's response where it is neither of the two.
+- `teacher`: the teacher's response where it is neither of the two;
+- `chosen_finish_reason`, `rejected_finish_reason`, `teacher_finish_reason`: why a response ended, see
+  `trl_kd.responses.finish_reasons`. No end token is learnt behind one that was cut off.
 """
 
 import math
@@ -19,14 +21,20 @@ from datasets import Dataset, IterableDataset, Value
 from transformers import AutoProcessor
 from trl import is_conversational
 
-from trl_kd._trl import get_config_model_id, prepare_preference_dataset
+from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
+from trl_kd.responses.rendering import LEFT_OUT, OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
 
 
 logger = get_logger(__name__)
 
 LABEL_COLUMNS = ("preference", "teacher_side")
+OUR_COLUMNS = (*LABEL_COLUMNS, *KIND_COLUMNS, *REASON_COLUMNS)
+"""Columns of a row that are read here and unknown to TRL's collators."""
+BATCH_KEYS = (*LABEL_COLUMNS, "own_mask")
+"""What a batch has beside TRL's."""
 SIDES: dict[str | None, int] = {None: NO_TEACHER, "chosen": CHOSEN, "rejected": REJECTED}
 
 
@@ -252,7 +260,8 @@ class _RowReader:
             expanded.append({**row, "preference": preference, "teacher_side": side})
             if text is not None:
                 third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
-                expanded.append({**row, **third})
+                reasons = {column: row.get("teacher_finish_reason") for column in REASON_COLUMNS if column in row}
+                expanded.append({**row, **third, **reasons})
         return {column: [row[column] for row in expanded] for column in expanded[0]}
 
 
@@ -275,7 +284,7 @@ def check_text(value: Any, where: str) -> None:
 
 def _is_empty(response: Any) -> bool:
     if isinstance(response, list):
-        return all(_is_empty(message.get("content")) for message in response)
+        return not any(message.get("content") or message.get("tool_calls") for message in response)
     return response == ""
 
 
@@ -320,51 +329,54 @@ def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: st
         )
 
 
-def tokenize_rows(
-    dataset: Dataset | IterableDataset, processing_class: Any, args: PbKDConfig, name: str, limit: str = "max_length"
-) -> Dataset | IterableDataset:
-    """
-    Tokenizes as `DPOTrainer` does, without a model, and says what `args.max_length` takes away, which users know as `limit`.
-
-    Returns:
-        The dataset with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
-
-    Raises:
-        `ValueError`: no row has a response token left.
-    """
-    before = len(dataset) if isinstance(dataset, Dataset) else None
-    dataset = prepare_preference_dataset(dataset, processing_class, args, name)
-    if before is None:
-        return dataset
-    if before > len(dataset):
-        said = (
-            f"In {before - len(dataset)} of {before} rows of the {name} dataset the prompt alone fills `{limit}` = "
-            f"{args.max_length}, which leaves no response token"
-        )
-        if not len(dataset):
-            raise ValueError(f"{said}: raise `{limit}` or shorten the prompts.")
-        logger.warning(f"{said}: they are left out.")
-    responses = dataset.select_columns(["chosen_ids", "rejected_ids"])
-    if not any(row["chosen_ids"] or row["rejected_ids"] for row in responses):
-        raise ValueError(
-            f"No row of the {name} dataset has a response token: check its 'chosen' and 'rejected' columns."
-        )
-    return dataset
-
-
 @dataclass
 class PbKDCollator:
-    """Adds the labels to what another collator makes of a list of examples: `preference` (`[B]`, float32, NaN where unknown)
-    and `teacher_side` (`[B]`, int64, see `trl_kd.losses.imitation`)."""
+    """
+    Adds to what another collator makes of a list of examples, B of them:
+
+    - `preference`, `[B]`, float32, NaN where unknown;
+    - `teacher_side`, `[B]`, int64, see `trl_kd.losses.imitation`;
+    - `own_mask`, `[2B, T]`, the model's own tokens among those of `completion_mask`, where there are others.
+
+    End tokens behind answers that were cut off are taken out of `completion_mask`.
+
+    Parameters:
+        inner (`Callable`): The other collator.
+        reader (`ResponseReader`, *optional*): Reads examples with images, which the other collator tokenizes.
+    """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    reader: ResponseReader | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         # Read first: the inner collator may change its examples, and need not know these columns
         preferences = [example.get("preference", 1.0) for example in examples]
         sides = [example.get("teacher_side", "chosen") for example in examples]
-        rest = [{k: v for k, v in example.items() if k not in LABEL_COLUMNS} for example in examples]
+        kinds = [self._kinds(example) for example in examples]
+        rest = [{k: v for k, v in example.items() if k not in OUR_COLUMNS} for example in examples]
         batch = self.inner(rest)
         batch["preference"] = torch.tensor([math.nan if p is None else p for p in preferences], dtype=torch.float32)
         batch["teacher_side"] = torch.tensor([SIDES[side] for side in sides])
+        if any(of_side is not None for both in kinds for of_side in both):
+            self._apply(batch, [chosen for chosen, _ in kinds] + [rejected for _, rejected in kinds])
         return batch
+
+    def _kinds(self, example: dict[str, Any]) -> list[list[int] | None]:
+        if self.reader is not None:
+            return self.reader.kinds_alone(example)
+        return [example.get(column) for column in KIND_COLUMNS]
+
+    def _apply(self, batch: dict[str, Any], kinds_2B: list[list[int] | None]) -> None:
+        mask_2BT = batch["completion_mask"].clone()
+        own_2BT = mask_2BT.clone()
+        keeps_end = getattr(self.inner, "truncation_mode", "keep_start") == "keep_end"
+        for row, kinds in enumerate(kinds_2B):
+            if kinds is None:
+                continue
+            places = mask_2BT[row].nonzero().squeeze(1)  # `max_length` may have taken some
+            left = torch.tensor(kinds[len(kinds) - len(places) :] if keeps_end else kinds[: len(places)])
+            mask_2BT[row, places[left == LEFT_OUT]] = 0
+            own_2BT[row, places[left != OWN]] = 0
+        batch["completion_mask"] = mask_2BT
+        if not torch.equal(own_2BT, mask_2BT):
+            batch["own_mask"] = own_2BT

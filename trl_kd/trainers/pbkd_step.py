@@ -82,6 +82,8 @@ class CapturingForward:
             For token-level imitation.
         side_B, known_B (`torch.Tensor` of shape `[B]`):
             Who wrote what; whether the preference is known.
+        own_2BT (`torch.Tensor` of shape `[2B, T−1]`):
+            One for each of the model's own tokens in the responses, which are imitated.
         detach (`bool`):
             Whether any rank's window has rows without a known preference.
 
@@ -91,11 +93,20 @@ class CapturingForward:
         logps_2BT (`torch.Tensor` of shape `[2B, T−1]`):
             Log-probability of each token, with its gradient, zero outside the responses.
         divergence (`torch.Tensor`, *optional*):
-            Σ KL(teacher ‖ student) over the teacher's responses, nats.
+            Σ KL(teacher ‖ student) over the teacher's own tokens, nats.
     """
 
-    def __init__(self, model: Any, teacher: Teacher | None, side_B: torch.Tensor, known_B: torch.Tensor, detach: bool):
-        self.model, self.teacher, self.side_B, self.known_B, self.detach = model, teacher, side_B, known_B, detach
+    def __init__(
+        self,
+        model: Any,
+        teacher: Teacher | None,
+        side_B: torch.Tensor,
+        known_B: torch.Tensor,
+        own_2BT: torch.Tensor,
+        detach: bool,
+    ):
+        self.model, self.teacher, self.detach = model, teacher, detach
+        self.side_B, self.known_B, self.own_2BT = side_B, known_B, own_2BT
         self.output: Any = None
         self.logps_2BT: torch.Tensor = None  # type: ignore[assignment]
         self.divergence: torch.Tensor | None = None
@@ -106,7 +117,7 @@ class CapturingForward:
         if self.teacher is None:
             output = self.model(**kwargs)
         else:
-            output, self.divergence = self.teacher.student_forward(self.model, self.side_B, **kwargs)
+            output, self.divergence = self.teacher.student_forward(self.model, self.side_B, self.own_2BT, **kwargs)
         # Prompt learning puts virtual tokens in front
         self.logps_2BT = output.log_probs[:, 1 - kwargs["input_ids"].size(1) :]
         if self.detach:

@@ -16,13 +16,15 @@ from trl import DPOConfig, DPOTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
+from trl_kd.responses.ends import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
-from trl_kd.trainers.fields import as_config
+from trl_kd.trainers.fields import as_config, settle_end_token
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
-    LABEL_COLUMNS,
+    BATCH_KEYS,
+    OUR_COLUMNS,
     PbKDCollator,
     RowCounts,
     check_labels,
@@ -31,9 +33,9 @@ from trl_kd.trainers.pbkd_data import (
     has_images,
     load_processing_class,
     prepare_rows,
-    tokenize_rows,
 )
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
+from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -119,6 +121,7 @@ optimizers, quantization_config, peft_config:
         self._window: Window | None = None  # of the optimizer step under way
         self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
+        self._reader: ResponseReader | None = None  # of rows with images
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
@@ -129,6 +132,7 @@ optimizers, quantization_config, peft_config:
             if processing_class is None:
                 processing_class = load_processing_class(model, args)
             self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            set_end_token(self._tokenizer, args.eos_token)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer, model)
             train_dataset = self._tokenize_rows(train_dataset, processing_class, args, "train")
@@ -152,7 +156,8 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         keep_gradients(self.model)
-        self.data_collator = PbKDCollator(self.data_collator)
+        self._extend_collator()
+        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(self.train_dataset), None))
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
@@ -173,7 +178,8 @@ optimizers, quantization_config, peft_config:
 
     def _tokenize_rows(self, dataset, processing_class, args, name, count=True):
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
-            return dataset
+            self._reader = ResponseReader(processing_class, args, name)
+            return self._reader.look(dataset)
         check_tokenizer(self._tokenizer, dataset, name)
         dataset = tokenize_rows(dataset, processing_class, args, name)
         counts = self.row_counts.get(name) if count else None
@@ -190,7 +196,11 @@ optimizers, quantization_config, peft_config:
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [c for c in LABEL_COLUMNS if c not in self._signature_columns]
+        self._signature_columns += [c for c in OUR_COLUMNS if c not in self._signature_columns]
+
+    def _extend_collator(self) -> None:
+        if not isinstance(self.data_collator, PbKDCollator):
+            self.data_collator = PbKDCollator(self.data_collator, self._reader)
 
     def _make_dual(self, args: PbKDConfig) -> DualVariable:
         counts = self.row_counts.get("train")
@@ -227,6 +237,7 @@ optimizers, quantization_config, peft_config:
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)  # the labels must not reach the model's forward
         preference_B, side_B = inputs.pop("preference"), inputs.pop("teacher_side")
+        own_2BT = inputs.pop("own_mask", inputs["completion_mask"])[:, 1:]
         training = self.model.training
         if training and self._window is not None:
             window = self._window
@@ -238,14 +249,14 @@ optimizers, quantization_config, peft_config:
 
         reference, reference_2BT = self._reference_logps(inputs)
         inputs |= reference
-        forward = CapturingForward(model, self.teacher, side_B, known_B, detach=window.null > 0)
+        forward = CapturingForward(model, self.teacher, side_B, known_B, own_2BT, detach=window.null > 0)
         loss, outputs = self._trl_loss(forward, inputs, return_outputs)
 
         mask_2BT = inputs["completion_mask"][:, 1:]
         margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
         preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
-        logps_2B = forward.logps_2BT.sum(1)
-        imitation = sequence_imitation(logps_2B, side_B).sum() if self.teacher is None else forward.divergence
+        logps_2B, own_2B = forward.logps_2BT.sum(1), (forward.logps_2BT * own_2BT).sum(1)
+        imitation = sequence_imitation(own_2B, side_B).sum() if self.teacher is None else forward.divergence
         auxiliary = self._auxiliary_loss(forward.output)
         weight = self.args.imitation_weight * self.beta
         loss = self.dual.value * preference_loss + auxiliary + weight * window.mean(imitation, window.teacher)
@@ -259,7 +270,7 @@ optimizers, quantization_config, peft_config:
             preference=preference_loss * (window.known / window.micro_batches),
             auxiliary=torch.as_tensor(auxiliary, device=loss.device),
             imitation=imitation,
-            teacher_logps=-sequence_imitation(logps_2B.detach(), side_B).sum(),
+            teacher_logps=-sequence_imitation(own_2B.detach(), side_B).sum(),
             preference_nll=(excess_B * known_B).sum(),
         )
         if not training and self._evaluation is not None:
@@ -285,10 +296,11 @@ optimizers, quantization_config, peft_config:
 
     def _precompute_ref_logps(self, *args, **kwargs):
         keep_gradients(self.model)  # this is within TRL's `__init__`, before ours goes on
+        self._extend_collator()
         return super()._precompute_ref_logps(*args, **kwargs)
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in LABEL_COLUMNS})
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in BATCH_KEYS})
 
     def _trl_loss(self, forward, inputs, return_outputs=False):
         """TRL's loss with the reference's log-probabilities read from `inputs`, so that they are computed once."""

@@ -187,7 +187,9 @@ class Teacher:
         with torch.no_grad(), self._accelerator.autocast():
             return self._redirect(self.model, unwrapped, forward, input_ids=input_ids, attention_mask=attention_mask)
 
-    def student_forward(self, model: Any, side_B: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
+    def student_forward(
+        self, model: Any, side_B: torch.Tensor, own_2BT: torch.Tensor, **kwargs
+    ) -> tuple[Any, torch.Tensor]:
         """
         The student's forward, with the imitation term made inside it: a wrapped student (DDP, FSDP, DeepSpeed) allows one
         forward, within which alone its output embedding is whole.
@@ -197,15 +199,17 @@ class Teacher:
                 The student as wrapped for training.
             side_B (`torch.Tensor` of shape `[B]`):
                 Who wrote what, see `trl_kd.losses.imitation`.
+            own_2BT (`torch.Tensor` of shape `[2B, T−1]`):
+                One for each of the model's own tokens in the responses, from the second token on.
             **kwargs:
                 What `DPOTrainer` gives the student: `input_ids`, `attention_mask`, `labels` of shape `[2B, T]`.
 
         Returns:
-            The student's output, and Σ over rows and tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)) on the teacher's responses, in
+            The student's output, and Σ over rows and tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)) on the teacher's own tokens, in
             nats. Its gradient is that of the cross-entropy −⟨μ, log π_θ⟩.
         """
         length = kwargs["input_ids"].size(1)
-        mask_BT = teacher_rows(kwargs["labels"][:, 1:] != -100, side_B) & (side_B != NO_TEACHER).unsqueeze(1)
+        mask_BT = teacher_rows(own_2BT.bool(), side_B) & (side_B != NO_TEACHER).unsqueeze(1)
         teacher_BTH = self.hidden_states(
             teacher_rows(kwargs["input_ids"], side_B), teacher_rows(kwargs["attention_mask"], side_B)
         )[:, :-1]

@@ -1,0 +1,309 @@
+"""Responses of a dataset of pairs: what the chat template makes of them, their tokens, and which of these count.
+
+`DPOTrainer` tokenizes. What it cannot know is said here in columns of their own: `chosen_kinds` and `rejected_kinds`, one kind a
+token of the response (`trl_kd.responses.rendering`), null where every token is the model's own.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
+from trl import extract_prompt, is_conversational
+
+from trl_kd._trl import prepare_preference_dataset
+from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.reasoning import strip_reasoning
+from trl_kd.responses.rendering import (
+    CannotRender,
+    Rendering,
+    common_prefix,
+    pair_ids,
+    render,
+    response_kinds,
+    text_kinds,
+    text_of,
+)
+from trl_kd.sampling.nulls import without_nulls
+from trl_kd.sampling.prompts import begins_twice, row_options
+
+
+logger = get_logger(__name__)
+
+SIDES = ("chosen", "rejected")
+KIND_COLUMNS = ("chosen_kinds", "rejected_kinds")
+REASON_COLUMNS = ("chosen_finish_reason", "rejected_finish_reason")
+_OPTIONS = ("tools", "chat_template_kwargs")
+
+
+def tokenize_rows(
+    dataset: Dataset | IterableDataset, processing_class: Any, args: Any, name: str, limit: str = "max_length"
+) -> Dataset | IterableDataset:
+    """
+    Tokenizes as `DPOTrainer` does, without a model, and says what `args.max_length` takes away, which users know as `limit`.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Pairs in TRL's preference format. `chosen_finish_reason` and `rejected_finish_reason`, where there are such
+            columns, say which responses were cut off.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The student's.
+        args (`PbKDConfig`):
+            Settings.
+        name (`str`):
+            Name of the dataset in messages.
+        limit (`str`, *optional*, defaults to `"max_length"`):
+            Name of the setting.
+
+    Returns:
+        The dataset with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`, and [`KIND_COLUMNS`] if a row needs them.
+
+    Raises:
+        `ValueError`: no row can be rendered or has a response token left, or `reasoning` is 'error' and a template changes
+            a response.
+    """
+    reader = ResponseReader(processing_class, args, name)
+    dataset = reader.look(dataset)
+    before = len(dataset) if isinstance(dataset, Dataset) else None
+    if reader.renders_itself(dataset):
+        dataset = reader.tokenize(dataset)
+    else:
+        dataset = prepare_preference_dataset(dataset, processing_class, args, name)
+    if before is not None and before > len(dataset):
+        said = (
+            f"In {before - len(dataset)} of {before} rows of the {name} dataset the prompt alone fills `{limit}` = "
+            f"{args.max_length}, which leaves no response token"
+        )
+        if not len(dataset):
+            raise ValueError(f"{said}: raise `{limit}` or shorten the prompts.")
+        logger.warning(f"{said}: they are left out.")
+    dataset = reader.mark(dataset)
+    if before is None:
+        return dataset
+    responses = dataset.select_columns(["chosen_ids", "rejected_ids"])
+    if not any(row["chosen_ids"] or row["rejected_ids"] for row in responses):
+        raise ValueError(
+            f"No row of the {name} dataset has a response token: check its 'chosen' and 'rejected' columns."
+        )
+    return dataset
+
+
+class ResponseReader:
+    """
+    Reads the responses of one dataset.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The student's.
+        args:
+            Settings, of which `reasoning`, `max_length`, `truncation_mode` and `dataset_num_proc` are read.
+        name (`str`):
+            Name of the dataset in messages.
+    """
+
+    def __init__(self, processing_class: Any, args: Any, name: str):
+        self.processing_class, self.args, self.name = processing_class, args, name
+        self.reasoning: str | None = args.reasoning
+
+    def _map(self, dataset: Any, change: Any, doing: str, **options: Any) -> Any:
+        if isinstance(dataset, Dataset):
+            options |= {"num_proc": self.args.dataset_num_proc, "desc": f"{doing} the {self.name} dataset"}
+        return dataset.map(change, **options)
+
+    # ---- What the template makes of them -----------------------------------------------------------------------------------
+
+    def look(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Takes reasoning out if asked to, leaves out rows that cannot be rendered, and says where a template changes a
+        response. The prompt is in a column of its own afterwards.
+
+        Raises:
+            `ValueError`: no row is left, or `reasoning` is 'error' and a response is changed.
+        """
+        first: dict[str, Any] = next(iter(dataset))
+        if "prompt" not in first:
+            dataset = self._map(dataset, extract_prompt, "Extracting the prompts of")
+        if self.reasoning == "strip":
+            dataset = self._map(dataset, without_reasoning, "Taking the reasoning out of")
+        if not is_conversational(first):
+            prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first.get("prompt")]
+            warn_of_second_start(self.processing_class, prompts, f"the {self.name} dataset")
+            return dataset
+        if not isinstance(dataset, Dataset):
+            return dataset.filter(self._can_be_rendered)
+        read = ["prompt", *SIDES, *(c for c in (*_OPTIONS, *REASON_COLUMNS) if c in dataset.column_names)]
+        looked = self._map(
+            dataset.select_columns(read), self._look_at, "Rendering", remove_columns=read, features=_LOOKED
+        )
+        altered = [(i, why) for i, why in enumerate(looked["altered"]) if why]
+        if altered:
+            self._tell_altered(altered[0][1], f"row {altered[0][0]}", f"{len(altered)} of {len(dataset)} rows")
+        return self._leave_out(dataset, looked["failed"])
+
+    def _look_at(self, row: dict[str, Any]) -> dict[str, str]:
+        try:
+            altered = [self.render(row, side).altered for side in SIDES]
+        except CannotRender as error:
+            return {"failed": str(error), "altered": ""}
+        return {"failed": "", "altered": altered[0] or altered[1] or ""}
+
+    def _can_be_rendered(self, row: dict[str, Any]) -> bool:
+        found = self._look_at(row)
+        if found["failed"]:
+            logger.warning_once(f"A row of the {self.name} dataset is left out: {found['failed']}. This is said once.")
+        elif found["altered"]:
+            self._tell_altered(found["altered"], "the first such row", "some rows")
+        return not found["failed"]
+
+    def _tell_altered(self, why: str, where: str, count: str) -> None:
+        said = f"In {count} of the {self.name} dataset what is learnt is not what is sampled. In {where} {why}."
+        if self.reasoning == "error":
+            raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
+        logger.warning_once(
+            f"{said} `reasoning='keep'` learns the generation prompt with the response as it was sampled, 'strip' takes "
+            "`<think>` blocks out, and 'error' stops here."
+        )
+
+    def _leave_out(self, dataset: Dataset, failed: list[str]) -> Dataset:
+        if not any(failed):
+            return dataset
+        row = next(i for i, why in enumerate(failed) if why)
+        kept = [i for i, why in enumerate(failed) if not why]
+        said = f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {self.name} dataset cannot be learnt from"
+        if not kept:
+            raise ValueError(f"{said}. Row {row}: {failed[row]}.")
+        logger.warning(f"{said} and are left out. The first is row {row}: {failed[row]}.")
+        return dataset.select(kept)
+
+    def render(self, row: dict[str, Any], side: str) -> Rendering:
+        """One response of a row with its prompt.
+
+        Raises:
+            `CannotRender`: see [`~trl_kd.responses.rendering.render`].
+        """
+        return render(
+            self.processing_class,
+            row["prompt"],
+            row[side],
+            row_options(row),
+            complete=ending(row.get(f"{side}_finish_reason")) != "cut",
+            reasoning=self.reasoning,
+        )
+
+    # ---- Tokens ------------------------------------------------------------------------------------------------------------
+
+    def renders_itself(self, dataset: Any) -> bool:
+        """Whether TRL cannot tokenize these rows as they were built: it writes null options into the template, and knows no
+        response but the template's."""
+        first = next(iter(dataset), None)
+        if first is None or not is_conversational(first):
+            return False
+        if self.reasoning == "keep":
+            return True
+        columns = [column for column in _OPTIONS if column in first]
+        if not isinstance(dataset, Dataset):
+            return bool(columns)
+        return any(_has_nulls(column, value) for column in columns for value in dataset[column])
+
+    def tokenize(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """What `DPOTrainer` does, with the row's own options and `reasoning`."""
+        dataset = self._map(dataset, self._tokenize, "Tokenizing")
+        limit = self.args.max_length
+        if limit is not None and self.args.truncation_mode == "keep_start":
+            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < limit)
+        return dataset
+
+    def _tokenize(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        chosen, rejected = (self.render(row, side) for side in SIDES)
+        ids = pair_ids(self.processing_class, row["prompt"], chosen, rejected, row_options(row), self.reasoning)
+        return dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
+
+    # ---- Kinds of tokens ---------------------------------------------------------------------------------------------------
+
+    def needs_kinds(self, row: dict[str, Any]) -> bool:
+        """Whether some token of a response may not be the model's own."""
+        cut = any(ending(row.get(column)) == "cut" for column in REASON_COLUMNS)
+        return cut or any(not isinstance(row[side], str) and len(row[side]) > 1 for side in SIDES)
+
+    def mark(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Adds [`KIND_COLUMNS`] to tokenized rows, if a row needs them."""
+        if not isinstance(dataset, Dataset):
+            return dataset.map(self._mark).filter(self._is_marked).remove_columns("failed")
+        read = [column for column in (*SIDES, *REASON_COLUMNS) if column in dataset.column_names]
+        batches: Iterable[dict[str, list]] = dataset.select_columns(read).with_format(None).iter(batch_size=1000)
+        rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
+        if not any(self.needs_kinds(row) for row in rows):
+            return dataset
+        kinds = dict.fromkeys(KIND_COLUMNS, Sequence(Value("int8")))
+        dataset = self._map(
+            dataset,
+            self._mark,
+            "Telling the model's own tokens of",
+            features=Features({**dataset.features, **kinds, "failed": Value("string")}),
+        )
+        failed = dataset["failed"]
+        return self._leave_out(dataset.remove_columns("failed"), list(failed))
+
+    def _mark(self, row: dict[str, Any]) -> dict[str, Any]:
+        nothing: dict[str, Any] = {**dict.fromkeys(KIND_COLUMNS), "failed": ""}
+        if not self.needs_kinds(row):
+            return nothing
+        try:
+            return {f"{side}_kinds": self._kinds(row, side) for side in SIDES} | {"failed": ""}
+        except CannotRender as error:
+            return nothing | {"failed": str(error)}
+
+    def _kinds(self, row: dict[str, Any], side: str) -> list[int]:
+        ids, text_format = row[f"{side}_ids"], isinstance(row["prompt"], str)
+        whole = row["prompt_ids"] + ids
+        return response_kinds(self.processing_class, self.render(row, side), whole, len(ids), text_format)
+
+    def _is_marked(self, row: dict[str, Any]) -> bool:
+        if row["failed"]:
+            logger.warning_once(f"A row of the {self.name} dataset is left out: {row['failed']}. This is said once.")
+        return not row["failed"]
+
+    def kinds_alone(self, row: dict[str, Any]) -> list[list[int] | None]:
+        """Kinds of the two responses of a row with images, which TRL's collator tokenizes apart from their prompt."""
+        if not self.needs_kinds(row):
+            return [None, None]
+        rendered = [self.render(row, side) for side in SIDES]
+        start = min(common_prefix(one.opening, other.text) for one in rendered for other in rendered)
+        return [text_kinds(self.processing_class, one, start) for one in rendered]
+
+
+_LOOKED = Features({"failed": Value("string"), "altered": Value("string")})
+
+
+def _has_nulls(column: str, value: Any) -> bool:
+    """Whether TRL would write nulls of a row's options into the template. (A missing list of tools is none.)"""
+    if value is None:
+        return column == "chat_template_kwargs"
+    return not isinstance(value, str) and value != without_nulls(value)
+
+
+def without_reasoning(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose responses have lost their `<think>` blocks."""
+    return {side: stripped(row[side]) for side in SIDES}
+
+
+def stripped(response: Any) -> Any:
+    """A response without the reasoning in it."""
+    if isinstance(response, str):
+        return strip_reasoning(response)
+    return [
+        {**message, "content": strip_reasoning(text_of(message))}
+        if message.get("role") == "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in response
+    ]
+
+
+def warn_of_second_start(processing_class: Any, prompts: Iterable[Any], where: str) -> None:
+    """Warns, with their number, of text prompts that begin with the BOS token where the tokenizer puts one there too."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    count = sum(begins_twice(tokenizer, prompt) for prompt in prompts)
+    if count:
+        logger.warning(
+            f"{count} prompts of {where} begin with {tokenizer.bos_token!r}, and the tokenizer writes another one before "
+            "them: take it out of the prompts."
+        )
