@@ -141,11 +141,9 @@ def test_given_completions_leave_the_student_alone(tiny_dir, teacher_dir, settin
 
 
 def completion_of(tokenizer, row, ends=(EOS,), **template) -> tuple[list[int], list[int]]:
-    if isinstance(row["prompt"], str):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-    else:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True)["input_ids"]
-    return tokenize_completion(prompt, row, tokenizer, list(ends), **template)
+    prompt, ids, own = tokenize_completion(row, tokenizer, list(ends), **template)
+    assert all(own)
+    return prompt, ids
 
 
 def said_by(role: str, text: str) -> list[dict]:
@@ -161,41 +159,56 @@ def test_text_ends_with_the_end_token_once():
 
 
 class Batched:
-    """As processors are: of one text they make a batch of one."""
+    """As processors are: of one text they make a batch of one, and their tokenizer is inside."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.apply_chat_template = tokenizer.apply_chat_template
 
     def __call__(self, text):
         return {"input_ids": [self.tokenizer(text)["input_ids"]]}
 
-    def apply_chat_template(self, messages, **options):
-        return {"input_ids": [self.tokenizer.apply_chat_template(messages, **options)["input_ids"]]}
 
-
-def test_a_processors_batch_of_one_is_taken_out_of_it():
+def test_a_processors_tokenizer_is_taken():
     tokenizer = make_tokenizer()
     for row in (
         {"prompt": "40+2=", "completion": "42"},
         {"prompt": said_by("user", "40+2="), "completion": said_by("assistant", "42")},
     ):
-        prompt, expected = completion_of(tokenizer, row)
-        assert tokenizer.decode(expected) == "42<eos>"
-        assert tokenize_completion(prompt, row, Batched(tokenizer), [EOS]) == (prompt, expected)
+        expected = completion_of(tokenizer, row)
+        assert tokenizer.decode(expected[1]) == "42<eos>"
+        assert completion_of(Batched(tokenizer), row) == expected
 
 
-@pytest.mark.parametrize(
-    ("written_after", "answers"),
-    [("", ["42"]), ("\n", ["42"]), ("\n", ["42", "43"])],
-    ids=["nothing", "a line break", "another turn"],
-)
-def test_messages_end_with_the_end_token(written_after, answers):
+@pytest.mark.parametrize("written_after", ["", "\n"], ids=["nothing", "a line break"])
+def test_messages_end_with_the_end_token(written_after):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ eos_token }}", "{{ eos_token + '" + written_after + "' }}")
-    turns = [m for text in answers for m in (*said_by("user", "and?"), *said_by("assistant", text))][1:]
-    prompt, ids = completion_of(tokenizer, {"prompt": said_by("user", "40+2="), "completion": turns})
+    row = {"prompt": said_by("user", "40+2="), "completion": said_by("assistant", "42")}
+    prompt, ids = completion_of(tokenizer, row)
     assert tokenizer.decode(prompt) == "u?40+2=a?"
     assert tokenizer.decode(ids) == "42<eos>"
+
+
+def test_turns_after_the_first_stay_and_those_of_others_are_no_states():
+    tokenizer = make_tokenizer()
+    turns = [*said_by("assistant", "42"), *said_by("user", "sure"), *said_by("assistant", "yes")]
+    prompt, ids, own = tokenize_completion({"prompt": said_by("user", "40+2="), "completion": turns}, tokenizer, [EOS])
+    assert tokenizer.decode(prompt) == "u?40+2=a?"
+    assert tokenizer.decode(ids) == "42<eos>u?surea?yes<eos>"
+    assert tokenizer.decode([token for token, mine in zip(ids, own, strict=True) if mine]) == "42<eos>yes<eos>"
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "budget"])
+def test_a_completion_that_was_cut_off_has_no_end_token(reason):
+    tokenizer = make_tokenizer()
+    for row in (
+        {"prompt": "40+2=", "completion": "first we"},
+        {"prompt": said_by("user", "40+2="), "completion": said_by("assistant", "first we")},
+    ):
+        assert tokenizer.decode(completion_of(tokenizer, row)[1]) == "first we<eos>"
+        cut = row | {"completion_finish_reason": reason}
+        assert tokenizer.decode(completion_of(tokenizer, cut)[1]) == "first we"
 
 
 def test_a_template_that_writes_no_end_token_keeps_its_text():

@@ -149,7 +149,7 @@ def test_the_reward_model_reads_the_students_template(tiny_dir, settings):
     chat = {"rows": CHAT, "preference_function": digits, "processing_class": tokenizer}
     quiet = make(tiny_dir, settings, **chat)
     loud = make(tiny_dir, settings, **chat, chat_template_kwargs={"shout": True})
-    ids = [trainer.learner.encode(CHAT[0]["prompt"], "7", True) for trainer in (quiet, loud)]
+    ids = [trainer.learner.encode(CHAT[0]["prompt"], "7", "stop") for trainer in (quiet, loud)]
     assert len(ids[1]) == len(ids[0]) + 1
 
 

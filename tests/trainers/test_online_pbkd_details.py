@@ -26,9 +26,9 @@ def test_held_out_accuracy_is_of_the_climbed_head_and_in_the_warm_up_of_the_one_
 
 def test_a_long_row_keeps_its_first_token_if_it_opens_every_row(tiny_dir, settings):
     learner = make(tiny_dir, settings, pairs=PAIRS, rm_max_length=5).learner
-    bare = learner.encode("<unk>1234", "56", True)
+    bare = learner.encode("<unk>1234", "56", "stop")
     learner.tokenizer.bos_token = "<unk>"
-    kept = learner.encode("<unk>1234", "56", True)
+    kept = learner.encode("<unk>1234", "56", "stop")
     assert len(bare) == len(kept) == 5
     assert kept == [learner.tokenizer.bos_token_id, *bare[1:]]
 
@@ -65,7 +65,7 @@ def test_the_gap_is_that_of_prompts_which_the_teacher_answered(tiny_dir, setting
     torch.nn.init.normal_(learner.model.heads.adversary.weight)
     trainer.model.eval()
     rewards = trainer._calculate_rewards(ROWS[:2], PROMPTS[:2], ["1", "+++"], [[4, 1], [5, 5, 5, 1]])[:, -1]
-    theirs = learner.score([learner.encode(PROMPTS[0], "111", True)])
+    theirs = learner.score([learner.encode(PROMPTS[0], "111", "stop")])
     assert rewards[0] != rewards[1]
     assert trainer._metrics["eval"]["pbkd/imitation_gap"] == [pytest.approx((theirs - rewards[0]).item(), abs=1e-5)]
 

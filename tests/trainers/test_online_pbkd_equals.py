@@ -111,8 +111,8 @@ def test_steps_equal_a_plain_loop(tmp_path, mode):
     more = MODES[mode]
     pairs = [{**pair, "preference": LABELS[i % 5]} for i, pair in enumerate(PAIRS)]
     learner = learner_of(tmp_path, pairs, **more)
-    theirs = [learner.encode(f"{i}+1=", "77", True) for i in range(3)]
-    ours = [learner.encode(f"{i}+1=", "4" * (j + 1), j > 0) for i in range(3) for j in range(2)]
+    theirs = [learner.encode(f"{i}+1=", "77", "stop") for i in range(3)]
+    ours = [learner.encode(f"{i}+1=", "4" * (j + 1), "stop" if j else "length") for i in range(3) for j in range(2)]
 
     reference = learner_of(tmp_path, pairs, **more).model
     optimizer = torch.optim.Adam(reference.parameters(), lr=1e-2)
@@ -167,7 +167,7 @@ def test_what_does_not_learn_stays(tmp_path):
     for mode, still in (("mle", "adversary"), ("discriminator", "mle")):
         learner = learner_of(tmp_path, adversary=mode)
         before = getattr(learner.model.heads, still).weight.clone()
-        rows = [learner.encode("1+1=", text, True) for text in ("2", "33")]
+        rows = [learner.encode("1+1=", text, "stop") for text in ("2", "33")]
         learner.step(rows[:1], rows[1:])
         assert torch.equal(getattr(learner.model.heads, still).weight, before)
 

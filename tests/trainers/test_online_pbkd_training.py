@@ -327,7 +327,7 @@ def test_reward_model_and_pairs_are_of_use_afterwards(tiny_dir, settings, rank, 
     trainer.save_model()
     folder = os.path.join(settings["output_dir"], "_online")
     loaded = AutoModelForSequenceClassification.from_pretrained(os.path.join(folder, "reward_model")).eval()
-    ids = trainer.learner.encode("1+1=", "2", True)
+    ids = trainer.learner.encode("1+1=", "2", "stop")
     output = loaded(torch.tensor([ids])).logits
     assert output.shape == (1, 1)
     assert 5 * torch.tanh(output / 5).item() == pytest.approx(trainer.learner.score([ids]).item(), abs=1e-5)
@@ -345,7 +345,7 @@ def test_a_reward_model_is_of_use_again(tiny_dir, settings):
     saved = os.path.join(settings["output_dir"], "_online", "reward_model")
     for rank in (0, 2):
         second = make(tiny_dir, settings, preference_function=digits, reward_model=saved, rm_lora_r=rank)
-        ids = first.learner.encode("1+1=", "2", True)
+        ids = first.learner.encode("1+1=", "2", "stop")
         assert second.learner.score([ids]).item() == pytest.approx(first.learner.score([ids]).item(), abs=1e-5)
         second.train()
 

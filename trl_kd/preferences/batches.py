@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
-from trl_kd.preferences.tokens import template_options, tokenize_response
+from trl_kd.preferences.tokens import encode_answer, template_options, tokenize_response
+from trl_kd.responses.rendering import CannotRender, Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
@@ -51,6 +52,7 @@ class ModelPreference(ScoredPreference):
 
     Attributes:
         truncated (`int`): Rows that were longer than `max_length`, each time they were scored.
+        unrendered (`int`): Rows that the chat template could not render, likewise. They have no score.
     """
 
     reads = ("tools", "chat_template_kwargs")
@@ -97,7 +99,7 @@ class ModelPreference(ScoredPreference):
             )
         self.max_batch_tokens = max_batch_tokens
         self.max_length = max_length or self._longest(config)
-        self.truncated = 0
+        self.truncated = self.unrendered = 0
         self._model: Any = None
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
@@ -155,6 +157,26 @@ class ModelPreference(ScoredPreference):
                 "beginning of their prompt. This is said once; `truncated` counts them."
             )
         self.truncated += 1
+
+    def encode(
+        self,
+        prompt: Text,
+        completion: Text,
+        options: dict[str, Any],
+        finish_reason: str | None = None,
+        reasoning: str | None = None,
+    ) -> Encoded | None:
+        """See [`~trl_kd.preferences.tokens.encode_answer`]; `None` for a row that cannot be rendered."""
+        try:
+            return encode_answer(self.tokenizer, prompt, completion, finish_reason, options, reasoning)
+        except CannotRender as error:
+            if not self.unrendered:
+                logger.warning(
+                    f"A row has no score, since {self.name!r} cannot read it: {error}. This is said once; `unrendered` "
+                    "counts such rows."
+                )
+            self.unrendered += 1
+            return None
 
     def pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids `[B, T]` and attention mask `[B, T]` of rows, padded on the right, on the model's device."""

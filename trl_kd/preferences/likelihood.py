@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.batches import ModelPreference
-from trl_kd.preferences.tokens import template_options, tokenize_response
+from trl_kd.preferences.tokens import template_options
+from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.rendering import REASONING
 from trl_kd.sampling import Text
 
 
@@ -16,7 +18,8 @@ class TeacherLikelihood(ModelPreference):
     Scores responses with log μ(y|x) of a white-box teacher μ, in nats.
 
     Rows are tokenized as `DPOTrainer` does. What a chat template writes after the last end token is left out, since no
-    model has to say it. Teacher and student may have different tokenizers: only texts are read.
+    model has to say it, and so is what a user or a tool says within a response. Teacher and student may have different
+    tokenizers: only texts are read.
 
     Args:
         model (`str` or `PreTrainedModel`):
@@ -29,6 +32,10 @@ class TeacherLikelihood(ModelPreference):
         processing_class, max_batch_tokens, max_length, model_init_kwargs:
             See [`~trl_kd.preferences.batches.ModelPreference`]. A row longer than `max_length` loses the beginning of its
             prompt, and the end of a response that is longer by itself.
+        reasoning (`str`, *optional*):
+            What is scored where the teacher's chat template changes a response, as those of reasoning models do. By default
+            the template's rendering, with a warning. `"keep"`: the response as it was sampled. `"strip"`: the response
+            without `<think>` blocks. `"error"`: a `ValueError`.
         chunk_tokens (`int`, *optional*, defaults to `512`):
             Tokens whose logits are in memory at once: `chunk_tokens × vocabulary × 4` bytes, a few times over.
 
@@ -48,11 +55,15 @@ class TeacherLikelihood(ModelPreference):
         max_length: int | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
         chunk_tokens: int = 512,
+        reasoning: str | None = None,
     ):
         super().__init__(model, scale, processing_class, max_batch_tokens, max_length, model_init_kwargs)
         if chunk_tokens < 1:
             raise ValueError(f"`chunk_tokens` is {chunk_tokens!r}: it must be at least 1.")
+        if reasoning not in REASONING:
+            raise ValueError(f"`reasoning` is {reasoning!r}: use 'keep', 'strip' or 'error', or leave it out.")
         self.length_normalized = length_normalized
+        self.reasoning = reasoning
         self.chunk_tokens = chunk_tokens
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
@@ -63,7 +74,8 @@ class TeacherLikelihood(ModelPreference):
             )
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"length_normalized": self.length_normalized}
+        reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
+        return super().describe() | {"length_normalized": self.length_normalized, **reasoning}
 
     def __call__(
         self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]
@@ -81,49 +93,55 @@ class TeacherLikelihood(ModelPreference):
 
     def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         """
-        log μ(y|x) of each completion: mean or sum over its tokens, its end token among them.
+        log μ(y|x) of each completion: mean or sum over the model's own tokens, their end tokens among them.
 
         Args:
             prompts, completions (`list[str]` or `list[list[dict]]`):
                 Prompts and responses.
             **columns (`list`):
-                `finish_reason`, where given, is `"length"` for a completion that was cut off and so has no end token.
+                `finish_reason`, where given, says which completions were cut off and so have no end token, see
+                [`~trl_kd.responses.finish_reasons.ending`].
                 `tools` and `chat_template_kwargs` go to the chat template.
 
         Returns:
-            `list[float | None]`: at most 0; `None` for a completion without tokens.
+            `list[float | None]`: at most 0; `None` for a completion without tokens, or one that cannot be rendered.
         """
         reasons = columns.get("finish_reason") or [None] * len(prompts)
-        rows, starts = [], []
+        rows, own = [], []
         for index, (prompt, completion, reason) in enumerate(zip(prompts, completions, reasons, strict=True)):
-            context, response = self._tokens(prompt, completion, template_options(columns, index), reason != "length")
-            rows.append(context + response)
-            starts.append(max(len(context), 1))  # nothing predicts the first token of all
+            ids, scored = self._tokens(prompt, completion, template_options(columns, index), reason)
+            rows.append(ids)
+            own.append(scored)
         return self.in_batches(
             [len(row) for row in rows],
-            lambda batch: self._run([rows[index] for index in batch], [starts[index] for index in batch]),
+            lambda batch: self._run([rows[index] for index in batch], [own[index] for index in batch]),
         )
 
     def _tokens(
-        self, prompt: Text, completion: Text, options: dict[str, Any], complete: bool
-    ) -> tuple[list[int], list[int]]:
-        context, response = tokenize_response(self.tokenizer, prompt, completion, options, complete)
+        self, prompt: Text, completion: Text, options: dict[str, Any], reason: str | None
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of prompt and response, and which of them are scored."""
+        encoded = self.encode(prompt, completion, options, reason, self.reasoning)
+        if encoded is None:
+            return [], []
+        context, response, own = encoded.prompt_ids, encoded.ids, encoded.own
         end = self.tokenizer.eos_token_id
-        if complete and end in response:
+        if ending(reason) != "cut" and end in response:
             response = response[: len(response) - response[::-1].index(end)]
         if self.max_length is not None and len(context) + len(response) > self.max_length:
             self.note_truncation()
             context = context[-max(self.max_length - len(response), 1) :]
             response = response[: self.max_length - len(context)]
-        return context, response
+        scored = [False] * len(context) + own[: len(response)]
+        return context + response, [False, *scored[1:]]  # nothing predicts the first token of all
 
-    def _run(self, rows: list[list[int]], starts: list[int]) -> list[float | None]:
+    def _run(self, rows: list[list[int]], own: list[list[bool]]) -> list[float | None]:
         ids_BT, mask_BT = self.pad(rows)
         hidden_BTH = _trl.backbone(self.model)(
             input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
         ).last_hidden_state
-        positions_T = torch.arange(1, ids_BT.size(1), device=ids_BT.device)
-        scored_BT = (positions_T >= torch.tensor(starts, device=ids_BT.device).unsqueeze(1)) & (mask_BT[:, 1:] == 1)
+        width = ids_BT.size(1)
+        scored_BT = torch.tensor([[*row, *[False] * (width - len(row))] for row in own], device=ids_BT.device)[:, 1:]
         logps_N = self._logps(hidden_BTH[:, :-1][scored_BT.to(hidden_BTH.device)], ids_BT[:, 1:][scored_BT])
         # In double precision, so that the sum does not depend on its order
         counts = scored_BT.sum(1).tolist()

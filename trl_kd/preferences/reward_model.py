@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_kd.preferences.batches import ModelPreference
-from trl_kd.preferences.tokens import template_options, tokenize_response
+from trl_kd.preferences.tokens import template_options
 from trl_kd.sampling import Text
 
 
@@ -56,8 +56,8 @@ class RewardModelPreference(ModelPreference):
         """The reward of each completion."""
         rows = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            parts = tokenize_response(self.tokenizer, prompt, completion, template_options(columns, index))
-            rows.append(self._shorten(parts[0] + parts[1]))
+            encoded = self.encode(prompt, completion, template_options(columns, index))
+            rows.append([] if encoded is None else self._shorten(encoded.prompt_ids + encoded.ids))
 
         def run(batch: list[int]) -> list[float | None]:
             ids_BT, mask_BT = self.pad([rows[index] for index in batch])

@@ -1,11 +1,18 @@
 """A prompt and its response as tokens, by the rules of TRL's `DPOTrainer`."""
 
+import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from trl_kd.responses.rendering import encode
+from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.reasoning import stripped
+from trl_kd.responses.rendering import Encoded, encode
 from trl_kd.sampling import Text
 from trl_kd.sampling.prompts import row_options
+
+
+logger = logging.getLogger(__name__)
 
 
 def match_format(prompt: Text, completion: Text) -> Text:
@@ -29,6 +36,50 @@ def template_options(columns: Mapping[str, list[Any]], index: int) -> dict[str, 
     out."""
     row = {name: columns[name][index] for name in ("tools", "chat_template_kwargs") if name in columns}
     return row_options(row)
+
+
+def encode_answer(
+    tokenizer: Any,
+    prompt: Text,
+    answer: Text,
+    finish_reason: str | None,
+    options: Mapping[str, Any] | None = None,
+    reasoning: str | None = None,
+) -> Encoded:
+    """
+    Tokenizes a prompt with an answer to it, and warns once where the chat template changes the answer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer.
+        prompt, answer (`str` or `list[dict]`):
+            Prompt and answer, see [`match_format`].
+        finish_reason (`str`, *optional*):
+            Why the answer ended, see [`~trl_kd.responses.finish_reasons.ending`].
+        options (`Mapping[str, Any]`, *optional*):
+            Keywords for the chat template.
+        reasoning (`str`, *optional*):
+            `"keep"` takes the answer as it was sampled, `"strip"` without `<think>` blocks, `"error"` refuses one that the
+            template changes.
+
+    Raises:
+        `ValueError`: see `reasoning`.
+        `CannotRender`: see [`~trl_kd.responses.rendering.render`].
+    """
+    answer = match_format(prompt, stripped(answer) if reasoning == "strip" else answer)
+    complete = ending(finish_reason) != "cut"
+    encoded = encode(tokenizer, prompt, answer, options, complete=complete, reasoning=reasoning)
+    if encoded.altered is not None:
+        said = f"What is read of an answer is not what was sampled: {encoded.altered}."
+        if reasoning == "error":
+            raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
+        _warn_altered(said)
+    return encoded
+
+
+@lru_cache(maxsize=256)
+def _warn_altered(said: str) -> None:
+    logger.warning(f"{said} This is said once. See the setting `reasoning`.")
 
 
 def tokenize_response(

@@ -1,6 +1,7 @@
 """Reasoning that a model wrote into its answer, between `<think>` and `</think>`."""
 
 import re
+from typing import Any
 
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -22,3 +23,15 @@ def strip_reasoning(text: str) -> str:
         return text
     text = re.sub(f"{OPEN}.*?{CLOSE}", "", text, flags=re.DOTALL)
     return text.rpartition(CLOSE)[2].partition(OPEN)[0].strip()
+
+
+def stripped(response: Any) -> Any:
+    """A response without the reasoning in it."""
+    if response is None or isinstance(response, str):
+        return response and strip_reasoning(response)
+    return [
+        {**message, "content": strip_reasoning(message["content"])}
+        if message.get("role") == "assistant" and isinstance(message.get("content"), str)
+        else message
+        for message in response
+    ]

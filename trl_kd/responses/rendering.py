@@ -1,7 +1,7 @@
 """A prompt and its response as one text, and which tokens of it are the model's own words.
 
-`DPOTrainer` takes every token behind the prompt for the response. That is right for one complete answer. It is wrong for the end
-of an answer that was cut off, for turns that a user or a tool wrote, and for templates that change what the model said.
+`DPOTrainer` takes every token behind the prompt for the response. That is right for one complete answer. It is wrong for the
+end of an answer that was cut off, for turns that a user or a tool wrote, and for templates that change what the model said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,9 @@ REASONING: tuple[str | None, ...] = (None, "keep", "strip", "error")
 """What a setting `reasoning` may be."""
 
 LEFT_OUT, OTHERS, OWN = 0, 1, 2
-"""Kinds of a response's tokens. `LEFT_OUT`: no loss, since the end token behind an answer that was cut off is nobody's word.
-`OTHERS`: a turn of a user or a tool, which is part of the whole response for DPO, and of nothing else. `OWN`: the model's."""
+"""Kinds of a response's tokens. `LEFT_OUT`: the end token behind an answer that was cut off, which carries no loss.
+`OTHERS`: a turn of a user or a tool, which is part of the whole response for DPO, and of nothing else. `OWN`: the model's
+own words."""
 
 _PROBE = "RESPONSE"
 _OPEN = "<think>"
@@ -141,6 +142,7 @@ def encode(
     """
     tokenize = _Tokenize(processing_class, isinstance(prompt, str))
     if isinstance(prompt, str):
+        assert isinstance(response, str)
         ids = tokenize.with_end(prompt + response) if complete else tokenize.without_end(prompt + response)
         start = common_prefix(tokenize(prompt), ids)
         return Encoded(ids[:start], ids[start:], [True] * (len(ids) - start), None)

@@ -15,7 +15,8 @@ class ColumnSampler:
     A column of the dataset as a [`Sampler`]: no model is loaded, and nothing is computed.
 
     A row holds one answer, plain text or messages, or a list of them, one for each sample. Where there is a null, or fewer
-    than the samples asked for, the answer's `text` is `None`.
+    than the samples asked for, the answer's `text` is `None`. Why they ended is read from the column
+    `{column}_finish_reason`, where there is one.
 
     Args:
         column (`str`):
@@ -65,6 +66,8 @@ class ColumnSampler:
                     len(texts),
                     wanted,
                 )
+            reasons = request.columns.get(f"{self.column}_finish_reason")
+            reasons = reasons if isinstance(reasons, list) else [reasons] * len(texts)
             for sample in request.samples:
                 text = texts[sample] if sample < len(texts) else None
                 if not (text is None or isinstance(text, str) or _is_messages(text)):
@@ -72,7 +75,7 @@ class ColumnSampler:
                         f"The column {self.column!r} holds {str(text)[:60]!r}: an answer is text, a list of messages with a "
                         "role each, or null."
                     )
-                yield request, sample, Answer(text)
+                yield request, sample, Answer(text, reasons[sample] if sample < len(reasons) else None)
 
 
 def _is_messages(value: Any) -> bool:

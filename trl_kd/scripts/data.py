@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets as hf_datasets
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from trl_kd.scripts.errors import InputError, one_line
@@ -115,13 +115,13 @@ def _teacher_texts(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     features = dataset.features
     if features is not None:  # said outright, since the first rows may hold nothing but nulls
         features = features.copy()
-        features["completion"] = features["chosen"]
+        features |= {"completion": features["chosen"], "completion_finish_reason": Value("string")}
     return dataset.map(_teacher_text, features=features)
 
 
 def _teacher_text(row: dict[str, Any]) -> dict[str, Any]:
-    side = row["teacher_side"]
-    return {"completion": row.get("teacher") if side is None else row.get(side)}
+    side = row["teacher_side"] or "teacher"
+    return {"completion": row.get(side), "completion_finish_reason": row.get(f"{side}_finish_reason")}
 
 
 def load_preferences(script_args: Any) -> Dataset | None:

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
+from trl_kd.responses.ends import set_end_token
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.dry_run import (
     SAMPLE,
@@ -31,6 +32,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     PairBatches,
     check_prompt_count,
     check_prompts,
+    look_at_completions,
     read_pairs,
     tokenize_completion,
     tokenize_pairs,
@@ -106,15 +108,17 @@ def _describe_prompts(name: str, dataset: Any, processor: Any, args: Any) -> Tab
 def _describe_first_rows(dataset: Any, processor: Any, args: Any) -> Table:
     tokenizer = getattr(processor, "tokenizer", processor)
     check_tokenizer(tokenizer, dataset, "train")
+    set_end_token(tokenizer, args.eos_token)
     template = args.chat_template_kwargs or {}
     table, longest, completions = [], 0, []
-    sample = first_rows(dataset)
+    sample = first_rows(look_at_completions(Dataset.from_list(first_rows(dataset)), processor, args, "train"))
     for index, row in enumerate(sample):
         prompt_ids = tokenize_prompt(row["prompt"], processor, template)
         longest = max(longest, len(prompt_ids))
         told = f"{len(prompt_ids)} prompt tokens"
         if args.lmbda < 1 and row.get("completion") is not None:
-            prompt_ids, ids = tokenize_completion(prompt_ids, row, processor, [tokenizer.eos_token_id], **template)
+            ends = [tokenizer.eos_token_id]
+            prompt_ids, ids, _ = tokenize_completion(row, processor, ends, args.reasoning, **template)
             completions.append(len(ids))
             told = f"{len(prompt_ids)} prompt + {len(ids)} completion tokens"
         if index < SHOWN:

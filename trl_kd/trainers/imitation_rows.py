@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from trl_kd.preferences.tokens import tokenize_response
+from trl_kd.preferences.tokens import encode_answer
 from trl_kd.trainers.online_pbkd_data import PromptGroup
 
 
@@ -51,14 +51,19 @@ class ImitationRows:
             place = group.places[0] - first
             if 0 <= place < count:
                 answer = group.teacher
-                complete = answer.finish_reason != "length"
                 assert answer.text is not None
-                prompt, response = tokenize_response(
-                    self._tokenizer, group.row.prompt, answer.text, self.chat_template_kwargs, complete=complete
+                encoded = encode_answer(
+                    self._tokenizer,
+                    group.row.prompt,
+                    answer.text,
+                    answer.finish_reason,
+                    self.chat_template_kwargs,
+                    self.args.reasoning,
                 )
-                response = response[: self.max_completion_length]
-                ids[place] = torch.tensor(prompt + response)
-                labels[place] = torch.tensor([-100] * len(prompt) + response)
+                prompt = encoded.prompt_ids
+                learnt = [token if own else -100 for token, own in zip(encoded.ids, encoded.own, strict=True)]
+                ids[place] = torch.tensor(prompt + encoded.ids[: self.max_completion_length])
+                labels[place] = torch.tensor([-100] * len(prompt) + learnt[: self.max_completion_length])
                 weight_B[place] = micro_batches / len(answered)
         rows = {
             "teacher_ids": pad_sequence(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id),

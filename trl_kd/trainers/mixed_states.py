@@ -81,17 +81,22 @@ class MixedStates:
             generated = super()._generate([prompts[i] for i in theirs] or prompts[:1])  # type: ignore[misc]
             for i, prompt, completion in zip(theirs, *generated[:2], strict=False):
                 prompt_ids[i], completion_ids[i] = prompt, completion
-        for i, (prompt, completion) in self._teacher_states().items():
-            prompt_ids[i], completion_ids[i] = prompt, completion
+        own: dict[int, list[bool]] = {}
+        for i, (prompt, completion, mine) in self._teacher_states().items():
+            prompt_ids[i], completion_ids[i], own[i] = prompt, completion, mine
         if self.model.training:
             lengths = [len(prompt_ids[i]) + len(completion_ids[i]) for i in self._teacher_rows]
             seen = self.accelerator.reduce(torch.tensor(sum(lengths), device=self.accelerator.device), reduction="sum")
             self.state.num_input_tokens_seen += seen.item()
             self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        return prompt_ids, completion_ids, None, None, []
+        tool_mask = None  # zero where a tool or a user speaks
+        if not all(all(mine) for mine in own.values()):
+            tool_mask = [list(map(int, own.get(i, [True] * len(ids)))) for i, ids in enumerate(completion_ids)]
+        return prompt_ids, completion_ids, tool_mask, None, []
 
-    def _teacher_states(self) -> dict[int, tuple[list[int], list[int]]]:
-        """`(prompt_ids, completion_ids)` of the rows whose completion is the teacher's: given, or sampled now."""
+    def _teacher_states(self) -> dict[int, tuple[list[int], list[int], list[bool]]]:
+        """`(prompt_ids, completion_ids, own)` of the rows whose completion is the teacher's: given, or sampled now. See
+        `tokenize_completion`."""
         rows = list(self._teacher_rows.values())
         prompt_ids = self._tokenize_prompts([row["prompt"] for row in rows])[0] if rows else []
         found, unsaid = {}, {}
@@ -100,15 +105,18 @@ class MixedStates:
                 unsaid[i] = prompt
                 continue
             template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
-            prompt, ids = tokenize_completion(prompt, row, self.processing_class, self.eos_token_ids, **template)
-            found[i] = prompt, ids[: self.max_completion_length]
+            prompt, ids, own = tokenize_completion(
+                row, self.processing_class, self.eos_token_ids, self.args.reasoning, **template
+            )
+            found[i] = prompt, ids[: self.max_completion_length], own[: self.max_completion_length]
         wanted = self.accelerator.reduce(torch.tensor(len(unsaid), device=self.accelerator.device), reduction="sum")
         if wanted > 0:
             # Again all processes together, one that wants nothing with a prompt of a single token
             with self._teacher_speaks():
                 prompts = list(unsaid.values()) or [[self.eos_token_ids[0]]]
                 sampled = self._generate_single_turn(prompts, None, {})[: len(unsaid)]
-            found |= dict(zip(unsaid, zip(unsaid.values(), sampled, strict=True), strict=True))
+            for (i, prompt), ids in zip(unsaid.items(), sampled, strict=True):
+                found[i] = prompt, ids, [True] * len(ids)
         return found
 
     @contextmanager

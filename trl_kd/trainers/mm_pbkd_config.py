@@ -7,7 +7,15 @@ from accelerate.logging import get_logger
 from trl import DistillationConfig
 
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
+from trl_kd.trainers.fields import (
+    EOS_TOKEN_METADATA,
+    REASONING_METADATA,
+    check_integer,
+    check_json,
+    check_number,
+    check_reasoning,
+    parse_radius,
+)
 
 
 logger = get_logger(__name__)
@@ -81,6 +89,16 @@ class MMPbKDConfig(DistillationConfig):
         confidence_delta (`float`, *optional*, defaults to `0.05`):
             δ in (0, 1), for `confidence_radius="theory"`.
 
+        > Parameters of the data
+
+        reasoning (`str`, *optional*):
+            What is learnt where the chat template changes a response, as those of reasoning models do. By default the
+            template's rendering, with a warning. `"keep"`: the generation prompt, the response as it was sampled, and what
+            the template ends a turn with. `"strip"`: the completion without `<think>` blocks. `"error"`: training stops.
+        eos_token (`str`, *optional*):
+            Token that ends a turn. It becomes the tokenizer's end token, and is saved in the student's generation config. By
+            default the tokenizer's.
+
         > Parameters of the preference pairs
 
         pair_max_length (`int` or `None`, *optional*, defaults to `1024`):
@@ -152,6 +170,9 @@ class MMPbKDConfig(DistillationConfig):
         default=0.1, metadata={"help": "Share of the pairs (500 at most) on which Q's accuracy is measured."}
     )
 
+    reasoning: str | None = field(default=None, metadata=REASONING_METADATA)
+    eos_token: str | None = field(default=None, metadata=EOS_TOKEN_METADATA)
+
     def __post_init__(self):
         if self.confidence_radius is None:
             raise ValueError(
@@ -166,6 +187,7 @@ class MMPbKDConfig(DistillationConfig):
         self._check_combinations()
 
     def _check_ranges(self) -> None:
+        check_reasoning(self.reasoning)
         at_least_zero = (
             "kl_coef",
             "moment_coef",

@@ -12,11 +12,14 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from trl import is_conversational
 
+from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.reasoning import stripped
+from trl_kd.responses.rendering import OWN, encode
+from trl_kd.sampling.prompts import row_options
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows
-from trl_kd.trainers.response_rows import tokenize_rows
+from trl_kd.trainers.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
 
 
 logger = get_logger(__name__)
@@ -75,6 +78,20 @@ def check_prompts(dataset: Any, name: str, lmbda: float = 1.0, tools: Any = None
     return dataset
 
 
+def look_at_completions(dataset: Any, processing_class: Any, args: MMPbKDConfig, name: str) -> Any:
+    """
+    What the chat template makes of the teacher's completions: see
+    [`~trl_kd.trainers.response_rows.ResponseReader.look`].
+
+    Returns:
+        The dataset, without the rows that cannot be rendered.
+    """
+    if args.lmbda == 1 or "completion" not in next(iter(dataset)):
+        return dataset
+    reader = ResponseReader(processing_class, args, name, ("completion",), args.chat_template_kwargs)  # type: ignore
+    return reader.look(dataset)
+
+
 def check_prompt_count(dataset: Any, args: MMPbKDConfig, processes: int) -> None:
     """Raises a `ValueError` for fewer prompts than one step takes: TRL leaves out what does not fill a step, and would end
     without having learnt anything."""
@@ -109,51 +126,63 @@ def is_on_policy(index: int, lmbda: float) -> bool:
 
 
 def tokenize_completion(
-    prompt_ids: list[int], row: dict[str, Any], processing_class: Any, ends: list[int], **template: Any
-) -> tuple[list[int], list[int]]:
+    row: dict[str, Any], processing_class: Any, ends: list[int], reasoning: str | None = None, **template: Any
+) -> tuple[list[int], list[int], list[bool]]:
     """
-    The teacher's completion as a student would have sampled it: with the end token, and nothing after it.
+    The teacher's completion as a student would have sampled it: with the end token, and nothing after it. One that was cut
+    off has no end token.
 
     Args:
-        prompt_ids (`list[int]`):
-            The prompt's tokens, as generation begins with them.
         row (`dict[str, Any]`):
-            With `prompt` and `completion`, both text or both messages.
+            With `prompt` and `completion`, both text or both messages, and perhaps `completion_finish_reason`, `tools` and
+            `chat_template_kwargs`.
         processing_class:
             The tokenizer or processor.
         ends (`list[int]`):
             Tokens that end a completion.
+        reasoning (`str`, *optional*):
+            See [`MMPbKDConfig`].
         **template:
             Keyword arguments for the chat template.
 
     Returns:
-        The prompt's tokens and the completion's. Where the two together are tokenized otherwise than one by one, the
-        completion begins where they first differ, as with TRL's pairs.
+        The prompt's tokens, the completion's, and of each of the latter whether it is the teacher's own. What a user or a
+        tool says within a completion is not. Where prompt and completion together are tokenized otherwise than one by one,
+        the completion begins where they first differ, as with TRL's pairs.
+
+    Raises:
+        `ValueError`: the row is none, or the chat template cannot render it.
     """
     check_row(row, "A row of a stream", mixed=True)
-    if is_conversational(row):
-        messages = row["prompt"] + row["completion"]
-        ids = processing_class.apply_chat_template(messages, tokenize=True, return_dict=True, **template)["input_ids"]
-    else:
-        end = getattr(processing_class, "tokenizer", processing_class).eos_token
-        completion = row["completion"]
-        text = row["prompt"] + completion + ("" if completion.endswith(end) else end)
-        ids = processing_class(text=text)["input_ids"]
-    ids = ids[0] if isinstance(ids[0], list) else ids  # processors return a batch
-    if not any(token in ends for token in ids[len(prompt_ids) :]):
+    completion = stripped(row["completion"]) if reasoning == "strip" else row["completion"]
+    complete = ending(row.get("completion_finish_reason")) != "cut"
+    encoded = encode(
+        processing_class,
+        row["prompt"],
+        completion,
+        template | row_options(row),
+        complete=complete,
+        reasoning=reasoning,
+    )
+    ids, own = encoded.ids, encoded.own
+    last = len(own) - 1 - own[::-1].index(True) if True in own else -1  # the last turn that is the model's ends here
+    first = last
+    while first > 0 and own[first - 1]:
+        first -= 1
+    said = ids[first : last + 1]
+    end = next((place for place, token in enumerate(said, first) if token in ends), None)
+    if end is None:
+        end = last
+        if complete:
+            logger.warning_once(
+                "A completion of the teacher's ends without an end token, since the chat template writes none: the student "
+                "will not learn from it where to stop."
+            )
+    elif any(token in ends for token in ids[end + 1 : last + 1]):
         logger.warning_once(
-            "A completion of the teacher's ends without an end token, since the chat template writes none: the student will "
-            "not learn from it where to stop."
+            "A completion of the teacher's has an end token within its text. What follows it in that turn is left out."
         )
-    both = list(zip(prompt_ids, ids, strict=False))
-    start = next((i for i, (ours, whole) in enumerate(both) if ours != whole), len(both))
-    return prompt_ids[:start], upto_end(ids[start:], ends)
-
-
-def upto_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Without what follows the first end token: what a chat template writes there, or another turn."""
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: end + 1]
+    return encoded.prompt_ids, ids[: end + 1], own[: end + 1]
 
 
 class EpochOrder(Sampler[int]):
@@ -185,7 +214,7 @@ class EpochOrder(Sampler[int]):
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 
-def _pair_settings(max_length: int | None) -> Any:
+def _pair_settings(max_length: int | None, reasoning: str | None = None) -> Any:
     """What the readers of pairs ask of a `PbKDConfig`: Q's likelihood is Bradley–Terry's, so every label will do."""
     return SimpleNamespace(
         loss_type=["sigmoid"],
@@ -194,6 +223,7 @@ def _pair_settings(max_length: int | None) -> Any:
         max_length=max_length,
         truncation_mode="keep_start",
         dataset_num_proc=None,
+        reasoning=reasoning,
     )
 
 
@@ -245,15 +275,17 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
 
 
 def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) -> Dataset:
-    """What `read_pairs` returned, as the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`.
+    """What `read_pairs` returned, as the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`, and
+    [`~trl_kd.trainers.response_rows.KIND_COLUMNS`] where a row needs them.
 
     Raises:
         `ValueError`: the tokenizer cannot render them, or `pair_max_length` leaves no response token.
     """
     check_tokenizer(getattr(processing_class, "tokenizer", processing_class), dataset, "preference")
-    settings = _pair_settings(args.pair_max_length)
+    settings = _pair_settings(args.pair_max_length, args.reasoning)
     dataset = tokenize_rows(dataset, processing_class, settings, "preference", limit="pair_max_length")
-    return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference"])
+    kinds = [column for column in KIND_COLUMNS if column in dataset.column_names]
+    return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference", *kinds])
 
 
 def hold_out(dataset: Dataset, order: list[int], wanted: int) -> tuple[list[int], list[int]]:
@@ -367,9 +399,16 @@ class PairBatches:
         lengths_2b1 = torch.tensor([len(row) for row in ids]).unsqueeze(1)
         prompts_2b1 = torch.tensor([len(p) for p in prompts]).unsqueeze(1)
         attention_mask = (position_T < lengths_2b1).long()
+        completion_mask = attention_mask * (position_T >= prompts_2b1)
+        kinds = [of_row for column in KIND_COLUMNS for of_row in rows.get(column, [None] * (len(prompts) // 2))]
+        for row, of_row in enumerate(kinds):
+            if of_row is not None:  # Q and its baseline read the model's own words alone
+                start, stop = len(prompts[row]), len(ids[row])
+                own = torch.tensor([kind == OWN for kind in of_row[: stop - start]])
+                completion_mask[row, start:stop] *= own
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "completion_mask": attention_mask * (position_T >= prompts_2b1),
+            "completion_mask": completion_mask,
             "preference": torch.tensor(rows["preference"], dtype=torch.float32),
         }

@@ -21,11 +21,12 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
+from trl_kd.responses.ends import set_end_token
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
-from trl_kd.trainers.fields import as_config
+from trl_kd.trainers.fields import as_config, settle_end_token
 from trl_kd.trainers.mixed_states import MixedStates
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd_data import (
@@ -33,6 +34,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     PairBatches,
     check_prompt_count,
     check_prompts,
+    look_at_completions,
     read_pairs,
     tokenize_pairs,
 )
@@ -142,10 +144,15 @@ quantization_config, peft_config, tools:
         if processing_class is None:
             processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        set_end_token(tokenizer, args.eos_token)
         teacher.check_vocabulary(tokenizer, model)
-        if train_dataset is not None:
-            check_tokenizer(tokenizer, train_dataset, "train")
-        each_dataset(eval_dataset, lambda dataset, name: check_tokenizer(tokenizer, dataset, name))
+
+        def look(dataset, name):
+            check_tokenizer(tokenizer, dataset, name)
+            return look_at_completions(dataset, processing_class, args, name)
+
+        train_dataset = None if train_dataset is None else look(train_dataset, "train")
+        eval_dataset = each_dataset(eval_dataset, look)
         if pairs is not None:
             pairs = tokenize_pairs(pairs, processing_class, args)
             self.preference_rows = len(pairs)
@@ -163,6 +170,7 @@ quantization_config, peft_config, tools:
             tools=tools,
         )
         keep_gradients(self.model)
+        settle_end_token(processing_class, self.model, args.eos_token, next(iter(train_dataset or []), None))
         warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
@@ -237,7 +245,8 @@ quantization_config, peft_config, tools:
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [c for c in ("completion",) if c not in self._signature_columns]
+        ours = ("completion", "completion_finish_reason", "tools", "chat_template_kwargs")
+        self._signature_columns += [c for c in ours if c not in self._signature_columns]
 
     # ---- One micro-batch ---------------------------------------------------------------------------------------------
 

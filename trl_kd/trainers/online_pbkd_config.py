@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from accelerate.logging import get_logger
 from trl import RLOOConfig
 
-from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
+from trl_kd.trainers.fields import (
+    EOS_TOKEN_METADATA,
+    REASONING_METADATA,
+    check_integer,
+    check_json,
+    check_number,
+    check_reasoning,
+    parse_radius,
+)
 
 
 logger = get_logger(__name__)
@@ -44,6 +52,13 @@ class OnlinePbKDConfig(RLOOConfig):
             `adversary="off"` 0.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
+        reasoning (`str`, *optional*):
+            What is learnt and scored where the chat template changes an answer, as those of reasoning models do. By default
+            the template's rendering, with a warning. `"keep"`: the generation prompt, the answer as it was sampled, and what
+            the template ends a turn with. `"strip"`: the answer without `<think>` blocks. `"error"`: training stops.
+        eos_token (`str`, *optional*):
+            Token that ends a turn. It becomes the tokenizer's end token, and is saved in the student's generation config. By
+            default the tokenizer's.
 
         > Parameters of the reward model
 
@@ -107,6 +122,8 @@ class OnlinePbKDConfig(RLOOConfig):
     teacher_column: str = field(
         default="completion", metadata={"help": "Column with the teacher's answers, where no teacher is given."}
     )
+    reasoning: str | None = field(default=None, metadata=REASONING_METADATA)
+    eos_token: str | None = field(default=None, metadata=EOS_TOKEN_METADATA)
     reward_bound: float = field(default=5.0, metadata={"help": "Bound B of rewards, B·tanh(·/B); above 0."})
     rm_lora_r: int = field(
         default=16, metadata={"help": "Rank of the reward model's LoRA adapters; 0 trains all its weights."}
@@ -187,6 +204,7 @@ class OnlinePbKDConfig(RLOOConfig):
         return self.adversary == "mle" or (self.adversary == "pbkd" and self.confidence_radius == 0)
 
     def _check_ranges(self) -> None:
+        check_reasoning(self.reasoning)
         if self.adversary not in ADVERSARIES:
             raise ValueError(f"`adversary` is {self.adversary!r}: use one of {', '.join(map(repr, ADVERSARIES))}.")
         for name in ("imitation_weight", "rm_learning_rate", "dual_init", "dual_learning_rate", "dual_max", "beta"):

@@ -17,6 +17,7 @@ from trl_kd.pairs.checks import check_parts as check_source
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
+from trl_kd.responses.ends import set_end_token
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
@@ -212,11 +213,24 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
     check_source(rows, {"teacher": (parts.sampler(), 1)}, preference)
 
 
-def check_student_template(model: Any, processing_class: Any, dataset: Any, args: OnlinePbKDConfig) -> None:
-    """Raises a `ValueError` for messages that the student's tokenizer cannot render."""
-    if is_conversational(next(iter(dataset))):
-        processor = load_processing_class(model, args) if processing_class is None else processing_class
-        check_tokenizer(getattr(processor, "tokenizer", processor), dataset, "train")
+def check_student_template(model: Any, processing_class: Any, dataset: Any, args: OnlinePbKDConfig) -> Any:
+    """
+    Returns:
+        The student's tokenizer or processor, loaded here if it is needed before the trainer loads it, with
+        `args.eos_token`.
+
+    Raises:
+        `ValueError`: it cannot render the messages of the dataset, or does not know `args.eos_token`.
+    """
+    conversational = is_conversational(next(iter(dataset)))
+    if processing_class is None and (conversational or args.eos_token is not None):
+        processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
+    if processing_class is not None:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if conversational:
+            check_tokenizer(tokenizer, dataset, "train")
+        set_end_token(tokenizer, args.eos_token)
+    return processing_class
 
 
 def _nobody(prompts: list, first: list, second: list, **columns: Any) -> list[None]:

@@ -26,7 +26,7 @@ from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
-from trl_kd.trainers.fields import as_config
+from trl_kd.trainers.fields import as_config, settle_end_token
 from trl_kd.trainers.imitation_rows import ImitationRows
 from trl_kd.trainers.mm_pbkd_data import EpochOrder
 from trl_kd.trainers.model_card import PAPER, add_online_sections
@@ -147,7 +147,7 @@ optimizers, quantization_config, peft_config:
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
-        check_student_template(model, processing_class, train_dataset, args)
+        processing_class = check_student_template(model, processing_class, train_dataset, args)
         pool = PairPool(args.rm_held_out, args.seed)
         pool.add(parts.given_pairs())
         if args.warms_up:
@@ -170,6 +170,7 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         keep_gradients(self.model)
+        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset)))
         self.parts = parts
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()
@@ -189,7 +190,8 @@ optimizers, quantization_config, peft_config:
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         column = self.args.teacher_column
-        self._signature_columns += [c for c in (column,) if c not in self._signature_columns]
+        ours = (column, f"{column}_finish_reason")
+        self._signature_columns += [c for c in ours if c not in self._signature_columns]
 
     # ---- One generation batch --------------------------------------------------------------------------------------------
 
@@ -257,7 +259,7 @@ optimizers, quantization_config, peft_config:
     def _encode_teacher(self, group: PromptGroup) -> list[int]:
         assert self.learner is not None
         assert group.teacher.text is not None
-        return self.learner.encode(group.row.prompt, group.teacher.text, group.teacher.finish_reason != "length")
+        return self.learner.encode(group.row.prompt, group.teacher.text, group.teacher.finish_reason)
 
     def _encode(self, groups: list[PromptGroup], count: int) -> list[list[int]]:
         """The student's answers for the reward model, in the order of the batch."""
@@ -266,7 +268,7 @@ optimizers, quantization_config, peft_config:
         for group in groups:
             for place, answer in zip(group.places, group.student, strict=True):
                 assert answer.text is not None
-                encoded[place] = self.learner.encode(group.row.prompt, answer.text, answer.finish_reason != "length")
+                encoded[place] = self.learner.encode(group.row.prompt, answer.text, answer.finish_reason)
         return encoded
 
     def _update_reward_model(self, learner: RewardLearner, answered: list[PromptGroup], theirs, encoded) -> None:

@@ -1,10 +1,10 @@
 """Responses of a dataset of pairs: what the chat template makes of them, their tokens, and which of these count.
 
-`DPOTrainer` tokenizes. What it cannot know is said here in columns of their own: `chosen_kinds` and `rejected_kinds`, one kind a
-token of the response (`trl_kd.responses.rendering`), null where every token is the model's own.
+`DPOTrainer` tokenizes. What it cannot know stands in columns of its own, `chosen_kinds` and `rejected_kinds`: one kind for
+each token of a response (see `trl_kd.responses.rendering`), or null where every token is the model's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -13,7 +13,7 @@ from trl import extract_prompt, is_conversational
 
 from trl_kd._trl import prepare_preference_dataset
 from trl_kd.responses.finish_reasons import ending
-from trl_kd.responses.reasoning import strip_reasoning
+from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import (
     CannotRender,
     Rendering,
@@ -22,7 +22,6 @@ from trl_kd.responses.rendering import (
     render,
     response_kinds,
     text_kinds,
-    text_of,
 )
 from trl_kd.sampling.nulls import without_nulls
 from trl_kd.sampling.prompts import begins_twice, row_options
@@ -99,18 +98,32 @@ class ResponseReader:
             Settings, of which `reasoning`, `max_length`, `truncation_mode` and `dataset_num_proc` are read.
         name (`str`):
             Name of the dataset in messages.
+        sides (`tuple[str, ...]`, *optional*, defaults to `("chosen", "rejected")`):
+            Columns of the responses.
+        options (`Mapping[str, Any]`, *optional*):
+            Keyword arguments for every chat template, besides the row's own.
     """
 
-    def __init__(self, processing_class: Any, args: Any, name: str):
+    def __init__(
+        self,
+        processing_class: Any,
+        args: Any,
+        name: str,
+        sides: tuple[str, ...] = SIDES,
+        options: Mapping[str, Any] | None = None,
+    ):
         self.processing_class, self.args, self.name = processing_class, args, name
+        self.sides, self.options = sides, dict(options or {})
+        self.reasons = tuple(f"{side}_finish_reason" for side in sides)
         self.reasoning: str | None = args.reasoning
 
     def _map(self, dataset: Any, change: Any, doing: str, **options: Any) -> Any:
         if isinstance(dataset, Dataset):
-            options |= {"num_proc": self.args.dataset_num_proc, "desc": f"{doing} the {self.name} dataset"}
+            processes = getattr(self.args, "dataset_num_proc", None)
+            options |= {"num_proc": processes, "desc": f"{doing} the {self.name} dataset"}
         return dataset.map(change, **options)
 
-    # ---- What the template makes of them -----------------------------------------------------------------------------------
+    # ---- What the template makes of them -----------------------------------------------------------------------------
 
     def look(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Takes reasoning out if asked to, leaves out rows that cannot be rendered, and says where a template changes a
@@ -123,14 +136,14 @@ class ResponseReader:
         if "prompt" not in first:
             dataset = self._map(dataset, extract_prompt, "Extracting the prompts of")
         if self.reasoning == "strip":
-            dataset = self._map(dataset, without_reasoning, "Taking the reasoning out of")
+            dataset = self._map(dataset, self._strip, "Taking the reasoning out of")
         if not is_conversational(first):
             prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first.get("prompt")]
             warn_of_second_start(self.processing_class, prompts, f"the {self.name} dataset")
             return dataset
         if not isinstance(dataset, Dataset):
             return dataset.filter(self._can_be_rendered)
-        read = ["prompt", *SIDES, *(c for c in (*_OPTIONS, *REASON_COLUMNS) if c in dataset.column_names)]
+        read = ["prompt", *self.sides, *(c for c in (*_OPTIONS, *self.reasons) if c in dataset.column_names)]
         looked = self._map(
             dataset.select_columns(read), self._look_at, "Rendering", remove_columns=read, features=_LOOKED
         )
@@ -141,10 +154,13 @@ class ResponseReader:
 
     def _look_at(self, row: dict[str, Any]) -> dict[str, str]:
         try:
-            altered = [self.render(row, side).altered for side in SIDES]
+            altered = [self.render(row, side).altered for side in self.sides if row[side] is not None]
         except CannotRender as error:
             return {"failed": str(error), "altered": ""}
-        return {"failed": "", "altered": altered[0] or altered[1] or ""}
+        return {"failed": "", "altered": next(filter(None, altered), "")}
+
+    def _strip(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {side: stripped(row[side]) for side in self.sides}
 
     def _can_be_rendered(self, row: dict[str, Any]) -> bool:
         found = self._look_at(row)
@@ -184,12 +200,12 @@ class ResponseReader:
             self.processing_class,
             row["prompt"],
             row[side],
-            row_options(row),
+            self.options | row_options(row),
             complete=ending(row.get(f"{side}_finish_reason")) != "cut",
             reasoning=self.reasoning,
         )
 
-    # ---- Tokens ------------------------------------------------------------------------------------------------------------
+    # ---- Tokens ------------------------------------------------------------------------------------------------------
 
     def renders_itself(self, dataset: Any) -> bool:
         """Whether TRL cannot tokenize these rows as they were built: it writes null options into the template, and knows no
@@ -217,7 +233,7 @@ class ResponseReader:
         ids = pair_ids(self.processing_class, row["prompt"], chosen, rejected, row_options(row), self.reasoning)
         return dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
 
-    # ---- Kinds of tokens ---------------------------------------------------------------------------------------------------
+    # ---- Kinds of tokens ---------------------------------------------------------------------------------------------
 
     def needs_kinds(self, row: dict[str, Any]) -> bool:
         """Whether some token of a response may not be the model's own."""
@@ -279,23 +295,6 @@ def _has_nulls(column: str, value: Any) -> bool:
     if value is None:
         return column == "chat_template_kwargs"
     return not isinstance(value, str) and value != without_nulls(value)
-
-
-def without_reasoning(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose responses have lost their `<think>` blocks."""
-    return {side: stripped(row[side]) for side in SIDES}
-
-
-def stripped(response: Any) -> Any:
-    """A response without the reasoning in it."""
-    if isinstance(response, str):
-        return strip_reasoning(response)
-    return [
-        {**message, "content": strip_reasoning(text_of(message))}
-        if message.get("role") == "assistant" and isinstance(message.get("content"), str)
-        else message
-        for message in response
-    ]
 
 
 def warn_of_second_start(processing_class: Any, prompts: Iterable[Any], where: str) -> None:

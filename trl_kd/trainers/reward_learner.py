@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy
 from trl_kd.pairs.prompts import read_prompts
-from trl_kd.preferences.tokens import tokenize_response
+from trl_kd.preferences.tokens import encode_answer
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
 from trl_kd.sampling import Text
 from trl_kd.trainers.adversary import descend
@@ -120,12 +120,12 @@ class RewardLearner:
 
     # ---- Texts as rewards ------------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: Text, response: Text, complete: bool) -> list[int]:
-        """Tokens of prompt and response. A row that is too long loses the beginning of its prompt, but for its first token,
-        which may open every row."""
+    def encode(self, prompt: Text, response: Text, finish_reason: str | None) -> list[int]:
+        """Tokens of prompt and response, without an end token behind one that was cut off. A row that is too long loses the
+        beginning of its prompt, but for its first token, which may open every row."""
         template: Any = self._args.chat_template_kwargs
-        prompt_ids, ids = tokenize_response(self.tokenizer, prompt, response, template, complete)
-        row, limit = prompt_ids + ids, self._args.rm_max_length
+        encoded = encode_answer(self.tokenizer, prompt, response, finish_reason, template, self._args.reasoning)
+        row, limit = encoded.prompt_ids + encoded.ids, self._args.rm_max_length
         if limit is not None and len(row) > limit:
             opening = row[:1] if row[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
             row = opening + row[len(row) - limit + len(opening) :]
@@ -155,7 +155,7 @@ class RewardLearner:
             if place not in self._encoded:
                 pair = self.pool.rows[place]
                 self._encoded[place] = tuple(
-                    array("i", self.encode(pair["prompt"], pair[side], pair[f"{side}_finish_reason"] != "length"))
+                    array("i", self.encode(pair["prompt"], pair[side], pair[f"{side}_finish_reason"]))
                     for side in ("chosen", "rejected")
                 )
         return [self._encoded[place][side] for side in (0, 1) for place in places]
