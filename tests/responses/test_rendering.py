@@ -150,7 +150,7 @@ def test_keep_learns_what_was_sampled_behind_the_generation_prompt(said, learnt)
     encoded = encode(tokenizer, USER, [says("assistant", said)], reasoning="keep")
     assert tokenizer.decode(encoded.prompt_ids) == "<|im_start|>u1+1=<|im_start|>a<think>\n"
     assert tokenizer.decode(encoded.ids) == f"{learnt}<|im_end|>"
-    assert encoded.altered is None
+    assert (encoded.altered is None) == ("</think>" in said)  # else the answer would be learnt as reasoning
     cut = encode(tokenizer, USER, [says("assistant", said)], complete=False, reasoning="keep")
     assert tokenizer.decode(cut.ids) == learnt
 

@@ -109,3 +109,37 @@ def test_what_images_cannot_have_is_refused(columns, options, llava_dir, teacher
         options = {**options, "teacher_model_name_or_path": teacher_dir}
     with pytest.raises(ValueError, match="The train dataset has images"):
         PbKDTrainer(model=llava_dir, args=PbKDConfig(**settings, **options), train_dataset=dataset(pairs, **columns))
+
+
+def test_responses_with_images_are_read_by_the_same_rules(llava_dir, pairs, settings):
+    """No end token behind an answer that was cut off, no imitation of a user's turn, null template variables left out."""
+    rows = dataset(
+        pairs,
+        chosen_finish_reason=["length", *["stop"] * 7],
+        rejected_finish_reason=[None] * 8,
+        chat_template_kwargs=[{"mood": "glad"}, *[None] * 7],
+    ).to_list()
+    rows[1]["chosen"] = [
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "5"},
+    ]
+    args = PbKDConfig(**{**settings, "per_device_train_batch_size": 8, "max_steps": 1, "max_length": 40})
+    args.train_sampling_strategy = "sequential"
+    train = Dataset.from_list(rows).cast_column("image", ImageFeature())
+    trainer = PbKDTrainer(model=llava_dir, args=args, train_dataset=train)
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def texts(mask):
+        kept = zip(batch["input_ids"], batch[mask].bool(), strict=True)
+        return [trainer._tokenizer.decode(ids[row]) for ids, row in kept]
+
+    assert texts("completion_mask")[:3] == ["2", "2<eos>u?and?a?5<eos>", "42<eos>"]
+    assert texts("own_mask")[:3] == ["2", "2<eos>5<eos>", "42<eos>"]
+    assert texts("completion_mask")[8:] == [f"{row['rejected']}<eos>" for row in pairs]
+    trainer.train()
+
+
+def test_kept_reasoning_is_refused_with_images(llava_dir, pairs, settings):
+    with pytest.raises(ValueError, match="The train dataset has images, .* `reasoning='keep'` is not supported"):
+        PbKDTrainer(model=llava_dir, args=PbKDConfig(**settings, reasoning="keep"), train_dataset=dataset(pairs))

@@ -10,7 +10,6 @@ from itertools import takewhile
 from typing import Any, Literal
 
 from transformers import ProcessorMixin
-from trl import prepare_multimodal_messages
 
 
 Messages = list[dict[str, Any]]
@@ -239,8 +238,8 @@ class _Template:
         self._is_processor = isinstance(processing_class, ProcessorMixin)
 
     def __call__(self, messages: Messages, **how: Any) -> str:
-        if self._is_processor:
-            messages = prepare_multimodal_messages(messages)
+        if self._is_processor:  # their templates read lists of parts
+            messages = [_in_parts(message) for message in messages]
         try:
             return self._processing_class.apply_chat_template(messages, tokenize=False, **self._options, **how)
         except Exception as error:  # a template is code of the checkpoint's, and may raise anything
@@ -259,6 +258,11 @@ class _Template:
         return probed.rpartition(_PROBE)[2]
 
 
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
 def ends_open(prompt: Messages) -> bool:
     """Whether the prompt ends within a message of the assistant's, which the model goes on with."""
     return prompt[-1].get("role") == "assistant"
@@ -272,9 +276,11 @@ def closing(processing_class: Any, prompt: Messages, options: Mapping[str, Any] 
 def _as_sampled(template: _Template, prompt: Messages, opening: str, said: str, complete: bool) -> Rendering:
     if opening.rstrip().endswith(_OPEN) and said.lstrip().startswith(_OPEN):
         said = said.lstrip()[len(_OPEN) :].lstrip("\n")  # some servers repeat what the prompt has opened
+    unended = complete and opening.rstrip().endswith(_OPEN) and "</think>" not in said
+    altered = "the generation prompt opens a block of reasoning, which the response does not end" if unended else None
     said = opening + said
     text = said + template.closing(prompt)
-    return Rendering(opening, text, ((0, len(text)),), len(text) if complete else len(said))
+    return Rendering(opening, text, ((0, len(text)),), len(text) if complete else len(said), altered)
 
 
 def _last_word(template: _Template, prompt: Messages, response: Messages, text: str) -> int:

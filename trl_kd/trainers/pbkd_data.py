@@ -24,6 +24,7 @@ from trl import is_conversational
 from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.responses.rendering import LEFT_OUT, OWN
+from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
 
@@ -353,13 +354,22 @@ class PbKDCollator:
         preferences = [example.get("preference", 1.0) for example in examples]
         sides = [example.get("teacher_side", "chosen") for example in examples]
         kinds = [self._kinds(example) for example in examples]
-        rest = [{k: v for k, v in example.items() if k not in OUR_COLUMNS} for example in examples]
+        rest = [self._theirs(example) for example in examples]
         batch = self.inner(rest)
         batch["preference"] = torch.tensor([math.nan if p is None else p for p in preferences], dtype=torch.float32)
         batch["teacher_side"] = torch.tensor([SIDES[side] for side in sides])
         if any(of_side is not None for both in kinds for of_side in both):
             self._apply(batch, [chosen for chosen, _ in kinds] + [rejected for _, rejected in kinds])
         return batch
+
+    @staticmethod
+    def _theirs(example: dict[str, Any]) -> dict[str, Any]:
+        """What the inner collator gets. A null variable of the chat template is left out, as it was when the row was
+        built."""
+        kept = {k: v for k, v in example.items() if k not in OUR_COLUMNS}
+        if "chat_template_kwargs" in kept:
+            kept["chat_template_kwargs"] = without_nulls(kept["chat_template_kwargs"] or {})
+        return kept
 
     def _kinds(self, example: dict[str, Any]) -> list[list[int] | None]:
         if self.reader is not None:

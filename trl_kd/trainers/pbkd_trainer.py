@@ -169,6 +169,11 @@ optimizers, quantization_config, peft_config:
                 f"The {name} dataset has images, with which a third `teacher` text and `imitation='token'` are not "
                 "supported: say `teacher_side`, and use `imitation='sequence'`."
             )
+        if has_images(first) and args.reasoning == "keep":
+            raise ValueError(
+                f"The {name} dataset has images, whose rows TRL's collator tokenizes, so that `reasoning='keep'` is not "
+                "supported: use 'strip' or 'error', or leave it out."
+            )
         dataset, counts = prepare_rows(dataset, name, args)
         if counts is None:
             self._streams = True

@@ -33,6 +33,12 @@ SIDES = ("chosen", "rejected")
 KIND_COLUMNS = ("chosen_kinds", "rejected_kinds")
 REASON_COLUMNS = ("chosen_finish_reason", "rejected_finish_reason")
 _OPTIONS = ("tools", "chat_template_kwargs")
+_ADVICE: dict[str | None, str] = {
+    None: "`reasoning='keep'` learns the generation prompt with the response as it was sampled, 'strip' takes `<think>` "
+    "blocks out, and 'error' stops here.",
+    "keep": "Give the responses with their reasoning, or a chat template whose generation prompt opens none.",
+}
+_LOOKED = Features({"failed": Value("string"), "altered": Value("string")})
 
 
 def tokenize_rows(
@@ -174,10 +180,7 @@ class ResponseReader:
         said = f"In {count} of the {self.name} dataset what is learnt is not what is sampled. In {where} {why}."
         if self.reasoning == "error":
             raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
-        logger.warning_once(
-            f"{said} `reasoning='keep'` learns the generation prompt with the response as it was sampled, 'strip' takes "
-            "`<think>` blocks out, and 'error' stops here."
-        )
+        logger.warning_once(f"{said} {_ADVICE.get(self.reasoning, '')}".strip())
 
     def _leave_out(self, dataset: Dataset, failed: list[str]) -> Dataset:
         if not any(failed):
@@ -279,15 +282,14 @@ class ResponseReader:
         return not row["failed"]
 
     def kinds_alone(self, row: dict[str, Any]) -> list[list[int] | None]:
-        """Kinds of the two responses of a row with images, which TRL's collator tokenizes apart from their prompt."""
+        """Kinds of the two responses of a row with images, which TRL's collator tokenizes apart from their prompt, and
+        without the row's tools."""
+        row = {column: value for column, value in row.items() if column != "tools"}
         if not self.needs_kinds(row):
             return [None, None]
         rendered = [self.render(row, side) for side in SIDES]
         start = min(common_prefix(one.opening, other.text) for one in rendered for other in rendered)
         return [text_kinds(self.processing_class, one, start) for one in rendered]
-
-
-_LOOKED = Features({"failed": Value("string"), "altered": Value("string")})
 
 
 def _has_nulls(column: str, value: Any) -> bool:
