@@ -10,6 +10,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from transformers import AutoProcessor, AutoTokenizer
 from trl import ModelConfig, get_peft_config, is_conversational
 
+from trl_kd.responses.ends import set_end_token
 from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (
     ModelSize,
@@ -96,8 +97,11 @@ def describe_steps(epoch_steps: int | None, args: Any, processes: int) -> Table:
 
 
 def load_student_processor(args: Any, model_args: ModelConfig) -> Any:
-    """The student's tokenizer or processor."""
-    return _load(AutoProcessor, "model_name_or_path", model_args.model_name_or_path, model_args.model_revision, args)
+    """The student's tokenizer or processor, with the end token that it is to have."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    processor = _load(AutoProcessor, "model_name_or_path", name, revision, args)
+    set_end_token(getattr(processor, "tokenizer", processor), args.eos_token)
+    return processor
 
 
 def _load(auto: Any, field: str, name: str, revision: str | None, args: Any) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
-from trl_kd.responses.ends import set_end_token
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.dry_run import (
     SAMPLE,
@@ -108,7 +107,6 @@ def _describe_prompts(name: str, dataset: Any, processor: Any, args: Any) -> Tab
 def _describe_first_rows(dataset: Any, processor: Any, args: Any) -> Table:
     tokenizer = getattr(processor, "tokenizer", processor)
     check_tokenizer(tokenizer, dataset, "train")
-    set_end_token(tokenizer, args.eos_token)
     template = args.chat_template_kwargs or {}
     table, longest, completions = [], 0, []
     sample = first_rows(look_at_completions(Dataset.from_list(first_rows(dataset)), processor, args, "train"))

@@ -63,6 +63,13 @@ def check_prompts(dataset: Any, name: str, lmbda: float = 1.0, tools: Any = None
         raise ValueError(
             f"`lmbda` is {lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
         )
+    unread = [column for column in ("tools", "chat_template_kwargs") if first.get(column)]
+    if mixed and unread and lmbda > 0:
+        logger.warning(
+            f"The {name} dataset has a column {unread[0]!r}, which the student's own prompts are made without: they are "
+            "another context than the one that the teacher answered in. Give what holds for all rows as "
+            "`chat_template_kwargs` or `tools` of the trainer."
+        )
     if mixed and "completion" not in first:
         logger.info(
             f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
