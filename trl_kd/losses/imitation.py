@@ -42,3 +42,22 @@ def sequence_imitation(logps_2B: torch.Tensor, side_B: torch.Tensor) -> torch.Te
         `torch.Tensor` of shape `[B]`, ≥ 0, and 0 for pairs without a teacher's text.
     """
     return -teacher_rows(logps_2B, side_B).masked_fill(side_B == NO_TEACHER, 0.0)
+
+
+def generalized_cross_entropy(logps: torch.Tensor, q: float) -> torch.Tensor:
+    """
+    Generalised cross-entropy ℓ_q(π) = (1 − π^q)/q of each token (https://huggingface.co/papers/1805.07836, eq. 6): the
+    adversary over one state with a bounded Q, on a sample of the teacher (docs/method.md, "The adversary over one state").
+
+    Its gradient is −π^q·∇log π: the nearer q is to 1, the less a token counts that the student finds unlikely.
+
+    Args:
+        logps (`torch.Tensor`):
+            log π of the tokens, at most 0, of any shape.
+        q (`float`):
+            In [0, 1]. 0 is −log π in nats, 1 is 1 − π (total variation).
+
+    Returns:
+        `torch.Tensor` of the same shape, in [0, 1/q].
+    """
+    return -logps if q == 0 else -torch.expm1(q * logps) / q
