@@ -13,8 +13,8 @@ from typing import Any
 from trl_kd.sampling import Text
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient
-from trl_kd.sampling.server import REFUSALS, other_words
-from trl_kd.sampling.server_errors import ServerError, check_extra
+from trl_kd.sampling.server import other_words
+from trl_kd.sampling.server_errors import REFUSALS, ServerError, check_extra
 
 
 logger = logging.getLogger(__name__)
