@@ -22,6 +22,7 @@ from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.sampler import as_counted
 
 
 def build_pairs(
@@ -179,13 +180,15 @@ class _Build:
         if sampler.is_lookup:
             return
         with self._bar(f"{source} answers", samples) as bar:
-            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar)
+            causes = getattr(sampler, "causes", None)
+            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar, causes)
             reading = iter(requests)
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
                 self._count(source)
-                for answers in together(sampler, itertools.chain([first], reading)):
-                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers])
+                has_texts = self.store.has_texts(source)
+                for answers in together(sampler, itertools.chain([first], reading), source, has_texts):
+                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers], causes)
                     for request, sample, _ in answers:
                         requests.answered(request.key, sample)
                     bar.update(len(answers))
@@ -286,7 +289,7 @@ class _Build:
                     f"Row {row.index} of the prompts was another when the {source} was asked: a stream must give the same "
                     "rows each time it is read. Run the same command again to ask for what is missing."
                 )
-        return [[stored[row.key][sample] for sample in range(samples)] for row in rows]
+        return [[as_counted(row.prompt, stored[row.key][sample]) for sample in range(samples)] for row in rows]
 
     def _pairs(self, rows: list[PromptRow], answers: dict[str, list[list[Answer]]]) -> list[PromptPairs]:
         prompts = []

@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
@@ -30,7 +30,20 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS labels (
     preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
 """
+NULLS = """
+CREATE {}TABLE IF NOT EXISTS nulls (
+    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, cause TEXT,
+    PRIMARY KEY (source, prompt, sample)) WITHOUT ROWID;
+"""
+"""Answers without a text, and what each is due to: the settings of its source, as JSON. A null cause is not known."""
+
+Causes = Callable[[str | None], Mapping[str, Any]]
+"""What answers without a text, by their finish reason, are due to besides what their source says of itself."""
+
 FORMAT = 1
+_FREE = ("prompt_too_long", "bad_request")
+"""Reasons of answers without a text that cost nothing, and that former versions kept whatever was at fault."""
+
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
@@ -61,6 +74,7 @@ class AnswerStore:
         self._timer: threading.Timer | None = None
         self._pending = 0
         self._counted: tuple[str, Usage, Usage, Usage] | None = None
+        self._described: dict[str, Any] = {}  # what each source says of itself
         self._connect()
 
     def _connect(self) -> None:
@@ -89,7 +103,7 @@ class AnswerStore:
             found = execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise self._damaged(found)
-        self._connection.executescript(TABLES)
+        self._connection.executescript(TABLES + NULLS.format(""))
         execute(f"PRAGMA user_version = {FORMAT}")
 
     @contextmanager
@@ -116,18 +130,20 @@ class AnswerStore:
             "everything anew."
         )
 
-    def _write(self, statement: str, rows: Sequence[tuple]) -> None:
+    def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
+        """Executes statements, each with its rows, in one transaction."""
         with self._guard():
             if not self._connection.in_transaction:
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
-                self._connection.executemany(statement, rows)
+                for statement, rows in statements:
+                    self._connection.executemany(statement, rows)
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk: what came before may still fit
                     self._connection.execute("COMMIT")
                     self._pending = 0
                 raise
-            self._pending += len(rows)
+            self._pending += max(len(rows) for _, rows in statements)
             if not self._is_grouped or self._pending >= 64:
                 self.commit()
             elif self._timer is None:
@@ -185,7 +201,7 @@ class AnswerStore:
             )
         for source in ("teacher", "student"):
             changes = list(differences(before.get(source, settings[source]), settings[source], source))
-            if changes and self._holds("answers", "source", source):
+            if changes and self.has_texts(source):
                 raise ValueError(
                     f"`{self.path.parent}` holds answers of another {source}, and answers of two settings are never mixed: "
                     f"set it back, give another `output_dir`, or delete the folder to start anew. {listed(changes)}."
@@ -197,11 +213,26 @@ class AnswerStore:
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
             )
+        self._know_nulls(before)
+        self._described = settings
         self._note(settings)
+
+    def has_texts(self, source: str) -> bool:
+        """Whether an answer of a source is stored, other than one without a text."""
+        with self._guard():
+            query = "SELECT 1 FROM answers WHERE source = ? AND text != 'null' LIMIT 1"
+            return self._connection.execute(query, (source,)).fetchone() is not None
+
+    def _know_nulls(self, before: dict[str, Any]) -> None:
+        """Takes the answers without a text that a former version has stored for those of the settings `before`. It blamed
+        prompts for contexts that the settings had broken, so that for these the cause is not known."""
+        if not self._noted("nulls"):
+            self._write(*(nulls_of(source, before.get(source)) for source in ("teacher", "student")))
+            self._note({"nulls": True})
 
     def _note(self, values: dict[str, Any]) -> None:
         rows = [(name, json.dumps(value)) for name, value in values.items()]
-        self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+        self._write(("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows))
         self.commit()
 
     def _noted(self, name: str) -> Any:
@@ -263,13 +294,33 @@ class AnswerStore:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
         self.add_answers(source, [(key, sample, answer)])
 
-    def add_answers(self, source: str, answers: Iterable[tuple[str, int, Answer]]) -> None:
-        """Stores answers, each with its prompt's key and its sample's number, in one transaction: all of them or none."""
-        rows = []
+    def add_answers(
+        self, source: str, answers: Iterable[tuple[str, int, Answer]], causes: Causes | None = None
+    ) -> None:
+        """Stores answers, each with its prompt's key and its sample's number, in one transaction: all of them or none. One
+        without a text is kept with what it is due to, and another answer takes its place."""
+        rows, nulls, texts = [], [], []
         for key, sample, answer in answers:
             text = _well_formed(json.dumps(answer.text, ensure_ascii=False))
-            rows.append((source, bytes.fromhex(key), sample, text, answer.finish_reason, answer.tokens))
-        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+            place = (source, bytes.fromhex(key), sample)
+            rows.append((*place, text, answer.finish_reason, answer.tokens))
+            if answer.text is None:
+                nulls.append((*place, self._cause(source, answer.finish_reason, causes)))
+            else:
+                texts.append(place)
+        self._write(
+            (
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
+                "finish_reason = excluded.finish_reason, tokens = excluded.tokens WHERE text = 'null'",
+                rows,
+            ),
+            ("DELETE FROM nulls WHERE source = ? AND prompt = ? AND sample = ?", texts),
+            ("INSERT OR REPLACE INTO nulls VALUES (?, ?, ?, ?)", nulls),
+        )
+
+    def _cause(self, source: str, finish_reason: str | None, causes: Causes | None) -> str:
+        """What an answer without a text is due to today."""
+        return _as_cause(self._described.get(source), {} if causes is None else causes(finish_reason))
 
     def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:
         """The stored answers 0 … `samples` − 1 to each of the prompts named by `keys`, by sample."""
@@ -282,15 +333,35 @@ class AnswerStore:
                 found[prompt.hex()][sample] = Answer(json.loads(text), finish_reason, tokens)
         return found
 
-    def missing(self, source: str, keys: Sequence[str], samples: int) -> dict[str, tuple[int, ...]]:
-        """The numbers of the answers that are not stored, for each prompt that lacks some."""
+    def missing(
+        self, source: str, keys: Sequence[str], samples: int, causes: Causes | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """The numbers of the answers to ask for, for each prompt that lacks some: those that are not stored, and those
+        without a text whose cause has changed since."""
         lacking = {key: set(range(samples)) for key in keys}
         where = "answers WHERE source = ? AND sample < ? AND prompt"
         keys_ = [bytes.fromhex(key) for key in lacking]
         for rows in self._select("prompt, sample", where, (source, samples), keys_):
             for prompt, sample in rows:
                 lacking[prompt.hex()].discard(sample)
+        for prompt, sample in self._stale(source, keys_, samples, causes):
+            lacking[prompt.hex()].add(sample)
         return {key: tuple(sorted(numbers)) for key, numbers in lacking.items() if numbers}
+
+    def _stale(
+        self, source: str, keys: Sequence[bytes], samples: int, causes: Causes | None
+    ) -> Iterator[tuple[bytes, int]]:
+        """Answers without a text whose cause is not today's, or not known."""
+        if source not in self._described:
+            return
+        columns = "prompt, sample, cause, (SELECT finish_reason FROM answers AS a WHERE a.source = n.source"
+        columns += " AND a.prompt = n.prompt AND a.sample = n.sample)"
+        for rows in self._select(
+            columns, "nulls AS n WHERE source = ? AND sample < ? AND prompt", (source, samples), keys
+        ):
+            for prompt, sample, cause, finish_reason in rows:
+                if cause != self._cause(source, finish_reason, causes):
+                    yield prompt, sample
 
     def labels(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
         """The stored labels or scores of the present preference, by key."""
@@ -302,7 +373,7 @@ class AnswerStore:
     def add_labels(self, labels: dict[bytes, float | None]) -> None:
         """Stores labels or scores of the present preference."""
         rows = [(self._preference, key, value) for key, value in labels.items()]
-        self._write("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
+        self._write(("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows))
         self.commit()
 
     def _select(self, columns: str, where: str, values: tuple, keys: Sequence[bytes]) -> Iterator[list[tuple]]:
@@ -311,6 +382,20 @@ class AnswerStore:
             query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
             with self._guard():
                 yield self._connection.execute(query, (*values, *some)).fetchall()
+
+
+def _as_cause(description: Any, causes: Mapping[str, Any]) -> str:
+    return json.dumps({**(description or {}), **causes}, sort_keys=True)
+
+
+def nulls_of(source: str, description: Any) -> tuple[str, Sequence[tuple]]:
+    """A statement that takes the stored answers of a source without a text into the table of these, and its values."""
+    free = ", ".join(map(repr, _FREE))
+    return (
+        "INSERT OR IGNORE INTO nulls SELECT source, prompt, sample, "
+        f"CASE WHEN finish_reason IN ({free}) THEN NULL ELSE ? END FROM answers WHERE source = ? AND text = 'null'",
+        [(_as_cause(description, {}), source)],
+    )
 
 
 def lock_folder(folder: str | Path) -> TextIO:
