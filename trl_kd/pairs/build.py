@@ -216,6 +216,7 @@ class _Build:
                 if not asked:
                     bar.skip(count)
         self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
+        self.store.note_unreadable(getattr(self.preference, "unreadable", []))
         self.store.commit()
         _free(self.preference)
 
@@ -248,7 +249,8 @@ class _Build:
             raise
         writer.close()
         if hasattr(self.preference, "unparseable"):
-            report.unparseable = self.store.null_labels()
+            report.unparseable, report.judged = self.store.null_labels(), self.store.label_count()
+            report.unreadable = self.store.note_unreadable([])
             report.orders = self.store.note_orders(None, 0)
         report.usage = {name: self.store.usage(name) for name in self.usages}
         report.write(folder, settings | {"prompts": settings["prompts"] | fingerprint.describe()})

@@ -7,14 +7,15 @@ import os
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
+from trl_kd.pairs.differences import differences, listed
 from trl_kd.pairs.network import is_network_folder
+from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
@@ -30,20 +31,7 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS labels (
     preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
 """
-NULLS = """
-CREATE {}TABLE IF NOT EXISTS nulls (
-    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, cause TEXT,
-    PRIMARY KEY (source, prompt, sample)) WITHOUT ROWID;
-"""
-"""Answers without a text, and what each is due to: the settings of its source, as JSON. A null cause is not known."""
-
-Causes = Callable[[str | None], Mapping[str, Any]]
-"""What answers without a text, by their finish reason, are due to besides what their source says of itself."""
-
 FORMAT = 1
-_FREE = ("prompt_too_long", "bad_request")
-"""Reasons of answers without a text that cost nothing, and that former versions kept whatever was at fault."""
-
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
@@ -279,6 +267,21 @@ class AnswerStore:
             self._note({name: [known, number]})
         return (known, number) if number else None
 
+    def note_unreadable(self, replies: Sequence[str]) -> list[str]:
+        """Adds replies of the present judge that could not be read, of which three are kept, and returns those."""
+        name = f"unreadable {self._preference.hex()}"
+        known = self._noted(name) or []
+        kept = list(dict.fromkeys([*known, *map(_well_formed, replies)]))[:3]
+        if kept != known:
+            self._note({name: kept})
+        return kept
+
+    def label_count(self) -> int:
+        """How many labels or scores of the present preference are stored."""
+        query = "SELECT COUNT(*) FROM labels WHERE preference = ?"
+        with self._guard():
+            return self._connection.execute(query, (self._preference,)).fetchone()[0]
+
     def null_labels(self) -> int:
         """How many labels of the present preference are null."""
         query = "SELECT COUNT(*) FROM labels WHERE preference = ? AND value IS NULL"
@@ -320,7 +323,7 @@ class AnswerStore:
 
     def _cause(self, source: str, finish_reason: str | None, causes: Causes | None) -> str:
         """What an answer without a text is due to today."""
-        return _as_cause(self._described.get(source), {} if causes is None else causes(finish_reason))
+        return as_cause(self._described.get(source), {} if causes is None else causes(finish_reason))
 
     def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:
         """The stored answers 0 … `samples` − 1 to each of the prompts named by `keys`, by sample."""
@@ -384,20 +387,6 @@ class AnswerStore:
                 yield self._connection.execute(query, (*values, *some)).fetchall()
 
 
-def _as_cause(description: Any, causes: Mapping[str, Any]) -> str:
-    return json.dumps({**(description or {}), **causes}, sort_keys=True)
-
-
-def nulls_of(source: str, description: Any) -> tuple[str, Sequence[tuple]]:
-    """A statement that takes the stored answers of a source without a text into the table of these, and its values."""
-    free = ", ".join(map(repr, _FREE))
-    return (
-        "INSERT OR IGNORE INTO nulls SELECT source, prompt, sample, "
-        f"CASE WHEN finish_reason IN ({free}) THEN NULL ELSE ? END FROM answers WHERE source = ? AND text = 'null'",
-        [(_as_cause(description, {}), source)],
-    )
-
-
 def lock_folder(folder: str | Path) -> TextIO:
     """
     Claims a folder until the returned file is closed or the process ends, however it ends.
@@ -443,27 +432,3 @@ def _well_formed(text: str) -> str:
 
 def _digest(description: Any) -> bytes:
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def differences(old: Any, new: Any, name: str) -> Iterator[str]:
-    """What differs between two settings that are JSON, a sentence each, which begins with the field's name."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
-    elif old != new:
-        before, after = repr(old), repr(new)
-        # Long texts that begin alike are shown from shortly before where they part
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-        start = max(alike - 20, 0)
-        yield f"`{name}` was {_part(before, start)} and is {_part(after, start)}"
-
-
-def _part(text: str, start: int) -> str:
-    start = 0 if len(text) <= 60 else start
-    return f"{'… ' if start else ''}{text[start : start + 60]}{' …' if len(text) > start + 60 else ''}"
-
-
-def listed(changes: list[str]) -> str:
-    """At most four of what `differences` says, and how many more there are."""
-    more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
-    return f"What differs: {'; '.join(changes[:4])}{more}"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from trl_kd.pairs.store import FORMAT, NULLS, TABLES, AnswerStore, StoreError, nulls_of
+from trl_kd.pairs.nulls import NULLS, nulls_of
+from trl_kd.pairs.store import FORMAT, TABLES, AnswerStore, StoreError
 from trl_kd.sampling.budget import Usage
 
 
@@ -48,12 +49,6 @@ class StoredAnswers(AnswerStore):
         """How many answers of a source are stored."""
         with self._guard():
             return self._connection.execute("SELECT COUNT(*) FROM answers WHERE source = ?", (source,)).fetchone()[0]
-
-    def label_count(self) -> int:
-        """How many labels or scores of the present preference are stored."""
-        query = "SELECT COUNT(*) FROM labels WHERE preference = ?"
-        with self._guard():
-            return self._connection.execute(query, (self._preference,)).fetchone()[0]
 
     def commit(self) -> None:
         """There is nothing to commit."""

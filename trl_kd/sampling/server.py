@@ -122,7 +122,7 @@ class ServerSampler:
         """What an answer without a text is due to, besides what `describe` says. Where asking again would cost as much as a
         text, there is nothing."""
         failed = ending(finish_reason) == "failed"
-        if not failed and finish_reason not in (*REFUSALS, "prompt_too_long", "bad_request"):
+        if not failed and finish_reason not in ("prompt_too_long", "bad_request"):
             return {}
         return {"base_url": sorted(self.client.urls)} | ({"max_retries": self.client.max_retries} if failed else {})
 
