@@ -153,8 +153,9 @@ class VLLMSampler:
         for (request, _, ids), output in zip(asked, outputs, strict=True):
             done = output.outputs[0]
             tokens = list(done.token_ids)
-            text, _ = cut_at(decode_answer(self.tokenizer, request, ids, tokens), self.settings.stop)
-            yield Answer(text, done.finish_reason, len(tokens))
+            text, has_stop = cut_at(decode_answer(self.tokenizer, request, ids, tokens), self.settings.stop)
+            is_ended = has_stop and ending(done.finish_reason) == "cut"
+            yield Answer(text, "stop" if is_ended else done.finish_reason, len(tokens))
 
     def _engine_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"enable_prefix_caching": True}
