@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from trl_kd.pairs.asking import MissingRequests, look_up, together
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
@@ -116,6 +116,7 @@ def build_pairs(
         raise ValueError("There are no prompts: the dataset is empty.")
     sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
     check_parts(first, sources, preference)
+    check_kinds(prompts, sources)
     settings: dict[str, Any] = {
         "teacher": teacher.describe(),
         "student": student.describe(),

@@ -267,12 +267,6 @@ class ServerSampler:
             return [Answer(None, "prompt_too_long", said=failure.said)] * count
         if failure.code == MALFORMED and self._has_replied:  # one prompt must not stop all others for good
             return [Answer(None, MALFORMED, said=failure.said)] * count if count == 1 else []
-        named = ServerError(
-            f"{failure} The prompt begins {beginning(request.prompt)!r}.{role_hint(whole, failure)}",
-            failure.status,
-            failure.code,
-            failure.said,
-        )
         if failure.status in (400, 422):
             if count > 1:
                 return []
@@ -284,9 +278,8 @@ class ServerSampler:
                     failure.said,
                 )
                 return [Answer(None, "bad_request", said=failure.said)]
-            raise named from None
-        if failure.status is None or failure.status >= 500:
-            failure.args = named.args  # the same object, which the client has already
+        if failure.status not in (401, 403, 404):  # the same object, which the client has already
+            failure.args = (f"{failure} The prompt begins {beginning(request.prompt)!r}.{role_hint(whole, failure)}",)
         raise failure
 
     def _check_context(self, whole: dict[str, Any], failure: ServerError) -> None:

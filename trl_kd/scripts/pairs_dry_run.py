@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import Candidate, PairingSettings, PromptPairs, choose_pairs, make_candidates
 from trl_kd.pairs.prompts import PromptRow, read_prompts
@@ -82,6 +82,7 @@ def dry_run(
         `ValueError`, `StoreError`, or what a source raises: as `build_pairs` would.
     """
     check_parts(next(read_prompts(prompts, batch_size=CHECKED_ROWS)), sources, preference)
+    check_kinds(prompts, sources)
     settings = {source: sampler.describe() for source, (sampler, _) in sources.items()}
     with closing(StoredAnswers(output_dir)) as stored:
         settings |= {"preference": describe_preference(preference), "shard": None if shard is None else list(shard)}
