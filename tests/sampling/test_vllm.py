@@ -103,6 +103,26 @@ def test_stop_texts_are_passed_on_and_cut_off(tiny_dir):
     assert not any("1" in answer.text or "2" in answer.text for answer in drawn)
 
 
+@pytest.mark.parametrize("breaks", [1, 5])
+def test_an_answer_that_is_broken_off_is_asked_for_again(tiny_dir, monkeypatch, breaks):
+    generate = LLM.generate
+
+    def breaking(self, prompts, **options):
+        outputs = generate(self, prompts, **options)
+        if len(self.calls) <= breaks:
+            outputs[0].outputs[0].finish_reason = "abort"
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", breaking)
+    drawn = [answer for _, _, answer in VLLMSampler(tiny_dir, SETTINGS).sample([Request("a", "1+1=", (0, 1))])]
+    (engine,) = LLM.made
+    seeds = [[params.seed for params in sampling_params] for _, sampling_params, _ in engine.calls]
+    again = [[SETTINGS.answer_seed("a", 0, attempt)] for attempt in range(1, min(breaks, 2) + 1)]
+    assert seeds == [[SETTINGS.answer_seed("a", sample) for sample in (0, 1)], *again]
+    assert (drawn[0].text is None) == (breaks > 2)
+    assert drawn[1].text is not None
+
+
 def test_it_reads_a_chunk_at_a_time_and_starts_one_engine(tiny_dir):
     sampler = VLLMSampler(tiny_dir, SETTINGS, chunk_size=3)
     drawing = sampler.sample(Request(str(i), "1+1=") for i in count())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from trl_kd.pairs.asking import MissingRequests, look_up, together
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
@@ -22,6 +22,7 @@ from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.sampler import as_counted
 
 
 def build_pairs(
@@ -115,6 +116,7 @@ def build_pairs(
         raise ValueError("There are no prompts: the dataset is empty.")
     sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
     check_parts(first, sources, preference)
+    check_kinds(prompts, sources)
     settings: dict[str, Any] = {
         "teacher": teacher.describe(),
         "student": student.describe(),
@@ -179,13 +181,15 @@ class _Build:
         if sampler.is_lookup:
             return
         with self._bar(f"{source} answers", samples) as bar:
-            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar)
+            causes = getattr(sampler, "causes", None)
+            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar, causes)
             reading = iter(requests)
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
                 self._count(source)
-                for answers in together(sampler, itertools.chain([first], reading)):
-                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers])
+                has_texts = self.store.has_texts(source)
+                for answers in together(sampler, itertools.chain([first], reading), source, has_texts):
+                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers], causes)
                     for request, sample, _ in answers:
                         requests.answered(request.key, sample)
                     bar.update(len(answers))
@@ -213,6 +217,7 @@ class _Build:
                 if not asked:
                     bar.skip(count)
         self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
+        self.store.note_unreadable(getattr(self.preference, "unreadable", []))
         self.store.commit()
         _free(self.preference)
 
@@ -245,7 +250,8 @@ class _Build:
             raise
         writer.close()
         if hasattr(self.preference, "unparseable"):
-            report.unparseable = self.store.null_labels()
+            report.unparseable, report.judged = self.store.null_labels(), self.store.label_count()
+            report.unreadable = self.store.note_unreadable([])
             report.orders = self.store.note_orders(None, 0)
         report.usage = {name: self.store.usage(name) for name in self.usages}
         report.write(folder, settings | {"prompts": settings["prompts"] | fingerprint.describe()})
@@ -286,7 +292,7 @@ class _Build:
                     f"Row {row.index} of the prompts was another when the {source} was asked: a stream must give the same "
                     "rows each time it is read. Run the same command again to ask for what is missing."
                 )
-        return [[stored[row.key][sample] for sample in range(samples)] for row in rows]
+        return [[as_counted(row.prompt, stored[row.key][sample]) for sample in range(samples)] for row in rows]
 
     def _pairs(self, rows: list[PromptRow], answers: dict[str, list[list[Answer]]]) -> list[PromptPairs]:
         prompts = []

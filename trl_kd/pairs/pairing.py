@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any, Literal, get_args
 
 from trl_kd.pairs.rows import pair_row
+from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling import Answer, Text
 from trl_kd.sampling.nulls import without_nulls
 
@@ -32,7 +33,7 @@ class PairingSettings:
         max_pairs_per_prompt (`int`, *optional*):
             At most so many pairs a prompt, drawn by `seed` and prompt before anything is compared.
         truncated (`str`):
-            `"keep"`, or `"drop"` to leave out answers that ended at their `max_new_tokens`.
+            `"keep"`, or `"drop"` to leave out answers that were cut off, at their `max_new_tokens` say.
         seed (`int`):
             Seed of the draw.
 
@@ -101,7 +102,7 @@ def make_candidates(
     for source, answers in (("teacher", teacher), ("student", student)):
         for answer in answers:
             text = answer.text
-            if text is None or (truncated == "drop" and answer.finish_reason == "length"):
+            if text is None or (truncated == "drop" and ending(answer.finish_reason) == "cut"):
                 continue
             if is_messages and isinstance(text, str):
                 text = [{"role": "assistant", "content": text}]

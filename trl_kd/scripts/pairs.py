@@ -108,7 +108,7 @@ def _report(output_dir: str) -> None:
     if not summary["pairs"]["total"]:
         print(
             f"\nWarning: there is not a single pair in {output_dir}, and nothing to train on. Each needs an answer of both: "
-            "look at the answers above that were refused, truncated (and dropped), or null in their column.",
+            "look at the answers above that are without a text, truncated (and dropped), or null in their column.",
             file=sys.stderr,
         )
         return
