@@ -14,6 +14,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.conftest import make_model, make_tokenizer, save_tiny
+from tests.responses.templates import CHATML, tokenizer_with
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.vllm import VLLMSampler
 
@@ -30,6 +31,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
+    stop_token_ids: list[int] | None = None
 
 
 @dataclass
@@ -94,6 +96,15 @@ def test_every_answer_is_a_request_with_its_own_seed(tiny_dir):
         assert answer.finish_reason == ("stop" if seed % 2 else "length")
         assert answer.text.isdigit()
         assert len(answer.text) == 6 - seed % 2  # the end token is no text
+
+
+def test_turns_end_where_the_chat_template_ends_them(tmp_path):
+    """Also with a base model, whose end token is another one."""
+    tokenizer = tokenizer_with(CHATML)
+    folder = save_tiny(tmp_path / "base", tokenizer, vocab_size=len(tokenizer))
+    list(VLLMSampler(folder, SETTINGS).sample([Request("a", CHAT), Request("b", "1+1=")]))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [params.stop_token_ids for params in LLM.made[0].calls[0][1]] == [[end], None]
 
 
 def test_stop_texts_are_passed_on_and_cut_off(tiny_dir):

@@ -13,7 +13,15 @@ from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
-from trl_kd.pairs.pairing import PairingSettings, Policy, PromptPairs, choose_pairs, make_candidates, make_rows
+from trl_kd.pairs.pairing import (
+    PairingSettings,
+    Policy,
+    PromptPairs,
+    answer_reasons,
+    choose_pairs,
+    make_candidates,
+    make_rows,
+)
 from trl_kd.pairs.progress import Bar, rare_collection, show_cost
 from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.report import PairReport
@@ -23,6 +31,7 @@ from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.sampler import as_counted
+from trl_kd.sampling.server import beginning
 
 
 def build_pairs(
@@ -37,6 +46,7 @@ def build_pairs(
     policy: Policy = "teacher_vs_student",
     max_pairs_per_prompt: int | None = None,
     truncated: Literal["keep", "drop"] = "keep",
+    reasoning: str | None = None,
     seed: int = 0,
     shard: tuple[int, int] | None = None,
     relabel: bool = False,
@@ -66,7 +76,7 @@ def build_pairs(
             The folder. One process at a time writes it.
         num_teacher_samples, num_student_samples (`int`, *optional*, defaults to `1`):
             Answers of each to a prompt. A later call may ask for more.
-        policy, max_pairs_per_prompt, truncated, seed:
+        policy, max_pairs_per_prompt, truncated, reasoning, seed:
             See [`PairingSettings`]. They may differ from those of a former call.
         shard (`tuple[int, int]`, *optional*):
             `(i, n)` for piece i = 0 … n − 1 of n, each in a folder of its own, for [`merge_shards`].
@@ -85,8 +95,8 @@ def build_pairs(
             - `prompt`, `chosen`, `rejected`: in the format of the prompts;
             - `preference`: P(chosen ≻ rejected) in [½, 1], null for equal texts or where nothing is known;
             - `teacher_side`: `"chosen"`, `"rejected"`, or null if the teacher wrote neither;
-            - `teacher`, unless `policy` is `"teacher_vs_student"`: a text of the teacher's where no row of the prompt has
-              one, otherwise null;
+            - `teacher` and `teacher_finish_reason`, unless `policy` is `"teacher_vs_student"`: a text of the teacher's where
+              no row of the prompt has one, otherwise null;
             - `score_chosen`, `score_rejected`: null where the preference gives no scores;
             - `chosen_source`, `rejected_source`, `chosen_finish_reason`, `rejected_finish_reason`;
             - `source_row`: index of the prompt's row;
@@ -109,7 +119,7 @@ def build_pairs(
         )
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
-    pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
+    pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed, reasoning)
     check_folder(output_dir)
     first = next(read_prompts(prompts, batch_size=CHECKED_ROWS), None)
     if not first:
@@ -190,13 +200,23 @@ class _Build:
                 has_texts = self.store.has_texts(source)
                 for answers in together(sampler, itertools.chain([first], reading), source, has_texts):
                     self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers], causes)
-                    for request, sample, _ in answers:
+                    for request, sample, answer in answers:
                         requests.answered(request.key, sample)
+                        self._check_reasoning(source, request, answer)
                     bar.update(len(answers))
                     show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
                 _free(sampler)
+
+    def _check_reasoning(self, source: str, request: Request, answer: Answer) -> None:
+        """Before more is asked: the answers so far are stored."""
+        if self.pairing.reasoning == "error" and answer.text is not None and answer_reasons(answer.text):
+            raise ValueError(
+                f"`reasoning` is 'error', and the {source}'s answer to the prompt {beginning(request.prompt)!r} holds a "
+                "`<think>` block: turn reasoning off there, or set `reasoning` to 'strip' or 'keep'. What was answered is "
+                "stored."
+            )
 
     def label(self, batch_size: int) -> None:
         """Asks the preference for every label or score that is not stored."""
@@ -297,7 +317,7 @@ class _Build:
     def _pairs(self, rows: list[PromptRow], answers: dict[str, list[list[Answer]]]) -> list[PromptPairs]:
         prompts = []
         for row, teacher, student in zip(rows, answers["teacher"], answers["student"], strict=True):
-            candidates = make_candidates(row.prompt, teacher, student, self.pairing.truncated)
+            candidates = make_candidates(row.prompt, teacher, student, self.pairing.truncated, self.pairing.reasoning)
             pairs = choose_pairs(row.key, candidates, self.pairing)
             prompts.append(PromptPairs(row.key, row.prompt, candidates, pairs))
         return prompts

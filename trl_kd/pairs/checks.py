@@ -12,6 +12,7 @@ from trl_kd.pairs.pairing import make_candidates
 from trl_kd.pairs.prompts import PromptRow, read_prompts
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Request, Sampler, Text
+from trl_kd.sampling.prompts import begins_twice
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
             source, sampler, ("is_lookup", "describe", "sample"), "ServerSampler(MODEL, URL) or ColumnSampler(NAME)"
         )
         _warn_of_greedy(source, sampler, samples)
+        _warn_of_second_start(source, sampler, rows)
     _check_kind("preference", preference, ("__call__",), "TeacherWins() or RewardFunctionPreference(FUNCTION)")
     for row in rows:
         _check_tools(row)
@@ -143,6 +145,20 @@ def _warn_of_greedy(source: str, sampler: Any, samples: int) -> None:
             "temperature, or ask for one.",
             source,
             samples,
+        )
+
+
+def _warn_of_second_start(source: str, sampler: Any, rows: list[PromptRow]) -> None:
+    tokenizer: Any = getattr(sampler, "tokenizer", None)
+    count = 0 if tokenizer is None else sum(begins_twice(tokenizer, row.prompt) for row in rows)
+    if count:
+        logger.warning(
+            "%d of the first %d prompts begin with %r, and the tokenizer of the %s writes another one before them: take it "
+            "out of the prompts.",
+            count,
+            len(rows),
+            tokenizer.bos_token,
+            source,
         )
 
 

@@ -1,12 +1,14 @@
 """Answers of vLLM's offline engine, in this process. (A vLLM server is an OpenAI-compatible one.)"""
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig
 
+from trl_kd.responses.ends import turn_end
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling.prompts import (
     cut_at,
@@ -93,6 +95,11 @@ class VLLMSampler:
             self._tokenizer = load_tokenizer(self._engine_kwargs.get("tokenizer", self.name), self._engine_kwargs)
         return self._tokenizer
 
+    @cached_property
+    def _turn_ends(self) -> list[int]:
+        """The token that the chat template ends turns with, where it is not the tokenizer's end token."""
+        return [token for token in [turn_end(self.tokenizer)] if token not in (None, self.tokenizer.eos_token_id)]
+
     def describe(self) -> dict[str, Any]:
         secret_or_local = (*RUNS_ON, "hf_token", "download_dir", "trust_remote_code")
         options = {key: value for key, value in sorted(self._engine_kwargs.items()) if key not in secret_or_local}
@@ -166,6 +173,8 @@ class VLLMSampler:
 
     def _params(self, vllm: Any, request: Request, sample: int, attempt: int) -> Any:
         settings = self.settings
+        # Base models may end turns with a token that the engine does not know as an end
+        ends = {} if isinstance(request.prompt, str) or not self._turn_ends else {"stop_token_ids": self._turn_ends}
         return vllm.SamplingParams(
             n=1,
             temperature=settings.temperature,
@@ -173,6 +182,7 @@ class VLLMSampler:
             max_tokens=settings.max_new_tokens,
             stop=list(settings.stop),
             seed=settings.answer_seed(request.key, sample, attempt),
+            **ends,
         )
 
     def _lora_request(self) -> Any:

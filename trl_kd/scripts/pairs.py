@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             load_tokenizers(args, sources)
             preference = make_preference(args, sources["student"])
             seed = args.seed if args.pairing_seed is None else args.pairing_seed
-            pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed)
+            pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed, args.reasoning)
         with _said():
             if args.dry_run:
                 print(_dry_run(args, prompts, sources, preference, pairing))

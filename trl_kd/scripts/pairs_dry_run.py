@@ -94,7 +94,9 @@ def dry_run(
             answers[source], cost, lines = _ask(source, sources, work, stored)
             costs.append(cost)
             table += lines
-        candidates = make_candidates(work.row.prompt, [answers["teacher"]], [answers["student"]], pairing.truncated)
+        candidates = make_candidates(
+            work.row.prompt, [answers["teacher"]], [answers["student"]], pairing.truncated, pairing.reasoning
+        )
         cost, lines = _label(work, candidates, sources, preference, pairing, stored)
     table += [*lines, ("in all", f"{sum([*costs, cost], Cost())}")]
     width = max(len(name) for name, _ in table)

@@ -183,6 +183,7 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
                 return super()._compare(*args)
 
     pairs = read_pairs_config(script_args, training_args, model_args)
+    pairs.reasoning = pairs.reasoning or training_args.reasoning  # type: ignore[assignment]
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     quantization, peft = get_quantization_config(model_args), get_peft_config(model_args)
     seed = 2 * pairs.seed + 1 if pairs.student_seed is None else pairs.student_seed
@@ -217,7 +218,9 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
         rounds=script_args.rounds,
         **chosen,
         **{key: getattr(pairs, key) for key in ("num_teacher_samples", "num_student_samples")},
-        **PairingSettings(pairs.policy, pairs.max_pairs_per_prompt, pairs.truncated, pairing_seed).describe(),
+        **PairingSettings(
+            pairs.policy, pairs.max_pairs_per_prompt, pairs.truncated, pairing_seed, pairs.reasoning
+        ).describe(),
         quantization_config=quantization,
         peft_config=peft,
         prompts_from=describe_prompts(pairs),

@@ -171,6 +171,8 @@ class PbKDRounds:
         self.peft_config = peft_config
         self.callbacks = list(callbacks or [])
         self.show_progress = show_progress
+        if self.args.reasoning is not None:
+            pairs_options.setdefault("reasoning", self.args.reasoning)
         self.pairs_options = pairs_options
         self.folder = RoundsFolder(self.args.output_dir)
         if student is None or isinstance(student, SamplingSettings):

@@ -86,7 +86,7 @@ def _check_length(rows: list[PromptRow], tokenizer: Any, limit: int | None) -> N
         )
 
 
-_PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed")
+_PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed", "reasoning")
 
 
 def _check_numbers(rounds: Any) -> None:
