@@ -5,13 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.store import differences, listed
 from trl_kd.trainers.fields import without_tokens
+from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.rounds_regret import regret_coefficient
 
 
@@ -44,6 +45,7 @@ _NOT_COMPARED = {
         "per_device_eval_batch_size",
     ),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "dataset_num_proc", "torch_empty_cache_steps"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *(
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -179,7 +181,17 @@ def _plain(value: Any) -> Any:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], name: str) -> Iterator[str]:
-    return differences(before.get(name), now.get(name), name)
+    """What differs in one setting. Other versions of trl-kd, TRL or transformers have other fields: one that is new had its
+    default before, and one that is gone cannot be set back."""
+    if name in now:
+        yield from differences(before.get(name, _default(name)), now[name], name)
+
+
+def _default(name: str) -> Any:
+    field = PbKDConfig.__dataclass_fields__.get(name)
+    if field is None or field.default is MISSING:
+        return None if field is None or field.default_factory is MISSING else as_json(field.default_factory())
+    return as_json(field.default)
 
 
 def _read(path: Path) -> Any:
