@@ -8,6 +8,7 @@ from datasets import Dataset
 from tests.conftest import make_tokenizer, save_tiny
 from tests.pairs.fakes import Column, Source
 from trl_kd.pairs import build_pairs
+from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import Answer, SamplingSettings
@@ -145,24 +146,24 @@ def test_a_whole_conversation_is_no_answer(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("place", [0, 150])
-def test_a_role_that_a_template_refuses_is_named_before_anything_is_asked(tmp_path, place):
+@pytest.mark.parametrize("who", ["student", "preference"])
+@pytest.mark.parametrize("place", [0, 5, 150])
+def test_a_role_that_a_template_refuses_is_named_before_anything_is_asked(tmp_path, place, who):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}u?"
     )
-    student = LocalSampler(save_tiny(tmp_path / "student", tokenizer), SamplingSettings(max_new_tokens=2))
+    model = save_tiny(tmp_path / "model", tokenizer)
     question = [{"role": "user", "content": "?"}]
     rows = [{"prompt": question}] * place + [{"prompt": [{"role": "system", "content": "Be brief."}, *question]}]
     log = tmp_path / "log"
-    with pytest.raises(
-        ValueError, match=rf"Row {place} of .* student: its chat template refuses `prompt`.*role `user`"
-    ):
+    student = LocalSampler(model, SamplingSettings(max_new_tokens=2)) if who == "student" else Source("student", log)
+    with pytest.raises(ValueError, match=rf"Row {place} of .* {who}: its chat template refuses `prompt`.*role `user`"):
         build_pairs(
             Dataset.from_list(rows),
             teacher=Source("teacher", log),
             student=student,
-            preference=TeacherWins(),
+            preference=TeacherWins() if who == "student" else TeacherLikelihood(model),
             output_dir=tmp_path / "a",
             show_progress=False,
         )

@@ -126,7 +126,7 @@ def build_pairs(
         raise ValueError("There are no prompts: the dataset is empty.")
     sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
     check_parts(first, sources, preference)
-    check_kinds(prompts, sources)
+    check_kinds(prompts, sources, preference)
     settings: dict[str, Any] = {
         "teacher": teacher.describe(),
         "student": student.describe(),

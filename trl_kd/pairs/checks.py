@@ -54,10 +54,12 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
         _check_tools(row)
     for row in rows:
         _check_row(row, sources)
-    Labeller(preference).check(rows)
+    _check_preference(rows, preference)
 
 
-def check_kinds(prompts: Dataset | IterableDataset, sources: dict[str, tuple[Sampler, int]]) -> None:
+def check_kinds(
+    prompts: Dataset | IterableDataset, sources: dict[str, tuple[Sampler, int]], preference: Preference
+) -> None:
     """
     Checks one row of each kind behind the first ones, in which [`check_parts`] has looked at every row.
 
@@ -81,6 +83,7 @@ def check_kinds(prompts: Dataset | IterableDataset, sources: dict[str, tuple[Sam
                 if index >= CHECKED_ROWS:
                     ((row,),) = read_prompts(prompts.select([index]))
                     _check_row(replace(row, index=index), sources)
+                    _check_preference([replace(row, index=index)], preference)
             index += 1
 
 
@@ -96,13 +99,29 @@ def _check_row(row: PromptRow, sources: dict[str, tuple[Sampler, int]]) -> None:
         try:
             _check_source(source, sampler, samples, row)
         except Exception as error:
-            if isinstance(error, ValueError):
-                said = str(error)
-            elif type(error).__module__.startswith("jinja2."):
-                said = _refused_by_template(row, error)
-            else:
+            said = _refused_by_template(row, error) if _is_of_template(error) else str(error)
+            if not isinstance(error, ValueError) and not _is_of_template(error):
                 raise
             raise ValueError(f"Row {row.index} of the prompts, for the {source}: {said}") from error
+
+
+def _check_preference(rows: list[PromptRow], preference: Preference) -> None:
+    labeller = Labeller(preference)
+    try:
+        labeller.check(rows)
+    except Exception as error:
+        if not _is_of_template(error):
+            raise
+        if len(rows) > 1:  # which of them it is
+            for row in rows:
+                _check_preference([row], preference)
+        said = _refused_by_template(rows[0], error)
+        raise ValueError(f"Row {rows[0].index} of the prompts, for the preference: {said}") from error
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether a chat template has refused a conversation; jinja2 is imported by whoever rendered it."""
+    return type(error).__module__.startswith("jinja2.")
 
 
 def _refused_by_template(row: PromptRow, error: Exception) -> str:

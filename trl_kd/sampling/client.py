@@ -6,14 +6,12 @@ are yielded in the caller's thread, so that what stores them need not be safe fo
 
 import asyncio
 import atexit
-import base64
 import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 from trl_kd.sampling.budget import Budget, Usage
 from trl_kd.sampling.reading import Read, Reader
@@ -27,6 +25,7 @@ from trl_kd.sampling.server_errors import (
     redact,
     refused,
 )
+from trl_kd.sampling.urls import basic, credentials, plain_url
 
 
 Item = TypeVar("Item")
@@ -92,8 +91,8 @@ class ServerClient:
         if not base_url:
             base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        self.urls = [_plain_url(url) for url in urls]
-        self._credentials = [_credentials(url) for url in urls]
+        self.urls = [plain_url(url) for url in urls]
+        self._credentials = [credentials(url) for url in urls]
         self.api_key_env = api_key_env
         for name, number, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
             if number < least:
@@ -172,7 +171,7 @@ class ServerClient:
     def secrets(self) -> list[str]:
         """What must be in no message and no file."""
         pairs = [pair for pair in self._credentials if pair]
-        found = [self._key(), *(pair[1] for pair in pairs), *map(_basic, pairs)]
+        found = [self._key(), *(pair[1] for pair in pairs), *map(basic, pairs)]
         return [secret for secret in found if secret]
 
     def _key(self) -> str | None:
@@ -213,7 +212,7 @@ class _Run:
                 max_retries=client.max_retries,
                 timeout=client.timeout,
                 http_client=HTTPClient(client.timeout),
-                default_headers={"Authorization": f"Basic {_basic(pair)}"} if pair else None,
+                default_headers={"Authorization": f"Basic {basic(pair)}"} if pair else None,
             )
             for url, pair in zip(client.urls, client._credentials, strict=True)
         ]
@@ -383,33 +382,6 @@ def _openai() -> Any:
     except ImportError as error:
         raise ImportError("Asking a server needs the `openai` package: `pip install trl-kd[api]`.") from error
     return openai
-
-
-def _plain_url(url: str) -> str:
-    """A base URL without credentials, or an error that does not show them."""
-    parts = urlsplit(url)
-    if "@" in parts.path + parts.query + parts.fragment:
-        raise ValueError("`base_url` has an '@' after its host: percent-encode '/', '?', '#' and '@' in a password.")
-    host = parts.netloc.rpartition("@")[2]
-    plain = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-    try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:  # a port that is no number
-        usable = False
-    if not usable or parts.query or parts.fragment:
-        raise ValueError(
-            f"`base_url` is {plain!r}: it must look like 'http://localhost:8000/v1', without '?' and '#'."
-        )
-    return plain
-
-
-def _credentials(url: str) -> tuple[str, str] | None:
-    parts = urlsplit(url)
-    return (unquote(parts.username), unquote(parts.password or "")) if parts.username is not None else None
-
-
-def _basic(credentials: tuple[str, str]) -> str:
-    return base64.b64encode(":".join(credentials).encode()).decode()
 
 
 def _with_length(body: dict[str, Any], name: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def dry_run(
         `ValueError`, `StoreError`, or what a source raises: as `build_pairs` would.
     """
     check_parts(next(read_prompts(prompts, batch_size=CHECKED_ROWS)), sources, preference)
-    check_kinds(prompts, sources)
+    check_kinds(prompts, sources, preference)
     settings = {source: sampler.describe() for source, (sampler, _) in sources.items()}
     with closing(StoredAnswers(output_dir)) as stored:
         settings |= {"preference": describe_preference(preference), "shard": None if shard is None else list(shard)}
