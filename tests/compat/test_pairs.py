@@ -41,12 +41,24 @@ def folder(unpacked, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+FREE = ("A bad question", "A question that is too long", "Say yes.")
+"""Prompts that the teacher's server refuses at no cost, and the one that tells the refusal of a single prompt from that of a
+setting. The earlier code kept such refusals whatever was at fault, so that they are asked for again, once."""
+
+
+def paid(requests: list[list]) -> list[list]:
+    return [request for request in requests if request[0] != "teacher" or request[1] not in FREE]
+
+
 def check(found: dict, wanted: dict) -> None:
     """The rows are those of the earlier code. A later one may add columns."""
     assert len(found["rows"]) == len(wanted["rows"])
     for row, former in zip(found["rows"], wanted["rows"], strict=True):
         assert {name: row.get(name, "no such column") for name in former} == former
-    assert found["usage"] == wanted["usage"]
+    if wanted["usage"] is not None:
+        for name, (requests, tokens) in wanted["usage"].items():
+            assert requests <= found["usage"][name][0] <= requests + len(FREE)
+            assert tokens <= found["usage"][name][1] <= tokens + 3  # of "Say yes."
 
 
 @pytest.mark.parametrize("name", FINISHED)
@@ -59,8 +71,8 @@ def test_the_command_goes_on(name):
     """A finished folder asks nobody; one that was interrupted asks for what it lacks, by the same seeds."""
     with serving() as server:
         run(PAIRS[name].arguments(name))
-    assert asked(server) == EXPECTED[name]["asked"]
-    assert bool(server.count) == (name in INTERRUPTED)
+    assert paid(asked(server)) == paid(EXPECTED[name]["asked"])
+    assert bool(paid(asked(server))) == (name in INTERRUPTED)
     check(read_pairs(name), EXPECTED[name])
 
 
@@ -83,7 +95,7 @@ def test_python_goes_on(name):
             options |= {"num_teacher_samples": 2, "num_student_samples": 3}
         prompts = load_split("questions.jsonl" if name == "interrupted" else "plain.jsonl", None, "train", False)
         build_pairs(prompts, output_dir=name, seed=3, show_progress=False, **options)
-    assert asked(served) == EXPECTED[name]["asked"]
+    assert paid(asked(served)) == paid(EXPECTED[name]["asked"])
     check(read_pairs(name), EXPECTED[name])
 
 
@@ -126,14 +138,11 @@ def test_more_answers_are_asked_for():
     before = {(row["prompt"], row["chosen"], row["rejected"]) for row in EXPECTED["finished"]["rows"]}
     with serving() as server:
         run([*PAIRS["finished"].arguments("finished"), "--num_student_samples", "3"])
-    assert {model for model, *_ in asked(server)} == {"student"}
-    assert server.count == 15
+    assert {model for model, *_ in paid(asked(server))} == {"student"}
+    assert len(paid(asked(server))) == 15
     assert before <= {(row["prompt"], row["chosen"], row["rejected"]) for row in load_pairs("finished")}
 
 
-@pytest.mark.xfail(
-    reason="a call of a tool is stored as the answer to a text, and then refused at each start", strict=True
-)
 def test_a_folder_that_its_own_code_refuses_opens():
     with serving() as server:
         run(REFUSED["tool-calls"].arguments("tool-calls"))

@@ -59,7 +59,9 @@ def test_reasoning_is_taken_out_before_labelling_if_asked_to(tmp_path, reasoning
 
 def test_error_stops_before_more_is_asked_and_keeps_what_was_answered(tmp_path):
     log = tmp_path / "log"
-    with pytest.raises(ValueError, match="`reasoning` is 'error', and the teacher's answer to the prompt '...=' holds"):
+    with pytest.raises(
+        ValueError, match="`reasoning` is 'error', and the teacher's answer to the prompt '...=' holds"
+    ):
         build(tmp_path / "pairs", teacher=Thinking("teacher", log=str(log), window=1), reasoning="error")
     assert len(log.read_text().splitlines()) == 1
     assert len(build(tmp_path / "pairs", teacher=Thinking("teacher", log=str(log), window=1))) == 3
