@@ -1,10 +1,7 @@
 """Answers and labels on disk as they arrive, so that a run can be killed at any moment and nothing is paid for twice."""
 
-import errno
 import hashlib
 import json
-import os
-import socket
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +9,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from trl_kd.pairs.lock import StoreError, lock_folder
 from trl_kd.pairs.network import is_network_folder
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
 
 DATABASE = "answers.db"
-LOCK = ".lock"
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,10 +31,6 @@ FORMAT = 1
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
-
-
-class StoreError(OSError):
-    """The folder of pairs cannot be written: somebody else does, its disk is full, or its database is damaged."""
 
 
 class AnswerStore:
@@ -155,7 +148,6 @@ class AnswerStore:
         finally:
             with self._mutex:  # a reader's thread may be in the middle of a query
                 self._connection.close()
-            self._lock.truncate(0)
             self._lock.close()
 
     def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
@@ -311,36 +303,6 @@ class AnswerStore:
             query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
             with self._guard():
                 yield self._connection.execute(query, (*values, *some)).fetchall()
-
-
-def lock_folder(folder: str | Path) -> TextIO:
-    """
-    Claims a folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        `StoreError`: another process has it. The message says which, and on which host.
-    """
-    import fcntl
-
-    file = (Path(folder) / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        pid, _, host = file.read().strip().partition("@")
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise StoreError(
-                f"`{folder}` is on a file system that cannot lock files ({error}): use another."
-            ) from error
-        where = f" on the host {host}" if host != socket.gethostname() else ""
-        raise StoreError(
-            f"`{folder}` is being written by process {pid or '(unknown)'}{where}: let it end, or give another `output_dir`."
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}@{socket.gethostname()}")
-    file.flush()
-    return file
 
 
 def disk_full(folder: str | Path, lost: int = 0) -> StoreError:
