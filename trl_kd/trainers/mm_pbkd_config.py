@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from trl import DistillationConfig
 
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
+from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius, settle_bf16
 
 
 logger = get_logger(__name__)
@@ -29,6 +29,8 @@ class MMPbKDConfig(DistillationConfig):
 
     As in TRL, `bf16` serves generation and leaves weights as they are: student and teacher learn in the dtype that they are
     loaded in, float32 unless `model_init_kwargs` and `teacher_model_init_kwargs` say otherwise.
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the states
@@ -162,6 +164,7 @@ class MMPbKDConfig(DistillationConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from accelerate.logging import get_logger
 from trl import RLOOConfig
 
-from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius
+from trl_kd.trainers.fields import check_integer, check_json, check_number, parse_radius, settle_bf16
 
 
 logger = get_logger(__name__)
@@ -26,6 +26,8 @@ class OnlinePbKDConfig(RLOOConfig):
     with y_T the teacher's answers, w the weight of imitation, and D preferences, which grow with every batch (online form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
     docs/method.md).
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the game
@@ -163,6 +165,7 @@ class OnlinePbKDConfig(RLOOConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
-from trl_kd.trainers.fields import check_json, check_number, parse_radius
+from trl_kd.trainers.fields import check_json, check_number, parse_radius, settle_bf16
 
 
 # TRL refuses another one in the middle of the first step
@@ -28,6 +28,8 @@ class PbKDConfig(DPOConfig):
     with w = `imitation_weight` and λ the dual variable of the constraint `L_DPO ≤ L* + ζ` (offline form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
     docs/method.md).
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the imitation term
@@ -130,6 +132,7 @@ class PbKDConfig(DPOConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
 
