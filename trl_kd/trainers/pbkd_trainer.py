@@ -30,6 +30,7 @@ from trl_kd.trainers.pbkd_data import (
     each_dataset,
     has_images,
     load_processing_class,
+    names_teacher,
     prepare_rows,
     tokenize_rows,
 )
@@ -116,6 +117,7 @@ optimizers, quantization_config, peft_config:
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self.card_teacher: str | None = None
+        self.unnamed_teacher: list[str] = []  # datasets of which every chosen answer is taken as the teacher's
         self._window: Window | None = None  # of the optimizer step under way
         self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
@@ -165,6 +167,8 @@ optimizers, quantization_config, peft_config:
                 "supported: say `teacher_side`, and use `imitation='sequence'`."
             )
         dataset, counts = prepare_rows(dataset, name, args)
+        if count and not names_teacher(first):
+            self.unnamed_teacher.append(name)
         if counts is None:
             self._streams = True
         elif count:
