@@ -18,6 +18,7 @@ from trl_kd.sampling.budget import Usage
 
 
 DATABASE = "answers.db"
+SETTINGS = "settings.json"
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -184,12 +185,20 @@ class AnswerStore:
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        if changes and not relabel and self._holds("labels", "preference", _digest(former)):
+        is_labelled = self._holds("labels", "preference", _digest(former)) or former == self._written_preference()
+        if changes and not relabel and is_labelled:
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
             )
         self._note(settings)
+
+    def _written_preference(self) -> Any:
+        """The preference of the pairs that a build has written, whose labels need not be stored: a column's, for one."""
+        try:
+            return json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8")).get("preference")
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def _note(self, values: dict[str, Any]) -> None:
         rows = [(name, json.dumps(value)) for name, value in values.items()]
