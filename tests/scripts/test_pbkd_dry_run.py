@@ -99,6 +99,7 @@ def test_processes_are_counted(dry, tmp_path):
 
 
 def test_a_teacher(dry, teacher_dir):
+    pytest.importorskip("bitsandbytes")
     options = json.dumps({"load_in_4bit": True, "dtype": "bfloat16"})
     text = dry(
         "--imitation", "token", "--teacher_model_name_or_path", teacher_dir, "--teacher_model_init_kwargs", options

@@ -280,7 +280,7 @@ def test_credentials_are_not_printed(trl_kd, base):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("e.jsonl", ""), ("e.jsonl", "\n\n"), ("e.csv", "prompt,chosen,rejected\n")]
+    ("name", "text"), [("e.jsonl", ""), ("e.jsonl", "\n\n"), ("e.csv", ""), ("e.csv", "prompt,chosen,rejected\n")]
 )
 def test_an_empty_file(name, text, trl_kd, base, tmp_path):
     (tmp_path / name).write_text(text)
