@@ -11,6 +11,7 @@ from trl_kd.pairs.card import write_card
 from trl_kd.pairs.dataset import full_disk_said
 from trl_kd.pairs.page import write_page
 from trl_kd.pairs.statistics import PairStatistics
+from trl_kd.pairs.store import SETTINGS
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
@@ -18,7 +19,7 @@ from trl_kd.sampling.budget import Usage
 SHOWN_REPLIES = 3
 """Replies of a judge, of those that could not be read, that are shown."""
 
-SUMMARY, SETTINGS, COUNTS = "summary.json", "settings.json", "counts.json"
+SUMMARY, COUNTS = "summary.json", "counts.json"
 _SHOWN = 5000
 
 

@@ -1,19 +1,17 @@
 """Answers and labels on disk as they arrive, so that a run can be killed at any moment and nothing is paid for twice."""
 
-import errno
 import hashlib
 import json
-import os
-import socket
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from trl_kd.pairs.differences import differences, listed
+from trl_kd.pairs.lock import StoreError, lock_folder
 from trl_kd.pairs.network import is_network_folder
 from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of
 from trl_kd.sampling import Answer
@@ -21,7 +19,7 @@ from trl_kd.sampling.budget import Usage
 
 
 DATABASE = "answers.db"
-LOCK = ".lock"
+SETTINGS = "settings.json"
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -35,10 +33,6 @@ FORMAT = 1
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
-
-
-class StoreError(OSError):
-    """The folder of pairs cannot be written: somebody else does, its disk is full, or its database is damaged."""
 
 
 class AnswerStore:
@@ -159,7 +153,6 @@ class AnswerStore:
         finally:
             with self._mutex:  # a reader's thread may be in the middle of a query
                 self._connection.close()
-            self._lock.truncate(0)
             self._lock.close()
 
     def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
@@ -196,7 +189,8 @@ class AnswerStore:
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        if changes and not relabel and self._holds("labels", "preference", _digest(former)):
+        is_labelled = self._holds("labels", "preference", _digest(former)) or former == self._written_preference()
+        if changes and not relabel and is_labelled:
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
@@ -217,6 +211,13 @@ class AnswerStore:
         if not self._noted("nulls"):
             self._write(*(nulls_of(source, before.get(source)) for source in ("teacher", "student")))
             self._note({"nulls": True})
+
+    def _written_preference(self) -> Any:
+        """The preference of the pairs that a build has written, whose labels need not be stored: a column's, for one."""
+        try:
+            return json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8")).get("preference")
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def _note(self, values: dict[str, Any]) -> None:
         rows = [(name, json.dumps(value)) for name, value in values.items()]
@@ -385,36 +386,6 @@ class AnswerStore:
             query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
             with self._guard():
                 yield self._connection.execute(query, (*values, *some)).fetchall()
-
-
-def lock_folder(folder: str | Path) -> TextIO:
-    """
-    Claims a folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        `StoreError`: another process has it. The message says which, and on which host.
-    """
-    import fcntl
-
-    file = (Path(folder) / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        pid, _, host = file.read().strip().partition("@")
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise StoreError(
-                f"`{folder}` is on a file system that cannot lock files ({error}): use another."
-            ) from error
-        where = f" on the host {host}" if host != socket.gethostname() else ""
-        raise StoreError(
-            f"`{folder}` is being written by process {pid or '(unknown)'}{where}: let it end, or give another `output_dir`."
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}@{socket.gethostname()}")
-    file.flush()
-    return file
 
 
 def disk_full(folder: str | Path, lost: int = 0) -> StoreError:

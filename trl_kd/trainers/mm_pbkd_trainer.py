@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd.losses.dual import DualVariable
@@ -52,6 +52,11 @@ from trl_kd.trainers.mm_pbkd_step import (
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
 from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset, load_processing_class
 from trl_kd.trainers.teacher import Teacher
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = get_logger(__name__)
@@ -114,16 +119,16 @@ quantization_config, peft_config, tools:
 
     def __init__(
         self,
-        model,
+        model: "str | PreTrainedModel | PeftModel",
         teacher_model: str | PreTrainedModel | None = None,
         args: DistillationConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         tools: list[Callable] | None = None,
         *,
         preference_dataset: Dataset | None = None,

@@ -11,15 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
+from trl.trainer.rloo_trainer import RewardFunc
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
@@ -45,6 +46,11 @@ from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.reward_learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = get_logger(__name__)
@@ -121,17 +127,22 @@ optimizers, quantization_config, peft_config:
 
     def __init__(
         self,
-        model,
-        reward_funcs: Any = None,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: RLOOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes: Any = None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         *,
         teacher: Sampler | None = None,
         preference_function: Preference | None = None,
@@ -170,7 +181,7 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         keep_gradients(self.model)
-        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset)))
+        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset or []), None))
         self.parts = parts
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()

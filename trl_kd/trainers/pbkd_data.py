@@ -76,6 +76,11 @@ class RowCounts:
             )
 
 
+def names_teacher(row: dict[str, Any]) -> bool:
+    """Whether rows of such columns say who wrote what. Where they do not, every chosen answer is taken as the teacher's."""
+    return "teacher_side" in row or "teacher" in row
+
+
 def prepare_rows(
     dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, *, imitated: bool = True
 ) -> tuple[Dataset | IterableDataset, RowCounts | None]:
@@ -107,9 +112,9 @@ def prepare_rows(
             f"The {name} dataset lacks the column {' and '.join(map(repr, missing))}: it has {', '.join(sorted(first))}. "
             "Preference data needs 'chosen' and 'rejected' (and 'prompt', unless both begin with it)."
         )
-    if imitated and "teacher_side" not in first and "teacher" not in first:
-        logger.info(
-            f"The {name} dataset says nothing of the teacher: its chosen responses are taken as the teacher's."
+    if imitated and args.imitation_weight and not names_teacher(first):
+        logger.warning(
+            f"The {name} dataset has no column `teacher_side` or `teacher`: every chosen answer is taken as the teacher's."
         )
 
     reader = _RowReader(name, set(first), "prompt" not in first)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.pairs.dataset import join_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
-from trl_kd.pairs.store import LOCK, lock_folder
+from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint

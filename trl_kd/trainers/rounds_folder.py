@@ -106,6 +106,11 @@ class RoundsFolder:
         """How far a round has got: `None`, `SAMPLED` or `TRAINED`."""
         return (self.record(self.round(number)) or {}).get("stage")
 
+    @property
+    def begun_with(self) -> dict[str, Any]:
+        """The settings of the rounds that are here; empty where there are none."""
+        return (_read(self.path / REPORT) or {}).get("settings", {})
+
     def check(self, settings: dict[str, Any], rounds: int) -> None:
         """
         Compares today's settings, JSON, with those that the folder was begun with. Before anything is trained, those of
@@ -114,7 +119,7 @@ class RoundsFolder:
         Raises:
             `ValueError`: one has changed, or more rounds are there than are asked for; the message names the field.
         """
-        before = (_read(self.path / REPORT) or {}).get("settings", settings)
+        before = self.begun_with or settings
         compared = {*before, *settings} if self._has_trained() else _OF_PAIRS
         changes = [c for name in sorted(compared) for c in _changes(before, settings, name)]
         if changes:
