@@ -19,6 +19,7 @@ from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config
+from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
@@ -34,13 +35,14 @@ from trl_kd.trainers.pbkd_data import (
     tokenize_rows,
 )
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
+from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
 
 
 logger = get_logger(__name__)
 
 
-class PbKDTrainer(DualCheckpoints, DPOTrainer):
+class PbKDTrainer(DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
@@ -122,6 +124,7 @@ optimizers, quantization_config, peft_config:
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
+        check_student(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
             train_dataset = self._read_rows(train_dataset, args, "train")
@@ -153,6 +156,7 @@ optimizers, quantization_config, peft_config:
         )
         keep_gradients(self.model)
         self.data_collator = PbKDCollator(self.data_collator)
+        self._check_student()
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
@@ -212,6 +216,8 @@ optimizers, quantization_config, peft_config:
         return batches, num_items
 
     def training_step(self, *args, **kwargs):
+        if self.teacher is not None and not self.teacher.looked_at:
+            self.teacher.look()
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._window is not None:
             violation = self._log_window(self._window)
