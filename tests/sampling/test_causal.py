@@ -46,7 +46,11 @@ REFUSED = {
     "classifier": (LlamaConfig(), ["LlamaForSequenceClassification"], "of the class LlamaForSequenceClassification"),
     "backbone": (LlamaConfig(), ["LlamaModel"], "of the class LlamaModel"),
     "remote code": (LlamaConfig(), ["TheirModelForMaskedLM"], "of the class TheirModelForMaskedLM"),
-    "Gemma's embeddings": (Gemma3TextConfig(use_bidirectional_attention=True), ["Gemma3ForCausalLM"], "a bidirectional model"),
+    "Gemma's embeddings": (
+        Gemma3TextConfig(use_bidirectional_attention=True),
+        ["Gemma3ForCausalLM"],
+        "a bidirectional model",
+    ),
     "XLM": (XLMConfig(), ["XLMWithLMHeadModel"], "a bidirectional model"),
     "XLNet": (XLNetConfig(), ["XLNetLMHeadModel"], "a bidirectional model"),
 }
@@ -54,7 +58,12 @@ TAKEN = {
     "Llama": (LlamaConfig(), ["LlamaForCausalLM"]),
     "GPT-2": (GPT2Config(), ["GPT2LMHeadModel"]),
     "BERT as a decoder": (BertConfig(is_decoder=True), ["BertLMHeadModel"]),
-    "half of BART": (BartForCausalLM(BartConfig(vocab_size=9, d_model=4, decoder_layers=1, decoder_ffn_dim=4, decoder_attention_heads=2)).config, ["BartForCausalLM"]),
+    "half of BART": (
+        BartForCausalLM(
+            BartConfig(vocab_size=9, d_model=4, decoder_layers=1, decoder_ffn_dim=4, decoder_attention_heads=2)
+        ).config,
+        ["BartForCausalLM"],
+    ),
     "images and text": (LlavaConfig(), ["LlavaForConditionalGeneration"]),
     "remote code": (LlamaConfig(), ["TheirModel"]),
     "unknown": (LlamaConfig(), []),
@@ -84,7 +93,9 @@ def save_bert(folder):
 
 
 def save_t5(folder):
-    config = T5Config(vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=TOKENS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -117,8 +128,12 @@ def test_nobody_loads_them(save, tmp_path, tiny_dir, pairs, settings, no_weights
             tiny_dir, name, args=MMPbKDConfig(**settings, moment_coef=0.0), train_dataset=prompts
         ),
         "student, offline": lambda: PbKDTrainer(name, args=PbKDConfig(**settings), train_dataset=rows),
-        "student, white-box": lambda: MMPbKDTrainer(name, tiny_dir, args=MMPbKDConfig(**settings), train_dataset=prompts),
-        "student, online": lambda: OnlinePbKDTrainer(name, args=online, train_dataset=answered, preference_dataset=rows),
+        "student, white-box": lambda: MMPbKDTrainer(
+            name, tiny_dir, args=MMPbKDConfig(**settings), train_dataset=prompts
+        ),
+        "student, online": lambda: OnlinePbKDTrainer(
+            name, args=online, train_dataset=answered, preference_dataset=rows
+        ),
     }
     for way, build in ways.items():
         with pytest.raises(ValueError, match="a causal language model is needed"):
@@ -197,7 +212,9 @@ def test_noise_is_no_leak():
     check(model)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "fp8"}]
+)
 def test_numbers_of_a_whole_batch_are_not_looked_at(quantization):
     model = both_ways(make_model())
     model.config.quantization_config = quantization

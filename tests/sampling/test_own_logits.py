@@ -33,12 +33,16 @@ SIZES = {
 }
 LAYERS = {"intermediate_size": 48, "num_hidden_layers": 3}
 OTHERS = {
-    "a layer before the output layer": lambda: ModernBertDecoderConfig(**SIZES, **LAYERS, cls_token_id=1, sep_token_id=1),
+    "a layer before the output layer": lambda: ModernBertDecoderConfig(
+        **SIZES, **LAYERS, cls_token_id=1, sep_token_id=1
+    ),
     "a cap of another name": lambda: RecurrentGemmaConfig(
         **SIZES, **LAYERS, num_key_value_heads=2, head_dim=8, lru_width=32, attention_window_size=64
     ),
     "a cap of a third name": lambda: xLSTMConfig(
-        **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "pad_token_id", "eos_token_id", "bos_token_id")},
+        **{
+            name: SIZES[name] for name in ("vocab_size", "hidden_size", "pad_token_id", "eos_token_id", "bos_token_id")
+        },
         num_hidden_layers=2,
         num_heads=2,
         qk_dim_factor=0.5,
@@ -89,9 +93,13 @@ def masked_model(bias: float):
 ORDINARY = {
     "Llama": lambda: make_model(),
     "Llama in bfloat16": lambda: make_model().bfloat16(),
-    "LoRA elsewhere": lambda: get_peft_model(make_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False)),
+    "LoRA elsewhere": lambda: get_peft_model(
+        make_model(), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    ),
     "a cap": lambda: AutoModelForCausalLM.from_config(
-        Gemma2Config(**SIZES, **LAYERS, head_dim=8, num_key_value_heads=2, final_logit_softcapping=1.5, initializer_range=0.5)
+        Gemma2Config(
+            **SIZES, **LAYERS, head_dim=8, num_key_value_heads=2, final_logit_softcapping=1.5, initializer_range=0.5
+        )
     ),
     "masked words that are never said": lambda: masked_model(-50.0),
 }
@@ -116,7 +124,9 @@ def test_another_model_says_what_it_says(kind):
     assert differs is not None
     ids = text_ids(make_tokenizer(), model.config)
     with torch.no_grad():
-        torch.testing.assert_close(differs.logits(found.hidden), model(ids, use_cache=False).logits[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            differs.logits(found.hidden), model(ids, use_cache=False).logits[0], rtol=1e-5, atol=1e-5
+        )
         parts = torch.cat([differs.logits(part) for part in found.hidden.split(5)])
         torch.testing.assert_close(parts, found.logits, rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(model.base_model)

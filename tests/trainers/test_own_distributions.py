@@ -17,7 +17,10 @@ from trl_kd.rewards.reward_model import from_student
 from trl_kd.trainers.reward_loading import load_reward_model
 
 
-TEACHERS = {**{kind: lambda kind=kind: make_other(kind, seed=1) for kind in OTHERS}, "LoRA on the head": with_head_adapter}
+TEACHERS = {
+    **{kind: lambda kind=kind: make_other(kind, seed=1) for kind in OTHERS},
+    "LoRA on the head": with_head_adapter,
+}
 
 
 def save_other(folder, kind: str, seed: int = 0) -> str:
@@ -72,7 +75,10 @@ def test_matching_meets_the_teachers_own_distribution(kind, beta, student_dir, s
     keep = batch["completion_ids"].size(1)
     with torch.no_grad():
         log_pi, log_mu = (
-            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep - 1 : -1].double().log_softmax(-1)
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            .logits[:, -keep - 1 : -1]
+            .double()
+            .log_softmax(-1)
             for model in (trainer.model.eval(), teacher)
         )
     if beta == 0:
@@ -156,7 +162,9 @@ def test_a_student_of_such_a_kind_is_refused(kind, student_dir, tmp_path, pairs,
     model_type = OTHERS[kind]().model_type
     ways = [
         lambda: PbKDTrainer(name, args=PbKDConfig(**settings), train_dataset=rows),
-        lambda: MMPbKDTrainer(name, student_dir, args=MMPbKDConfig(**settings, moment_coef=0.0), train_dataset=answered),
+        lambda: MMPbKDTrainer(
+            name, student_dir, args=MMPbKDConfig(**settings, moment_coef=0.0), train_dataset=answered
+        ),
         lambda: OnlinePbKDTrainer(name, args=online, train_dataset=answered, preference_dataset=rows),
     ]
     for build in ways:

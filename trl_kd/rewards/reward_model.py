@@ -208,7 +208,11 @@ def _take_between(student: PreTrainedModel, model: PreTrainedModel) -> None:
     for key, p in model.state_dict().items():
         if key.startswith(inside):
             continue
-        like = [other for other, q in theirs.items() if other.split(".", 1)[-1] == key.split(".", 1)[-1] and q.shape == p.shape]
+        like = [
+            other
+            for other, q in theirs.items()
+            if other.split(".", 1)[-1] == key.split(".", 1)[-1] and q.shape == p.shape
+        ]
         if len(like) != 1:
             raise ValueError(
                 f"A reward model of the type {model.config.model_type!r} has a layer `{key}`, which the language model has "

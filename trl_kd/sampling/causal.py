@@ -32,7 +32,9 @@ def check_kind(config: Any, architectures: list[str], who: str) -> None:
     """
     fault = _fault(config, architectures)
     if fault is not None:
-        raise ValueError(f"{who} is {fault}: a causal language model is needed, which reads what comes before a token only.")
+        raise ValueError(
+            f"{who} is {fault}: a causal language model is needed, which reads what comes before a token only."
+        )
 
 
 def check_named(model: Any, who: str, **options: Any) -> None:
@@ -58,7 +60,9 @@ def _fault(config: Any, architectures: list[str]) -> str | None:
     if getattr(text, "is_decoder", None) is False and text.model_type in _encoder_families():
         return f"an encoder ({names or text.model_type} with `is_decoder=False` in its config)"
     # Gemma's embedding models; XLM and FlauBERT; XLNet. PaliGemma reads its prefix both ways, and no answer
-    both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all") and config.model_type != "paligemma"
+    both_ways = (
+        getattr(text, "use_bidirectional_attention", None) in (True, "all") and config.model_type != "paligemma"
+    )
     both_ways = both_ways or getattr(text, "is_causal", None) is False or getattr(text, "causal", None) is False
     if both_ways or getattr(text, "attn_type", None) == "bi":
         return f"a bidirectional model ({names or text.model_type}, as its config says)"

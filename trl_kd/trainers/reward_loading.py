@@ -147,7 +147,9 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
     else:
         name, config = get_config_model_id(source.config), source.config
     if isinstance(source, str) and _is_language_model(config):
-        check_kind(config, config.architectures or [], f"The language model {name!r}, of which `reward_model` is to be made,")
+        check_kind(
+            config, config.architectures or [], f"The language model {name!r}, of which `reward_model` is to be made,"
+        )
         return name
     # A model in memory keeps the classes of the checkpoint that it began as, until it is saved
     kinds = (config.architectures or []) if isinstance(source, str) else [type(source).__name__]
