@@ -135,10 +135,9 @@ def test_nobody_loads_them(save, tmp_path, tiny_dir, pairs, settings, no_weights
             name, args=online, train_dataset=answered, preference_dataset=rows
         ),
     }
-    for way, build in ways.items():
-        with pytest.raises(ValueError, match="a causal language model is needed"):
+    for build in ways.values():
+        with pytest.raises(ValueError, match="a causal language model is needed|must be a causal language model"):
             build()
-            pytest.fail(way)
 
 
 def test_a_trunk_of_an_encoder_is_refused(tmp_path, tiny_dir, pairs, settings, no_weights):
@@ -163,7 +162,7 @@ def test_models_in_memory_are_refused_too():
 
 
 def test_a_missing_model_is_not_called_an_encoder(tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="cannot be loaded"):
         LocalSampler(str(tmp_path / "nothing"), SamplingSettings()).load()
 
 

@@ -28,8 +28,8 @@ class Head:
         final_logit_softcapping (`float`, *optional*):
             Their cap (Gemma).
         own_logits (`Callable`, *optional*):
-            Where the model's logits are none of this: gives them, `[n, V]`, of hidden states `[n, H]`. They have no gradient.
-            Of `weight_VH` the number of rows alone counts then.
+            For a model whose logits are none of this: gives them, `[n, V]`, of hidden states `[n, H]`, without a gradient.
+            Only the number of rows of `weight_VH` counts then.
     """
 
     hidden_NH: torch.Tensor

@@ -59,7 +59,12 @@ class TeacherLikelihood(ModelPreference):
         self._own: OwnLogits | None = None  # where they are not those of hidden states and output layer
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
-        check_kind(config, architectures, f"The model {self.name!r}, whose likelihoods are to be taken,")
+        if config.is_encoder_decoder or any("Classification" in name for name in architectures):
+            raise ValueError(
+                f"{self.name!r} is {' or '.join(architectures) or 'an encoder-decoder'}, which gives no likelihood of a "
+                "text that follows another: the teacher must be a causal language model."
+            )
+        check_kind(config, architectures, f"The model {self.name!r}")
 
     def check_loaded(self, model: Any) -> None:
         who = f"The model {self.name!r}"

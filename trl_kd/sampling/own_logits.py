@@ -23,8 +23,8 @@ TEXT = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. Why? Beca
 POSITIONS = 32
 
 OTHER_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
-"""Names of a cap of the logits in a config (RecurrentGemma, xLSTM) that TRL does not read. A cap is not seen at small logits,
-such as those of a model that has learnt nothing yet."""
+"""Names of a cap of the logits in a config (RecurrentGemma, xLSTM) that TRL does not read. Small logits, such as those of an
+untrained model, do not show a cap."""
 
 
 class Probe(NamedTuple):
@@ -106,8 +106,8 @@ def run(model: Any, ids: torch.Tensor) -> Probe:
 
 
 def own_forward(model: Any) -> Callable:
-    """A model's forward without the autocast that accelerate puts around it. Not `__call__`: inside a wrapper's forward (FSDP,
-    DeepSpeed) its hooks have run already."""
+    """A model's forward without the autocast that accelerate puts around it. Not `__call__`: its hooks have run already
+    inside the forward of a wrapper (FSDP, DeepSpeed)."""
     return getattr(model, "_original_forward", None) or model.forward
 
 

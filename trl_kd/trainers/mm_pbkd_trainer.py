@@ -329,8 +329,7 @@ quantization_config, peft_config, tools:
     # ---- Q's steps -----------------------------------------------------------------------------------------------------
 
     def training_step(self, *args, **kwargs):
-        if not self.teacher.looked_at:
-            self.teacher.look()
+        self._look_once()  # before the warm-up reads their states
         with self._naming_step():
             if self.adversary is not None and not self.adversary.warmed_up:
                 self._record("train", self.adversary.warm_up())

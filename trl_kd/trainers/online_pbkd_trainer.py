@@ -303,8 +303,7 @@ optimizers, quantization_config, peft_config:
                 self._asker.close()
 
     def training_step(self, *args, **kwargs):
-        if not self._student_looked_at:
-            self._look_at_student()  # before the warm-up samples it
+        self._look_once()  # before the warm-up samples the student
         with self._naming_step():
             if self.learner is not None and not self.learner.warmed_up:
                 self._warm_up(self.learner)

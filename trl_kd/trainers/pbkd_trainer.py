@@ -216,8 +216,6 @@ optimizers, quantization_config, peft_config:
         return batches, num_items
 
     def training_step(self, *args, **kwargs):
-        if self.teacher is not None and not self.teacher.looked_at:
-            self.teacher.look()
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._window is not None:
             violation = self._log_window(self._window)

@@ -53,9 +53,16 @@ class CheckedStudent:
             self._look_at_student()
 
     def training_step(self, *args, **kwargs):
+        self._look_once()
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _look_once(self) -> None:
+        """Looks at student and teacher, if that was not possible before the first step."""
         if not self._student_looked_at:
             self._look_at_student()
-        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        teacher = getattr(self, "teacher", None)
+        if teacher is not None and not teacher.looked_at:
+            teacher.look()
 
     @torch.no_grad()
     def _look_at_student(self) -> None:
@@ -76,16 +83,13 @@ class CheckedStudent:
         capped = [name for name in OTHER_CAPS if getattr(config, name, None)]
         gap = float("inf") if capped else self._head_gap(model, found)
         if gap > tolerance(found.hidden, found.logits):
-            seen = (
-                f"caps its logits by `{capped[0]}`, which the loss does not know"
-                if capped
-                else f"has log-probabilities that differ by {gap:.2g} nats from those which the loss makes of its hidden states "
-                "and its output layer"
-            )
+            seen = f"has log-probabilities that differ by {gap:.2g} nats from those that the loss makes of its hidden states"
+            if capped:
+                seen = f"caps its logits by `{capped[0]}`, which the loss does not apply"
             raise ValueError(
                 f"{who}, of the type {model.config.model_type!r}, {seen}: it would be trained on a distribution that is not "
-                "its own. Take a student of another type, such as Llama, Qwen or Gemma; as a teacher or a source of "
-                "likelihoods this one will do."
+                "its own. Take a student of another type, such as Llama, Qwen or Gemma. As a teacher, or for likelihoods, "
+                "this model works."
             )
 
     def _head_gap(self, model: Any, found: Probe) -> float:

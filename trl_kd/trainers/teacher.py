@@ -199,8 +199,9 @@ class Teacher:
                 found = self._redirect(self.model, model, self._look_at, model)
             if found is not None:
                 raise ValueError(
-                    f"{self._who}, of the type {model.config.model_type!r}, is split among the processes (ZeRO-3, FSDP), and "
-                    f"{found.reason}: its own logits can be had of whole weights only. Use DDP or ZeRO-2, or another teacher."
+                    f"{self._who}, of the type {model.config.model_type!r}, is split among the processes (ZeRO-3, FSDP), "
+                    f"and {found.reason}: its own logits can be had of whole weights only. Use DDP or ZeRO-2, or another "
+                    "teacher."
                 )
         if found is not None:
             logger.info(f"{self._who}: {found.reason}, so that its own logits are taken, a few tokens at a time.")
