@@ -44,9 +44,9 @@ def launch(kind: str, jobs: dict[str, dict]) -> dict[str, list[dict]]:
         wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **wrap}
     script = str(Path(__file__).with_name("own_two_processes.py"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, kind]
-        + [json.dumps(list(jobs.values()))],
+        [*torchrun, script, kind, json.dumps(list(jobs.values()))],
         env=environment,
         cwd=ROOT,
         capture_output=True,

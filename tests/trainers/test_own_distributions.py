@@ -184,6 +184,12 @@ def test_the_fused_layer_that_is_used_is_what_is_compared(temperature, student_d
         trainer._look_at_student()
 
 
+def test_a_reference_of_such_a_kind_is_refused(student_dir, pairs, settings):
+    reference = make_other("a layer before the output layer")
+    with pytest.raises(ValueError, match="^The reference model '', of the type 'modernbert-decoder'"):
+        PbKDTrainer(student_dir, reference, args=PbKDConfig(**settings), train_dataset=Dataset.from_list(pairs))
+
+
 def test_looking_changes_nothing(student_dir, teacher_dir, pairs, settings, monkeypatch):
     """A run is the same to the bit with and without the look."""
     results = []

@@ -155,17 +155,20 @@ def log_probs(logits: torch.Tensor) -> torch.Tensor:
 
 def difference(ours: torch.Tensor, own: torch.Tensor) -> float:
     """
-    Mean difference of two log-softmaxes, in nats, over the words that the model does not mask (by −∞, or the smallest number
-    of its dtype).
+    Mean difference of two log-softmaxes, in nats, over the words that the model does not mask.
 
     Args:
         ours, own (`torch.Tensor` of shape `[N, V]`):
             Logits. Paddings of the vocabulary may differ.
     """
     words = min(ours.size(-1), own.size(-1))
-    ours, own = ours[:, :words], own[:, :words]
-    allowed = own > torch.finfo(own.dtype).min / 2
-    return (log_probs(ours) - log_probs(own))[allowed].abs().mean().item()
+    ours, own = ours[:, :words].to(own.device), own[:, :words]
+    return (log_probs(ours) - log_probs(own))[is_allowed(own)].abs().mean().item()
+
+
+def is_allowed(logits: torch.Tensor) -> torch.Tensor:
+    """Where a model does not mask a word, by −∞ or the smallest number of its dtype."""
+    return logits > torch.finfo(logits.dtype).min / 2
 
 
 def tolerance(*tensors: torch.Tensor) -> float:

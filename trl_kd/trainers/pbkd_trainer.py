@@ -156,7 +156,7 @@ optimizers, quantization_config, peft_config:
         )
         keep_gradients(self.model)
         self.data_collator = PbKDCollator(self.data_collator)
-        self._check_student()
+        self._check_student(reference=ref_model)
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------

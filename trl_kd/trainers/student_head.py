@@ -12,6 +12,7 @@ from trl_kd.sampling.own_logits import (
     Probe,
     difference,
     evaluating,
+    is_allowed,
     log_probs,
     own_forward,
     probe,
@@ -48,9 +49,13 @@ class CheckedStudent:
     _tokenizer: Any
     _student_looked_at = False
 
-    def _check_student(self) -> None:
-        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            self._look_at_student()
+    def _check_student(self, reference: Any = None) -> None:
+        """Looks at the student, and at a reference model that was given."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return
+        self._look_at_student()
+        if reference is not None:
+            self._compare_head(reference, f"The reference model {get_config_model_id(reference.config)!r}")
 
     def training_step(self, *args, **kwargs):
         self._look_once()
@@ -75,8 +80,8 @@ class CheckedStudent:
             else:
                 _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
 
-    def _compare_head(self, model: Any) -> None:
-        who = _who(model)
+    def _compare_head(self, model: Any, who: str | None = None) -> None:
+        who = who or _who(model)
         found = probe(model, self._tokenizer, who)
         check_causality(model, found, who)
         config = model.config.get_text_config()
@@ -107,7 +112,8 @@ class FusedStudent(CheckedStudent):
         count, words = found.ids.size(1), own_TV.size(1)
         # The text itself, what the model would say, and any words
         drawn = torch.randint(0, words, (6, count), generator=torch.Generator().manual_seed(2)).to(found.ids)
-        labels_LT = torch.cat([found.ids, found.logits.topk(2, dim=-1).indices.T.roll(1, 1).to(found.ids), drawn])
+        likely = found.logits.topk(2, dim=-1).indices.T.roll(1, 1).to(found.ids)
+        labels_LT = torch.cat([found.ids, likely, drawn])
         rows = len(labels_LT)
         hidden = found.output[0].expand(rows, -1, -1)
         output = (hidden,) if type(found.output) is tuple else type(found.output)(last_hidden_state=hidden)
@@ -117,7 +123,6 @@ class FusedStudent(CheckedStudent):
                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_LT, fused_lm_head=True
             )
         ours_LT = fused.log_probs[:, 1 - count :].float()
-        own_LT = own_TV.gather(1, labels_LT[:, 1:].T).T.to(ours_LT.device)
-        allowed = found.logits[:-1] > torch.finfo(found.logits.dtype).min / 2
-        allowed_LT = allowed.gather(1, labels_LT[:, 1:].T).T.to(ours_LT.device)
-        return (ours_LT - own_LT)[allowed_LT].abs().mean().item()
+        labels_TL = labels_LT[:, 1:].T.to(own_TV.device)
+        own_TL, allowed_TL = own_TV.gather(1, labels_TL), is_allowed(found.logits[:-1]).gather(1, labels_TL)
+        return (ours_LT.T.to(own_TL.device) - own_TL)[allowed_TL].abs().mean().item()
