@@ -178,6 +178,14 @@ def test_looking_leaves_no_trace():
         assert not any(module.training for module in model.modules())
 
 
+def test_dropout_is_off_meanwhile():
+    model = get_peft_model(
+        make_model(), LoraConfig(lora_dropout=0.5, init_lora_weights=False, target_modules="all-linear")
+    )
+    logits = [probe(model.train(mode), make_tokenizer(), "The model").logits for mode in (True, False)]
+    assert torch.equal(*logits)
+
+
 def test_broken_weights_are_told():
     model = make_model()
     model.lm_head.weight.data[3] = math.nan

@@ -1,6 +1,8 @@
 """Training stops at NaN and infinity, whatever they come from, and leaves the last checkpoint as it is."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from transformers import TrainerCallback
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers import mm_cases, online_cases, rounds_cases
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.finite import NotFinite, require_finite
+from trl_kd.trainers.adversary import descend
+from trl_kd.trainers.finite import FiniteTraining, NotFinite, require_finite
 
 
 BY_STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -52,8 +55,6 @@ class Copies(TrainerCallback):
     """Remembers the files of the first checkpoint."""
 
     def on_save(self, args, state, control, **kwargs):
-        from pathlib import Path
-
         if state.global_step == 1:
             self.files = files(Path(args.output_dir, "checkpoint-1"))
 
@@ -179,6 +180,21 @@ def test_a_broken_q_function_stops(tiny_dir, teacher_dir, settings):
         trainer.train()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_broken_gradient_of_an_adversary_stops(precision):
+    """In fp16 the step is left out, as the student's is."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([math.nan, 1.0])
+    optimizer = torch.optim.Adam([weight])
+    accelerator = SimpleNamespace(mixed_precision=precision, reduce=lambda flat, reduction: flat)
+    if precision == "bf16":
+        with pytest.raises(NotFinite, match="Training stopped: the gradient of Q is nan"):
+            descend(optimizer, accelerator, "Q")
+    else:
+        descend(optimizer, accelerator, "Q")
+    assert weight.tolist() == [1, 1]
+
+
 def test_a_broken_student_is_told_at_once(tmp_path, pairs, settings):
     model = make_model()
     model.lm_head.weight.data.fill_(math.nan)
@@ -206,10 +222,6 @@ def test_overflows_of_fp16_are_left_out():
     class Plain:
         def _get_grad_norm(self, norm):
             return norm
-
-    from types import SimpleNamespace
-
-    from trl_kd.trainers.finite import FiniteTraining
 
     class Trainer(FiniteTraining, Plain):
         state = SimpleNamespace(global_step=0)
