@@ -28,6 +28,7 @@ from trl_kd.responses.ends import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
+from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
@@ -45,6 +46,7 @@ from trl_kd.trainers.pbkd_data import (
 )
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
 from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
+from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class PbKDTrainer(DualCheckpoints, DPOTrainer):
+class PbKDTrainer(DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
@@ -145,6 +147,7 @@ optimizers, quantization_config, peft_config:
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
+        check_student(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
             train_dataset = self._read_rows(train_dataset, args, "train")
@@ -178,6 +181,7 @@ optimizers, quantization_config, peft_config:
         keep_gradients(self.model)
         self._extend_collator()
         settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(self.train_dataset), None))
+        self._check_student(reference=ref_model)
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
