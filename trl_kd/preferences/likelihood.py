@@ -1,5 +1,6 @@
 """The teacher's weights decide: the response that it finds more likely is preferred."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 from trl_kd import _trl
 from trl_kd.preferences.batches import ModelPreference
 from trl_kd.preferences.tokens import template_options
+from trl_kd.responses.ends import turn_end
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.rendering import REASONING
 from trl_kd.sampling import Text
@@ -84,6 +86,10 @@ class TeacherLikelihood(ModelPreference):
         differs = not_own(model, found, lambda hidden_NH: self._head_logits(model, hidden_NH))
         self._own = None if differs is None else differs.logits
 
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return turn_end(self.tokenizer)
+
     def describe(self) -> dict[str, Any]:
         reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
         return super().describe() | {"length_normalized": self.length_normalized, **reasoning}
@@ -136,9 +142,10 @@ class TeacherLikelihood(ModelPreference):
         if encoded is None:
             return [], []
         context, response, own = encoded.prompt_ids, encoded.ids, encoded.own
-        end = self.tokenizer.eos_token_id
-        if ending(reason) != "cut" and end in response:
-            response = response[: len(response) - response[::-1].index(end)]
+        ends = {self.tokenizer.eos_token_id} | (set() if isinstance(prompt, str) else {self._turn_end})
+        last = max((place for place, token in enumerate(response) if token in ends), default=None)
+        if ending(reason) != "cut" and last is not None:
+            response = response[: last + 1]
         if self.max_length is not None and len(context) + len(response) > self.max_length:
             self.note_truncation()
             context = context[-max(self.max_length - len(response), 1) :]
