@@ -25,6 +25,7 @@ from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.responses.rendering import LEFT_OUT, OWN
 from trl_kd.sampling.nulls import without_nulls
+from trl_kd.sampling.prompts import begins_twice
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
 
@@ -320,18 +321,27 @@ def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
     """Raises a `ValueError` when `tokenizer` cannot render the dataset: messages without a chat template, text without an
-    end token."""
-    first = next(iter(dataset))
+    end token. Warns of text prompts that get a second BOS token."""
+    first: dict[str, Any] = next(iter(dataset))
     if is_conversational(first):
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"The {name} dataset holds messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
                 "set `tokenizer.chat_template` and pass it as `processing_class`, or give the dataset as text."
             )
-    elif tokenizer.eos_token is None:
+        return
+    if tokenizer.eos_token is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, with which every response must "
             "end: set `tokenizer.eos_token` and pass it as `processing_class`."
+        )
+    column = "prompt" if "prompt" in first else "chosen"  # which begins with the prompt, then
+    texts = dataset[column] if isinstance(dataset, Dataset) else [first[column]]
+    count = sum(begins_twice(tokenizer, text) for text in texts)
+    if count:
+        logger.warning(
+            f"{count} prompts of the {name} dataset begin with {tokenizer.bos_token!r}, and the tokenizer writes another "
+            "one before them: take it out of the prompts."
         )
 
 
