@@ -21,6 +21,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
+OLDEST = (
+    *("pairs/", "preferences/test_judge.py", "sampling/test_server.py", "test_house.py"),
+    *("trainers/test_pbkd_data.py", "trainers/test_mm_pbkd_input.py", "trainers/test_online_pbkd_input.py"),
+    *("trainers/test_pbkd_equals_dpo.py", "trainers/test_mm_pbkd_equals.py", "trainers/test_online_pbkd_equals.py"),
+    *("trainers/test_bf16.py", "trainers/test_rounds_parts.py"),
+    *(
+        "scripts/test_pbkd_run.py",
+        "scripts/test_pbkd_input.py",
+        "scripts/test_mm_pbkd_run.py",
+        "scripts/test_rounds.py",
+    ),
+)
+"""Tests that run with the lower bounds of the dependencies too: data and stores, servers, parity with TRL's trainers, and
+training by the commands."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("distributed")
+        if not is_long and item.path.relative_to(Path(__file__).parent).as_posix().startswith(OLDEST):
+            item.add_marker("oldest")
+
+
 CHARACTERS = "0123456789+-*/=?!., abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + '?' + message['content'] }}"

@@ -31,7 +31,6 @@ COMMANDS = {
     "online-pbkd": online_pbkd.DATACLASSES,
     "pairs": (PairsArguments,),
 }
-ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 
 
 def blocks(language: str) -> list:
@@ -58,8 +57,8 @@ def commands() -> list:
 
 
 def parsed(command: str, words: list[str]) -> Parsed:
-    """What the command's own parser reads. Training defaults to bfloat16, for which the parser looks for a GPU."""
-    return parse(COMMANDS[command], words + ([] if command == "pairs" else ON_CPU), f"trl-kd {command}")
+    """What the command's own parser reads."""
+    return parse(COMMANDS[command], words, f"trl-kd {command}")
 
 
 def run(code: str, folder: str, **names) -> dict:

@@ -1,14 +1,18 @@
 """Promises of the package as a whole."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
+from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
 
 import trl_kd
-from trl_kd import PbKDTrainer, _trl
+from trl_kd import MMPbKDTrainer, OnlinePbKDTrainer, PbKDTrainer, _trl
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints
 
 
@@ -50,6 +54,38 @@ def test_every_method_of_trl_that_is_overridden_is_listed():
     ours = {name for owner in (PbKDTrainer, DualCheckpoints) for name in vars(owner) if callable(vars(owner)[name])}
     overridden = {name for name in ours & inherited if not name.startswith("__")}
     assert overridden == {*_trl.DPO_SEAMS, "create_model_card"}  # the latter is public
+
+
+@pytest.mark.parametrize(
+    ("trainer", "parent"),
+    [(PbKDTrainer, DPOTrainer), (MMPbKDTrainer, DistillationTrainer), (OnlinePbKDTrainer, RLOOTrainer)],
+)
+def test_constructors_are_annotated_as_trls_are(trainer, parent):
+    ours, theirs = (signature(owner.__init__).parameters for owner in (trainer, parent))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for name, parameter in list(ours.items())[1:]:
+        assert parameter.annotation is not Parameter.empty, name
+        if name in theirs and name != "reward_funcs":  # which may be left out here
+            assert parameter.annotation == theirs[name].annotation, name
+    assert (ROOT / "trl_kd/py.typed").is_file()
+
+
+def test_every_import_is_declared():
+    found = set()
+    for path in (ROOT / "trl_kd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.match(r"[\w-]+", one)[0].lower().replace("-", "_") for one in declared} | {"yaml"}
+    assert {"pyyaml", "torch"} <= names
+    assert found - names - set(sys.stdlib_module_names) - {"trl_kd"} == {"deepspeed"}  # accelerate's own extra
 
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])

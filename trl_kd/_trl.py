@@ -84,6 +84,11 @@ DISTILLATION_SEAMS = (
 require_methods(require("trl", "DistillationTrainer"), DISTILLATION_SEAMS)
 
 
+TRAINER_SEAMS = ("training_step", "_get_grad_norm", "_save_checkpoint")
+"""Methods of transformers' `Trainer` by which `FiniteTraining` stops."""
+require_methods(require("transformers", "Trainer"), TRAINER_SEAMS)
+
+
 def prepare_preference_dataset(dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
     """`DPOTrainer._prepare_dataset`, which needs no trainer, and so no weights: its tokenizer only."""
     trainer: Any = SimpleNamespace(_tokenizer=getattr(processing_class, "tokenizer", processing_class))

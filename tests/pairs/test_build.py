@@ -45,7 +45,8 @@ def test_a_dataset_with_all_that_belongs_to_it(tmp_path):
     assert rows(made) == rows(load_pairs(tmp_path))
     assert made.column_names == [
         *("prompt", "chosen", "rejected", "preference", "teacher_side", "teacher", "score_chosen", "score_rejected"),
-        *("chosen_source", "rejected_source", "chosen_finish_reason", "rejected_finish_reason", "source_row", "level"),
+        *("chosen_source", "rejected_source", "chosen_finish_reason", "rejected_finish_reason"),
+        *("teacher_finish_reason", "source_row", "level"),
     ]
     assert made["source_row"] == sorted(made["source_row"])
     for row in made:

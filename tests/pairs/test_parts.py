@@ -5,12 +5,15 @@ import asyncio
 import pytest
 from datasets import Dataset
 
+from tests.conftest import make_tokenizer, save_tiny
 from tests.pairs.fakes import Column, Source
 from trl_kd.pairs import build_pairs
+from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import Answer, SamplingSettings
 from trl_kd.sampling.column import ColumnSampler
+from trl_kd.sampling.local import LocalSampler
 
 
 def build(folder, data=None, **options):
@@ -122,3 +125,47 @@ def test_a_message_that_says_nothing_is_refused(tmp_path, message):
         ValueError, match=r"Row 1 of the prompts: message 0 of `prompt`, of the role 'user', has neither"
     ):
         build(tmp_path, Dataset.from_list(rows))
+
+
+def test_a_whole_conversation_is_no_answer(tmp_path):
+    """UltraFeedback's own files have them, beside prompts that are text."""
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}]
+    for prompt, way_out in (("?", r'\[-1\]\["content"\]'), (said[:1], r"\[-1:\]")):
+        rows = [{"prompt": prompt, "chosen": said, "rejected": said}]
+        with pytest.raises(
+            ValueError, match=rf"Row 0 of the prompts, for the teacher: the column 'chosen' .*{way_out}"
+        ):
+            build_pairs(
+                Dataset.from_list(rows),
+                teacher=ColumnSampler("chosen"),
+                student=ColumnSampler("rejected"),
+                preference=TeacherWins(),
+                output_dir=tmp_path / "a",
+                show_progress=False,
+            )
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("who", ["student", "preference"])
+@pytest.mark.parametrize("place", [0, 5, 150])
+def test_a_role_that_a_template_refuses_is_named_before_anything_is_asked(tmp_path, place, who):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}u?"
+    )
+    model = save_tiny(tmp_path / "model", tokenizer)
+    question = [{"role": "user", "content": "?"}]
+    rows = [{"prompt": question}] * place + [{"prompt": [{"role": "system", "content": "Be brief."}, *question]}]
+    log = tmp_path / "log"
+    student = LocalSampler(model, SamplingSettings(max_new_tokens=2)) if who == "student" else Source("student", log)
+    with pytest.raises(ValueError, match=rf"Row {place} of .* {who}: its chat template refuses `prompt`.*role `user`"):
+        build_pairs(
+            Dataset.from_list(rows),
+            teacher=Source("teacher", log),
+            student=student,
+            preference=TeacherWins() if who == "student" else TeacherLikelihood(model),
+            output_dir=tmp_path / "a",
+            show_progress=False,
+        )
+    assert not log.exists()
+    assert not (tmp_path / "a").exists()

@@ -1,11 +1,13 @@
 """Nothing lost and nothing asked twice: exceptions, `kill -9`, changed settings."""
 
 import hashlib
+import json
 import os
 import random
 import signal
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from datasets import Dataset
@@ -14,7 +16,9 @@ from tests.pairs.fakes import Longer, Source, processes
 from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
 from trl_kd.pairs.store import AnswerStore
+from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.preferences.judge import LLMJudge
+from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling.client import ServerClient
 from trl_kd.sampling.server import ServerSampler
 
@@ -199,6 +203,35 @@ def test_a_changed_preference_needs_relabel(tmp_path):
     assert log.read_text() == before
     assert any(row["preference"] not in (None, 0.5, 1.0) for row in made)
     assert build(tmp_path / "a", log, preference=soft).to_list() == made.to_list()
+
+
+def test_so_does_one_after_labels_that_nobody_stores(tmp_path):
+    """The teacher always wins: such labels are made anew each time, and only the pairs tell that they were."""
+    log = tmp_path / "log"
+    made = build(tmp_path / "a", log, preference=TeacherWins())
+    before = log.read_text()
+    refused = r"another preference.*`relabel=True`.*differs: `preference.preference` was 'teacher_wins' and is None"
+    with pytest.raises(ValueError, match=refused):
+        build(tmp_path / "a", log)
+    settings = json.loads((tmp_path / "a/settings.json").read_text()) | {"preference": Longer().describe()}
+    with closing(StoredAnswers(tmp_path / "a")) as stored, pytest.raises(ValueError, match=refused):
+        stored.check_settings(settings)  # as a dry run does
+    assert load_pairs(tmp_path / "a").to_list() == made.to_list()
+    assert log.read_text() == before
+    longer = build(tmp_path / "a", log, relabel=True).to_list()
+    assert longer != made.to_list()
+    assert build(tmp_path / "a", log).to_list() == longer
+    with pytest.raises(ValueError, match="another preference"):
+        build(tmp_path / "a", log, preference=TeacherWins())
+    build(tmp_path / "a", log, preference=TeacherWins(), relabel=True)
+    asked = log.read_text().removeprefix(before).splitlines()
+    assert all(line.startswith("score ") for line in asked)  # no answer anew
+
+
+def test_before_any_pair_is_written_the_preference_may_change(tmp_path):
+    with pytest.raises(ConnectionError):
+        build(tmp_path / "a", None, preference=TeacherWins(), student=Source("student", fail_after=3))
+    build(tmp_path / "a", None)
 
 
 def test_the_dataset_before_stays_until_the_next_is_whole(tmp_path):

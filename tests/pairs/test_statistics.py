@@ -108,7 +108,8 @@ class TestRows:
         )
         other.add_answers("student", iter([Answer([{"role": "assistant", "content": "four"}])]))
         statistics.merge(other)
-        counts = {"answers": 4, "truncated": 1, "refused": 1, "mean_characters": 4.0, "mean_tokens": 3.0}
+        counts = {"answers": 4, "truncated": 1, "refused": 1, "reasons": {"filter": 1}, "with_reasoning": 0}
+        counts |= {"mean_characters": 4.0, "mean_tokens": 3.0}
         assert statistics.summary()["answers"] == {"student": counts}
 
     def test_what_the_caller_knows(self):
@@ -250,7 +251,7 @@ def test_the_table_says_it_all():
     table = format_summary(statistics.summary(order_agreement=0.5, unparseable=4))
     for words in (
         "answers of the teacher",
-        "2 (1 refused, on average 3 characters and 2 tokens)",
+        "2 (1 without a text, on average 3 characters and 2 tokens)",
         "1 (50.0 %)",
         "75.0 % (95 %",
     ):

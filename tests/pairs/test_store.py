@@ -1,7 +1,9 @@
+import errno
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -132,6 +134,26 @@ def test_a_second_process_is_refused_by_name_and_let_in_after_kill_9(tmp_path):
     process.join()
     AnswerStore(tmp_path).close()
     assert (tmp_path / ".lock").read_text() == ""
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_and_no_file_left_for_a_lock(tmp_path, monkeypatch, code):
+    def flock(*_):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StoreError, match="is on a file system that cannot lock files .*no locks here.*: use another"):
+        AnswerStore(tmp_path)
+    monkeypatch.undo()
+    AnswerStore(tmp_path).close()
+
+
+def test_another_thread_may_close_the_store(tmp_path):
+    store = AnswerStore(tmp_path)
+    thread = threading.Thread(target=store.close)
+    thread.start()
+    thread.join()
+    AnswerStore(tmp_path).close()
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):

@@ -183,6 +183,23 @@ def test_a_server_without_log_probabilities_is_asked_without(caplog):
         ("A", 1.0),
         ("B.", 0.0),
         ("The first says 'Verdict: A'.\n\nVerdict: B", 0.0),
+        ("Verdict: [[A]]", 1.0),
+        ("[[B]]", 0.0),
+        ("So:\n\\boxed{A}", 1.0),
+        ("$\\boxed{\\text{B}}$.", 0.0),
+        ("Verdict: \\boxed{C}", 0.5),
+        ("Verdict: `A`", 1.0),
+        ("`Verdict: B`", 0.0),
+        ("Verdict：A。", 1.0),
+        ("Final verdict: A", 1.0),
+        ("**My final verdict:** **B**", 0.0),
+        ("### Verdict: (A)", 1.0),
+        ("Verdict: [[A]] or [[B]]", None),
+        ("Verdict: [[AB]]", None),
+        ("\\boxed{A B}", None),
+        ("The verdict: A", 1.0),
+        ("No final verdict: A", None),
+        ("Verdict: [[a]]", None),
         ("Verdict: A\nBut I am not sure.", None),
         ("I choose A", None),
         ("Answer A is better", None),
@@ -203,6 +220,57 @@ def test_only_a_verdict_in_the_last_line_counts(reply, expected):
 def test_a_reply_that_is_cut_off_has_no_verdict():
     assert read_verdict(choice("It says\nVerdict: A", "length")) is None
     assert read_verdict({"message": None, "finish_reason": "stop"}) is None
+
+
+def test_a_verdict_with_an_unknown_end_is_read():
+    assert read_verdict(choice("Verdict: A", "a_new_word")) == 1.0
+    for reason in ("MAX_TOKENS", "Content_Filter", "refusal"):
+        assert read_verdict(choice("Verdict: A", reason)) is None
+
+
+def test_log_probabilities_of_a_decorated_verdict():
+    decorated = with_logprobs("A", {"A": 0.6, "B": 0.4}, before=("Verdict", ":", " [["), after=("]]", "<|im_end|>"))
+    decorated.body["choices"][0]["message"]["content"] = "Verdict: [[A]]"
+    assert read_verdict(decorated.body["choices"][0]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "reply", [chat(choice("half", "error")), chat({"message": "no object"}), Reply({"choices": [5]})]
+)
+def test_a_reply_that_broke_off_is_asked_for_again(reply, monkeypatch):
+    monkeypatch.setattr("trl_kd.preferences.judge.backoff", lambda attempt: 0.01)
+    with FaultServer(lambda body, number: reply if number == 0 else verdict("A")) as server:
+        assert judge(server, both_orders=False)(["q"], ["a"], ["b"]) == [1.0]
+    assert server.count == 2
+    assert server.bodies[0]["seed"] != server.bodies[1]["seed"]
+    with FaultServer(lambda *_: reply) as server:
+        made = judge(server, both_orders=False, client={"max_retries": 1})
+        assert made(["q"], ["a"], ["b"]) == [None]
+    assert server.count == 2
+    assert len(made.unreadable) == 1
+
+
+def test_a_malformed_reply_costs_one_comparison_only(monkeypatch):
+    monkeypatch.setattr("trl_kd.sampling.client.backoff", lambda attempt: 0.01)
+
+    def script(body, number):
+        return Reply({"choices": None}) if "odd" in shown(body)[0] else verdict("A")
+
+    with FaultServer(script) as server:
+        made = judge(server, both_orders=False, client={"max_retries": 1, "max_concurrency": 1})
+        assert made(["q"] * 2, ["a", "odd"], ["x", "y"]) == [1.0, None]
+        with pytest.raises(ServerError, match="prompt that begins 'q'"):
+            judge(server, both_orders=False, client={"max_retries": 1})(["q"], ["odd"], ["y"])
+
+
+def test_three_replies_without_a_verdict_are_kept():
+    long = "x" * 400 + "Verdict: none"
+    with FaultServer(lambda body, number: chat(long if number == 0 else f"reply {number}")) as server:
+        made = judge(server, both_orders=False, client={"max_concurrency": 1})
+        assert made(["q"] * 5, list("abcde"), list("vwxyz")) == [None] * 5
+    assert made.unreadable[1:] == ["reply 1 (stop)", "reply 2 (stop)"]
+    assert made.unreadable[0].endswith("Verdict: none (stop)")
+    assert len(made.unreadable[0]) < 310
 
 
 def test_no_verdict_is_null_and_counted():

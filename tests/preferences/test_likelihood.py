@@ -98,9 +98,11 @@ def test_padding_changes_nothing(teacher, tokenizer):
 
 def test_no_more_logits_than_a_chunk_are_ever_there(teacher, tokenizer):
     rows = []
+    preference = TeacherLikelihood(teacher, processing_class=tokenizer, chunk_tokens=5)
+    preference.load()  # which looks at the model's own logits of a short text
     hook = teacher.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
     try:
-        TeacherLikelihood(teacher, processing_class=tokenizer, chunk_tokens=5).score(PROMPTS, COMPLETIONS)
+        preference.score(PROMPTS, COMPLETIONS)
     finally:
         hook.remove()
     responses = [tokenize_response(tokenizer, p, c)[1] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

@@ -221,5 +221,4 @@ def test_commands_in_headers_are_understood():
         for command, words in found:
             argv = words.replace("\\\n", " ").split()
             argv = [str(RECIPES.parent / word) if word.startswith("recipes/") else word for word in argv]
-            on_cpu = [] if command == "pairs" else ["--use_cpu", "true", "--bf16", "false"]
-            parse(classes[command], argv + on_cpu, f"trl-kd {command}")
+            parse(classes[command], argv, f"trl-kd {command}")

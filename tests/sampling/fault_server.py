@@ -11,13 +11,15 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """One HTTP answer: its `body` is sent as JSON unless it is bytes; `cut` sends half of it and closes the connection."""
+    """One HTTP answer: its `body` is sent as JSON unless it is bytes; `cut` sends half of it and closes the connection, and
+    `drip` waits so many seconds behind each byte."""
 
     body: Any
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
     cut: bool = False
+    drip: float = 0.0
 
 
 def choice(text: str | None, finish_reason: str = "stop", **more: Any) -> dict[str, Any]:
@@ -111,5 +113,9 @@ class FaultServer:
             handler.send_header(name.replace("_", "-"), value)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
-        handler.wfile.write(data[: len(data) // 2] if reply.cut else data)
+        for byte in data if reply.drip else ():
+            handler.wfile.write(bytes([byte]))
+            time.sleep(reply.drip)
+        if not reply.drip:
+            handler.wfile.write(data[: len(data) // 2] if reply.cut else data)
         handler.close_connection = handler.close_connection or reply.cut

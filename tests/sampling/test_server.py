@@ -101,7 +101,9 @@ def test_a_call_of_a_tool_is_a_message():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     with FaultServer(lambda *_: chat({"message": message, "finish_reason": "tool_calls"})) as server:
-        answer = ask(server)[0]
+        answer = ask(server, prompt=[{"role": "user", "content": "hi"}])[0]
+        to_text = ask(server)[0]
+    assert to_text == Answer(None, "tool_calls", 10)  # the answer to a text must be a text
     assert answer.finish_reason == "tool_calls"
     assert answer.text == [
         {
@@ -220,7 +222,7 @@ def test_equal_answers_are_remarked_on_once(caplog):
             Answer(None, "prompt_too_long"),
         ),
         (
-            Reply({"error": {"message": "This model's maximum context length is 8 tokens."}}, 400),
+            Reply({"error": {"message": "This model's maximum context length is 300 tokens."}}, 400),
             Answer(None, "prompt_too_long"),
         ),
         (chat(""), Answer("", "stop", 10)),

@@ -14,6 +14,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.conftest import make_model, make_tokenizer, save_tiny
+from tests.responses.templates import CHATML, tokenizer_with
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.vllm import VLLMSampler
 
@@ -30,6 +31,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
+    stop_token_ids: list[int] | None = None
 
 
 @dataclass
@@ -96,11 +98,40 @@ def test_every_answer_is_a_request_with_its_own_seed(tiny_dir):
         assert len(answer.text) == 6 - seed % 2  # the end token is no text
 
 
+def test_turns_end_where_the_chat_template_ends_them(tmp_path):
+    """Also with a base model, whose end token is another one."""
+    tokenizer = tokenizer_with(CHATML)
+    folder = save_tiny(tmp_path / "base", tokenizer, vocab_size=len(tokenizer))
+    list(VLLMSampler(folder, SETTINGS).sample([Request("a", CHAT), Request("b", "1+1=")]))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [params.stop_token_ids for params in LLM.made[0].calls[0][1]] == [[end], None]
+
+
 def test_stop_texts_are_passed_on_and_cut_off(tiny_dir):
     settings = SamplingSettings(max_new_tokens=20, stop=("1", "2"))
     drawn = [answer for _, _, answer in VLLMSampler(tiny_dir, settings).sample([Request("a", "1+1=", (0, 1, 2))])]
     assert LLM.made[0].calls[0][1][0].stop == ["1", "2"]
     assert not any("1" in answer.text or "2" in answer.text for answer in drawn)
+
+
+@pytest.mark.parametrize("breaks", [1, 5])
+def test_an_answer_that_is_broken_off_is_asked_for_again(tiny_dir, monkeypatch, breaks):
+    generate = LLM.generate
+
+    def breaking(self, prompts, **options):
+        outputs = generate(self, prompts, **options)
+        if len(self.calls) <= breaks:
+            outputs[0].outputs[0].finish_reason = "abort"
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", breaking)
+    drawn = [answer for _, _, answer in VLLMSampler(tiny_dir, SETTINGS).sample([Request("a", "1+1=", (0, 1))])]
+    (engine,) = LLM.made
+    seeds = [[params.seed for params in sampling_params] for _, sampling_params, _ in engine.calls]
+    again = [[SETTINGS.answer_seed("a", 0, attempt)] for attempt in range(1, min(breaks, 2) + 1)]
+    assert seeds == [[SETTINGS.answer_seed("a", sample) for sample in (0, 1)], *again]
+    assert (drawn[0].text is None) == (breaks > 2)
+    assert drawn[1].text is not None
 
 
 def test_it_reads_a_chunk_at_a_time_and_starts_one_engine(tiny_dir):

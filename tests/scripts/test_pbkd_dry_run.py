@@ -32,7 +32,9 @@ def test_the_table(dry, out, monkeypatch):
     text = dry()
     assert line(text, "output_dir").endswith("(will be created)")
     assert line(text, "train columns") == "prompt, chosen, rejected (text)"
-    assert line(text, "train rows") == "8, 8 with a text of the teacher, 0 with an empty response"
+    assert line(text, "train rows") == "8, 0 with an empty response"
+    unnamed = "no column `teacher_side` or `teacher`: "
+    assert line(text, "train teacher") == f"{unnamed}every chosen answer is taken as the teacher's"
     assert line(text, "train preferences") == "8 known (0 soft or reversed), 0 null"
     assert "end '<eos>'" in line(text, "tokenizer")
     assert line(text, "chat template") == "yes"
@@ -45,6 +47,14 @@ def test_the_table(dry, out, monkeypatch):
     assert "activations" in text
     assert text.rstrip().endswith("Ready to train.")
     assert not out.exists()
+
+
+def test_a_file_that_names_no_teacher(dry):
+    text = dry("--imitation_weight", "0")
+    assert line(text, "train teacher") == "no column `teacher_side` or `teacher`: nothing is imitated"
+    stream = dry("--dataset_streaming", "true")
+    assert "every chosen answer is taken as the teacher's" in line(stream, "train teacher")
+    assert "with a text of the teacher" not in text + stream
 
 
 def test_counts_labels_and_truncation(dry, jsonl, pairs):
@@ -89,6 +99,7 @@ def test_processes_are_counted(dry, tmp_path):
 
 
 def test_a_teacher(dry, teacher_dir):
+    pytest.importorskip("bitsandbytes")
     options = json.dumps({"load_in_4bit": True, "dtype": "bfloat16"})
     text = dry(
         "--imitation", "token", "--teacher_model_name_or_path", teacher_dir, "--teacher_model_init_kwargs", options

@@ -128,9 +128,10 @@ def test_bad_values(trl_kd, base, words, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may do bf16")
 def test_bf16_where_there_is_none(trl_kd, base):
     base.remove("--use_cpu")
-    error = trl_kd(*replaced(base, "--bf16")).error
+    error = trl_kd(*replaced(base, "--bf16", "true")).error
     assert "`bf16` is True" in error
     assert "`use_cpu`" in error
+    assert trl_kd(*replaced(base, "--bf16"), "--dry_run").code == 0  # unset it is False
 
 
 def test_what_must_be_given(trl_kd, base):
@@ -279,7 +280,7 @@ def test_credentials_are_not_printed(trl_kd, base):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("e.jsonl", ""), ("e.jsonl", "\n\n"), ("e.csv", "prompt,chosen,rejected\n")]
+    ("name", "text"), [("e.jsonl", ""), ("e.jsonl", "\n\n"), ("e.csv", ""), ("e.csv", "prompt,chosen,rejected\n")]
 )
 def test_an_empty_file(name, text, trl_kd, base, tmp_path):
     (tmp_path / name).write_text(text)

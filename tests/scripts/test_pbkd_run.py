@@ -215,3 +215,11 @@ def test_a_damaged_file_of_weights(trl_kd, base, tiny_dir, tmp_path):
     assert "A file of weights cannot be read" in trl_kd(*base, "--model_name_or_path", str(folder)).error
     (folder / "model.safetensors").unlink()
     assert "holds no weights" in trl_kd(*base, "--model_name_or_path", str(folder)).error
+
+
+def test_a_training_that_breaks_is_one_line_and_saves_nothing(trl_kd, base, out):
+    broken = trl_kd(
+        *replaced(base, "--max_steps", "4"), "--learning_rate", "1e36", "--optim", "sgd", "--save_steps", "1"
+    )
+    assert "pbkd: error: Training stopped at step " in broken.error
+    assert not list(out.glob("*.safetensors"))

@@ -220,6 +220,13 @@ def test_bad_input(words, pairs, said, trl_kd, rounds, pairs_config, out, monkey
     assert not out.exists()
 
 
+def test_a_round_that_breaks_is_one_line(trl_kd, rounds, out):
+    words = replaced(replaced(rounds, "--learning_rate", "1e36"), "--max_steps", "4")
+    broken = trl_kd(*words, "--optim", "sgd", "--save_steps", "1")
+    assert "pbkd: error: Training stopped at step " in broken.error
+    assert not list(out.glob("round-1/student/*.safetensors"))
+
+
 def test_pairs_that_are_gone_are_one_line(trl_kd, rounds, out, monkeypatch):
     monkeypatch.setattr(
         rounds_module.PbKDRounds, "_sample", lambda self, number: (out / "round-1/pairs/data").mkdir(parents=True)

@@ -47,10 +47,11 @@ def test_the_warm_up_ends_once_held_out_pairs_are_ordered(tiny_dir, teacher_dir,
     said = [record for record in caplog.records if "warm-up" in record.message]
     assert [record.levelname for record in said] == ["INFO", "INFO"]
     threshold = 0.5 + 2.2414 * 0.5 / math.sqrt(pairs.strict)  # 5 % by four looks, one-sided
-    assert said[0].message.startswith("[RANK 0] After 10 steps of its warm-up Q orders ")
+    # Newer releases of accelerate put `[RANK 0] ` before it
+    assert said[0].message.removeprefix("[RANK 0] ").startswith("After 10 steps of its warm-up Q orders ")
     assert f"of {pairs.strict} held-out pairs rightly; above {threshold:.1%} the warm-up ends" in said[0].message
     ended = f"{first['mmpbkd/warmup_steps']:.0f} steps and ended at {first['mmpbkd/held_out_accuracy']:.1%}."
-    assert said[1].message == f"[RANK 0] Q's warm-up took {ended}"
+    assert said[1].message.removeprefix("[RANK 0] ") == f"Q's warm-up took {ended}"
     assert len(trainer.dual.history) == 1  # λ moves with the student's steps alone
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -192,11 +193,34 @@ def test_empty_responses_are_legal_and_said(tiny_dir, pairs, settings, caplog):
     trainer.train()
 
 
-def test_without_teacher_columns_the_chosen_is_the_teachers_and_this_is_said(tiny_dir, pairs, settings, caplog):
-    with caplog.at_level(logging.INFO):
-        trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings), train_dataset=Dataset.from_list(pairs))
-    assert caplog.text.count("its chosen responses are taken as the teacher's") == 1
-    assert trainer.row_counts["train"].teacher == 8
+UNNAMED = "no column `teacher_side` or `teacher`: every chosen answer is taken as the teacher's"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_without_teacher_columns_the_chosen_is_the_teachers_and_this_is_said(
+    streamed, tiny_dir, pairs, settings, caplog
+):
+    data = IterableDataset.from_generator(lambda: iter(pairs)) if streamed else Dataset.from_list(pairs)
+    with caplog.at_level(logging.WARNING):
+        trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings), train_dataset=data)
+    assert caplog.text.count(f"The train dataset has {UNNAMED}") == 1
+    if not streamed:
+        assert trainer.row_counts["train"].teacher == 8
+    trainer.create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text()
+    assert "No column of the train data names the teacher: every chosen answer was taken as the teacher's." in card
+    assert "with a response of the teacher's" not in card
+
+
+@pytest.mark.parametrize("case", ["a column", "nothing is imitated"])
+def test_this_is_not_said(case, tiny_dir, pairs, settings, caplog):
+    rows = [row | {"teacher_side": "chosen"} for row in pairs] if case == "a column" else pairs
+    args = PbKDConfig(**settings, imitation_weight=float(case == "a column"))
+    trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
+    trainer.create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text()
+    assert "taken as the teacher's" not in caplog.text + card
+    assert ("8 rows, of which 8 with a response of the teacher's" in card) == (case == "a column")
 
 
 def test_counts(pairs, settings):

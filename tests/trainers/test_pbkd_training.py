@@ -221,9 +221,8 @@ def test_streams_with_third_texts(tiny_dir, pairs, settings):
 
 
 def test_args_may_be_left_out():
-    made = []
-    as_config(None, "org/student", made.append, "PbKD")  # not our class: its default, bf16, wants a GPU
-    assert made == ["student-PbKD"]
+    args = as_config(None, "org/student", PbKDConfig, "PbKD")
+    assert args == PbKDConfig("student-PbKD")
 
 
 def test_model_card(tiny_dir, teacher_dir, rows, settings):

@@ -197,6 +197,14 @@ def test_likelihood_scores_own_words_alone():
     assert preference.score([USER], [CALLED])[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_likelihood_ends_at_what_the_template_ends_turns_with():
+    """Also of a base model, whose end token is another: nobody has to say the line break behind it."""
+    base, chat = tokenizer_with(CHATML), tokenizer_with(CHATML, eos_token="<|im_end|>")
+    model = make_model(3, len(base))
+    scores = [TeacherLikelihood(model, processing_class=one).score([USER], [PLAIN])[0] for one in (base, chat)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
 @pytest.mark.parametrize("reason", ["max_tokens", "MODEL_LENGTH", "unheard_of"])
 def test_likelihood_goes_by_every_word_for_a_cut(reason):
     preference = TeacherLikelihood(make_model(3), length_normalized=False, processing_class=make_tokenizer())

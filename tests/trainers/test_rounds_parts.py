@@ -1,5 +1,7 @@
 """Parts of `PbKDRounds`: what is refused before weights load, the regret view, and answers that are fetched once."""
 
+import json
+
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
@@ -135,6 +137,21 @@ def test_a_damaged_record_is_named(name, tiny_dir, tmp_path):
     (tmp_path / name).write_text("garbage")
     with pytest.raises(ValueError, match=f"{name}` is damaged .*: .* move it away"):
         make(tmp_path, tiny_dir).check()
+
+
+def test_a_folder_of_another_version_has_other_fields(tiny_dir, tmp_path):
+    """A field that the earlier version lacked had its default; one that this version lacks cannot be set back."""
+    rounds = make(tmp_path, tiny_dir)
+    settings = rounds.check()
+    former = {
+        name: value for name, value in settings.items() if name not in ("weight_decay", "loss_type", "max_length")
+    }
+    (tmp_path / "round-1").mkdir()
+    (tmp_path / "round-1/metrics.json").write_text('{"stage": "trained"}')
+    (tmp_path / "rounds.json").write_text(json.dumps({"settings": former | {"an_old_field": False}}))
+    assert rounds.check() == settings
+    with pytest.raises(ValueError, match=r"`weight_decay` was 0\.0 and is 0\.5"):
+        make(tmp_path, tiny_dir, {"weight_decay": 0.5}).check()
 
 
 def test_the_token_of_loading_is_written_nowhere_and_may_change(tiny_dir, tmp_path):

@@ -44,7 +44,7 @@ def advantages(
         `ValueError`: the numbers of words differ, and `vocab_size` does not say how many are shared.
     """
     spec = Spec(
-        (baseline.scale_and_cap,),
+        (baseline.settings,),
         q_bound,
         temperature,
         vocab_size=vocab_size,

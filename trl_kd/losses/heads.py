@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from trl_kd.losses.tiles import Grid, Projection, compute_dtype
+from trl_kd.losses.tiles import Grid, OwnProjection, Projection, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Head:
             Multiplier of the logits (Cohere, Granite).
         final_logit_softcapping (`float`, *optional*):
             Their cap (Gemma).
+        own_logits (`Callable`, *optional*):
+            For a model whose logits are none of this: gives them, `[n, V]`, of hidden states `[n, H]`, without a gradient.
+            Only the number of rows of `weight_VH` counts then.
     """
 
     hidden_NH: torch.Tensor
@@ -34,14 +37,31 @@ class Head:
     bias_V: torch.Tensor | None = None
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
+    own_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.hidden_NH, self.weight_VH, self.bias_V
 
     @property
-    def scale_and_cap(self) -> tuple[float, float | None]:
-        return self.logit_scale, self.final_logit_softcapping
+    def settings(self) -> "HeadSettings":
+        return HeadSettings(self.logit_scale, self.final_logit_softcapping, self.own_logits)
+
+    def logits(self) -> torch.Tensor:
+        """The whole table `[N, V]`, in float32 (float64 if the hidden states are), as the losses make it in tiles."""
+        precision = Precision.of(self.hidden_NH)
+        projection = Spec((self.settings,), q_bound=1.0).model(0, self.tensors, precision)
+        projection.load(slice(len(self.weight_VH)))
+        out = self.hidden_NH.new_empty((len(self.hidden_NH), len(self.weight_VH)), dtype=precision.rest)
+        return projection.project(slice(len(self.hidden_NH)), out)
+
+
+class HeadSettings(NamedTuple):
+    """What a [`Head`] has beside its tensors."""
+
+    scale: float
+    cap: float | None
+    own_logits: Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class Precision(NamedTuple):
@@ -58,9 +78,9 @@ class Precision(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The settings of `moment_matching` and `advantages`. `heads`: each model's scale of the logits and their cap."""
+    """The settings of `moment_matching` and `advantages`. `heads`: those of each model."""
 
-    heads: tuple[tuple[float, float | None], ...]
+    heads: tuple[HeadSettings, ...]
     q_bound: float
     temperature: float = 1.0
     beta: float = 1.0
@@ -85,7 +105,9 @@ class Spec(NamedTuple):
 
     def model(self, index: int, tensors: Sequence, precision: Precision) -> Projection:
         hidden, weight, bias = tensors
-        scale, cap = self.heads[index]
+        scale, cap, own = self.heads[index]
+        if own is not None:
+            return OwnProjection(hidden, own, precision.rest, self.temperature)
         return Projection(
             hidden, weight, bias, precision.operands[index], precision.rest, scale, cap, self.temperature
         )
@@ -95,4 +117,6 @@ class Spec(NamedTuple):
         return Projection(features, embedding, None, precision.operands[-1], precision.rest, cap=self.q_bound)
 
     def grid(self, words: int, buffers: int, like: Projection) -> Grid:
-        return Grid(len(like.hidden), words, buffers, like, self.tile_bytes)
+        # A model's own logits come for all words at once
+        whole_rows = any(head.own_logits is not None for head in self.heads)
+        return Grid(len(like.hidden), words, buffers, like, self.tile_bytes, whole_rows)

@@ -103,7 +103,7 @@ def moment_matching(
     Raises:
         `ValueError`: the numbers of words differ, and `vocab_size` does not say how many are shared.
     """
-    heads = student.scale_and_cap, teacher.scale_and_cap
+    heads = student.settings, teacher.settings
     spec = Spec(heads, q_bound, temperature, beta, vocab_size, tile_bytes, compile_tiles, gather)
     embedding = None if q_NE is None else q_embedding_VE
     return MomentOutput(*_Moments.apply(*student.tensors, q_NE, *teacher.tensors, embedding, actions_N, spec))

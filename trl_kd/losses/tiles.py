@@ -6,7 +6,7 @@ Everything after a projection is float32, or float64 if an input is, and in plac
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,40 @@ class Projection:
             torch.addmm(into, left, right, out_dtype=self.dtype, out=into)
 
 
+class OwnProjection(Projection):
+    """
+    z = logits / temperature of a model whose logits are no projection: it says itself what they are.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[N, H]`):
+            Hidden states.
+        own (`Callable`):
+            Logits `[n, V]` of n of them.
+        dtype, temperature:
+            As above.
+    """
+
+    LEAST = -1e4
+    """A word that the model masks by −∞ has this: its product with a probability of zero is zero, and not NaN."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        own: Callable[[torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
+        temperature: float = 1.0,
+    ):
+        super().__init__(hidden, hidden[:0], None, hidden.dtype, dtype, temperature=temperature)
+        self.own = own
+
+    def load(self, words: slice) -> None:
+        self.words = words
+
+    def project(self, tokens: slice, out: torch.Tensor) -> torch.Tensor:
+        out.copy_(self.own(self.hidden[tokens])[:, self.words])
+        return out.div_(self.temperature).clamp_(min=self.LEAST)
+
+
 class Gradients:
     """
     Gradients of a projection's hidden states, weight and bias from those of the tiles of h Wᵀ + b.
@@ -156,16 +190,20 @@ class Grid:
             Gives device and dtype.
         tile_bytes (`int`, *optional*):
             Memory for all buffers. A tile has at least 64 words of one token.
+        whole_rows (`bool`, *optional*, defaults to `False`):
+            Whether a tile has all words of its tokens.
     """
 
-    def __init__(self, tokens: int, words: int, buffers: int, like: Projection, tile_bytes: int | None):
+    def __init__(
+        self, tokens: int, words: int, buffers: int, like: Projection, tile_bytes: int | None, whole_rows: bool = False
+    ):
         device = like.hidden.device
         if tile_bytes is None:
             tile_bytes = CPU_TILE_BYTES if device.type == "cpu" else OTHER_TILE_BYTES
         elements = tile_bytes // (buffers * like.dtype.itemsize)
         # About square: hidden states and weights are then read, and their gradients written, as seldom as can be
         rows = max(1, min(tokens, math.isqrt(elements)))
-        self.words_step = min(words, max(64, elements // rows // 64 * 64))
+        self.words_step = words if whole_rows else min(words, max(64, elements // rows // 64 * 64))
         self.tokens_step = max(1, min(tokens, elements // self.words_step))
         self.tokens, self.words = tokens, words
         self.memory = torch.empty((buffers, self.tokens_step * self.words_step), device=device, dtype=like.dtype)

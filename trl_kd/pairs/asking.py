@@ -1,5 +1,6 @@
 """Asking a source for what is not stored yet: which requests there are, and how answers come."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,8 +8,15 @@ from datasets import Dataset, IterableDataset
 
 from trl_kd.pairs.progress import Bar
 from trl_kd.pairs.prompts import PromptRow, read_prompts
-from trl_kd.pairs.store import AnswerStore
+from trl_kd.pairs.store import AnswerStore, Causes
+from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling import Answer, Request, Sampler
+from trl_kd.sampling.server import beginning
+from trl_kd.sampling.server_errors import REFUSALS, ServerError
+
+
+USELESS = 20
+"""Replies without a usable text, one behind the other, that stop a run."""
 
 
 class MissingRequests:
@@ -23,8 +31,9 @@ class MissingRequests:
         source: str,
         samples: int,
         bar: Bar,
+        causes: Causes | None = None,
     ):
-        self._prompts, self._shard, self._store = prompts, shard, store
+        self._prompts, self._shard, self._store, self._causes = prompts, shard, store, causes
         self._source, self._samples, self._bar = source, samples, bar
         self._under_way: dict[str, set[int]] = {}
         self._is_read = False
@@ -36,7 +45,7 @@ class MissingRequests:
             for row in rows:
                 if row.key not in self._under_way:
                     fresh.setdefault(row.key, row)
-            missing = self._store.missing(self._source, list(fresh), self._samples)
+            missing = self._store.missing(self._source, list(fresh), self._samples, self._causes)
             self._under_way |= {key: set(samples) for key, samples in missing.items()}
             self._bar.skip(len(rows) * self._samples - sum(map(len, missing.values())))
             for key, samples in missing.items():
@@ -59,10 +68,72 @@ class MissingRequests:
             )
 
 
-def together(sampler: Any, requests: Iterator[Request]) -> Iterator[list[tuple[Request, int, Answer]]]:
-    """Answers as they arrive, in lists of those that are stored all or none."""
+def together(
+    sampler: Any, requests: Iterator[Request], source: str, has_texts: bool
+) -> Iterator[list[tuple[Request, int, Answer]]]:
+    """
+    Answers as they arrive, in lists of those that are stored all or none.
+
+    A server's first replies are held back as long as none has a text: a setting may be at fault, and nothing is stored then.
+
+    Args:
+        sampler (`Sampler`):
+            Who is asked.
+        requests (`Iterator[Request]`):
+            What.
+        source (`str`):
+            Its name, for the error.
+        has_texts (`bool`):
+            Whether texts of it are stored: then only replies that broke off are held back, of which a server that is
+            breaking down gives many in a row.
+
+    Raises:
+        `ServerError`: 20 replies in a row are of no use. The sentence shows one.
+    """
     replies = getattr(sampler, "sample_replies", None)
-    return replies(requests) if callable(replies) else ([answer] for answer in sampler.sample(requests))
+    if not callable(replies):
+        yield from ([answer] for answer in sampler.sample(requests))
+        return
+    held: list[list[tuple[Request, int, Answer]]] = []
+    try:
+        for reply in replies(requests):
+            kinds = {_kind(answer) for _, _, answer in reply}
+            if kinds & {"text", "refusal"} or (has_texts and kinds != {"failed"}):
+                yield from held
+                held, has_texts = [], has_texts or "text" in kinds
+                yield reply
+            else:
+                held.append(reply)
+            if len(held) == USELESS:
+                break
+    except Exception:
+        # What broke off is asked for again
+        yield from (reply for reply in held if any(_kind(answer) != "failed" for _, _, answer in reply))
+        raise
+    if len(held) == USELESS:
+        raise ServerError(_useless(held, source))
+    yield from held
+
+
+def _kind(answer: Answer) -> str:
+    """What use an answer is: `"text"`, a `"refusal"` that is the last word on one prompt, `"failed"` or `"none"`."""
+    if answer.text is not None:
+        return "text"
+    if answer.finish_reason in (*REFUSALS, "refusal", "bad_request"):
+        return "refusal"
+    return "failed" if ending(answer.finish_reason) == "failed" else "none"
+
+
+def _useless(held: list[list[tuple[Request, int, Answer]]], source: str) -> str:
+    request, _, answer = held[0][0]
+    reasons = Counter(str(answer.finish_reason) for reply in held for _, _, answer in reply)
+    counted = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+    longer = "" if "length" not in reasons else " Reasoning models need a larger `max_new_tokens`."
+    return (
+        f"{len(held)} replies to the {source} in a row have no usable text ({counted}), and none of them is stored. To the "
+        f"prompt that begins {beginning(request.prompt)!r} the server said {answer.said or 'nothing'!r}: change the setting "
+        f"that is at fault, and run the same command again.{longer}"
+    )
 
 
 def look_up(source: str, sampler: Sampler, samples: int, requests: list[Request]) -> list[list[Answer]]:

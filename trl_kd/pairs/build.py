@@ -9,11 +9,19 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from trl_kd.pairs.asking import MissingRequests, look_up, together
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
-from trl_kd.pairs.pairing import PairingSettings, Policy, PromptPairs, choose_pairs, make_candidates, make_rows
+from trl_kd.pairs.pairing import (
+    PairingSettings,
+    Policy,
+    PromptPairs,
+    answer_reasons,
+    choose_pairs,
+    make_candidates,
+    make_rows,
+)
 from trl_kd.pairs.progress import Bar, rare_collection, show_cost
 from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.report import PairReport
@@ -22,6 +30,8 @@ from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.sampler import as_counted
+from trl_kd.sampling.server import beginning
 
 
 def build_pairs(
@@ -36,6 +46,7 @@ def build_pairs(
     policy: Policy = "teacher_vs_student",
     max_pairs_per_prompt: int | None = None,
     truncated: Literal["keep", "drop"] = "keep",
+    reasoning: str | None = None,
     seed: int = 0,
     shard: tuple[int, int] | None = None,
     relabel: bool = False,
@@ -65,7 +76,7 @@ def build_pairs(
             The folder. One process at a time writes it.
         num_teacher_samples, num_student_samples (`int`, *optional*, defaults to `1`):
             Answers of each to a prompt. A later call may ask for more.
-        policy, max_pairs_per_prompt, truncated, seed:
+        policy, max_pairs_per_prompt, truncated, reasoning, seed:
             See [`PairingSettings`]. They may differ from those of a former call.
         shard (`tuple[int, int]`, *optional*):
             `(i, n)` for piece i = 0 … n − 1 of n, each in a folder of its own, for [`merge_shards`].
@@ -84,8 +95,8 @@ def build_pairs(
             - `prompt`, `chosen`, `rejected`: in the format of the prompts;
             - `preference`: P(chosen ≻ rejected) in [½, 1], null for equal texts or where nothing is known;
             - `teacher_side`: `"chosen"`, `"rejected"`, or null if the teacher wrote neither;
-            - `teacher`, unless `policy` is `"teacher_vs_student"`: a text of the teacher's where no row of the prompt has
-              one, otherwise null;
+            - `teacher` and `teacher_finish_reason`, unless `policy` is `"teacher_vs_student"`: a text of the teacher's where
+              no row of the prompt has one, otherwise null;
             - `score_chosen`, `score_rejected`: null where the preference gives no scores;
             - `chosen_source`, `rejected_source`, `chosen_finish_reason`, `rejected_finish_reason`;
             - `source_row`: index of the prompt's row;
@@ -108,13 +119,14 @@ def build_pairs(
         )
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"`shard` is {shard!r}: it must be (i, n) with 0 ≤ i < n.")
-    pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed)
+    pairing = PairingSettings(policy, max_pairs_per_prompt, truncated, seed, reasoning)
     check_folder(output_dir)
     first = next(read_prompts(prompts, batch_size=CHECKED_ROWS), None)
     if not first:
         raise ValueError("There are no prompts: the dataset is empty.")
     sources = {"teacher": (teacher, num_teacher_samples), "student": (student, num_student_samples)}
     check_parts(first, sources, preference)
+    check_kinds(prompts, sources, preference)
     settings: dict[str, Any] = {
         "teacher": teacher.describe(),
         "student": student.describe(),
@@ -179,20 +191,32 @@ class _Build:
         if sampler.is_lookup:
             return
         with self._bar(f"{source} answers", samples) as bar:
-            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar)
+            causes = getattr(sampler, "causes", None)
+            requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar, causes)
             reading = iter(requests)
             first = next(reading, None)
             if first is not None:  # or a model would be loaded for nothing
                 self._count(source)
-                for answers in together(sampler, itertools.chain([first], reading)):
-                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers])
-                    for request, sample, _ in answers:
+                has_texts = self.store.has_texts(source)
+                for answers in together(sampler, itertools.chain([first], reading), source, has_texts):
+                    self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers], causes)
+                    for request, sample, answer in answers:
                         requests.answered(request.key, sample)
+                        self._check_reasoning(source, request, answer)
                     bar.update(len(answers))
                     show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
                 _free(sampler)
+
+    def _check_reasoning(self, source: str, request: Request, answer: Answer) -> None:
+        """Before more is asked: the answers so far are stored."""
+        if self.pairing.reasoning == "error" and answer.text is not None and answer_reasons(answer.text):
+            raise ValueError(
+                f"`reasoning` is 'error', and the {source}'s answer to the prompt {beginning(request.prompt)!r} holds a "
+                "`<think>` block: turn reasoning off there, or set `reasoning` to 'strip' or 'keep'. What was answered is "
+                "stored."
+            )
 
     def label(self, batch_size: int) -> None:
         """Asks the preference for every label or score that is not stored."""
@@ -213,6 +237,7 @@ class _Build:
                 if not asked:
                     bar.skip(count)
         self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
+        self.store.note_unreadable(getattr(self.preference, "unreadable", []))
         self.store.commit()
         _free(self.preference)
 
@@ -245,7 +270,8 @@ class _Build:
             raise
         writer.close()
         if hasattr(self.preference, "unparseable"):
-            report.unparseable = self.store.null_labels()
+            report.unparseable, report.judged = self.store.null_labels(), self.store.label_count()
+            report.unreadable = self.store.note_unreadable([])
             report.orders = self.store.note_orders(None, 0)
         report.usage = {name: self.store.usage(name) for name in self.usages}
         report.write(folder, settings | {"prompts": settings["prompts"] | fingerprint.describe()})
@@ -286,12 +312,12 @@ class _Build:
                     f"Row {row.index} of the prompts was another when the {source} was asked: a stream must give the same "
                     "rows each time it is read. Run the same command again to ask for what is missing."
                 )
-        return [[stored[row.key][sample] for sample in range(samples)] for row in rows]
+        return [[as_counted(row.prompt, stored[row.key][sample]) for sample in range(samples)] for row in rows]
 
     def _pairs(self, rows: list[PromptRow], answers: dict[str, list[list[Answer]]]) -> list[PromptPairs]:
         prompts = []
         for row, teacher, student in zip(rows, answers["teacher"], answers["student"], strict=True):
-            candidates = make_candidates(row.prompt, teacher, student, self.pairing.truncated)
+            candidates = make_candidates(row.prompt, teacher, student, self.pairing.truncated, self.pairing.reasoning)
             pairs = choose_pairs(row.key, candidates, self.pairing)
             prompts.append(PromptPairs(row.key, row.prompt, candidates, pairs))
         return prompts

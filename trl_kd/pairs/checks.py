@@ -2,19 +2,25 @@
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
+
+from datasets import Dataset, IterableDataset
 
 from trl_kd.pairs.labels import Labeller
 from trl_kd.pairs.pairing import make_candidates
-from trl_kd.pairs.prompts import PromptRow
+from trl_kd.pairs.prompts import PromptRow, read_prompts
 from trl_kd.preferences import Preference
-from trl_kd.sampling import Request, Sampler
+from trl_kd.sampling import Request, Sampler, Text
+from trl_kd.sampling.prompts import begins_twice
 
 
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 100
 """Rows, from the start of the prompts, that are looked at."""
+
+_KINDS = 200
 
 
 def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], preference: Preference) -> None:
@@ -42,16 +48,93 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
             source, sampler, ("is_lookup", "describe", "sample"), "ServerSampler(MODEL, URL) or ColumnSampler(NAME)"
         )
         _warn_of_greedy(source, sampler, samples)
+        _warn_of_second_start(source, sampler, rows)
     _check_kind("preference", preference, ("__call__",), "TeacherWins() or RewardFunctionPreference(FUNCTION)")
     for row in rows:
         _check_tools(row)
+    for row in rows:
+        _check_row(row, sources)
+    _check_preference(rows, preference)
+
+
+def check_kinds(
+    prompts: Dataset | IterableDataset, sources: dict[str, tuple[Sampler, int]], preference: Preference
+) -> None:
+    """
+    Checks one row of each kind behind the first ones, in which [`check_parts`] has looked at every row.
+
+    A kind is the roles of a prompt's messages, and how answers that exist already are given. A chat template may refuse a
+    role that one row in a thousand has. Up to 200 kinds are looked at, and nothing of a stream.
+
+    Raises:
+        `ValueError`: the sentence names the row, the field and the way out.
+    """
+    if not isinstance(prompts, Dataset):
+        return
+    lookups = [sampler.column for sampler, _ in sources.values() if hasattr(sampler, "column")]
+    names = ["prompt", *(name for name in dict.fromkeys(lookups) if name in prompts.column_names and name != "prompt")]
+    seen: set[Any] = set()
+    index = 0
+    for batch in prompts.select_columns(names).with_format(None).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            kind = tuple(map(_kind, values))
+            if kind not in seen and len(seen) < _KINDS:
+                seen.add(kind)
+                if index >= CHECKED_ROWS:
+                    ((row,),) = read_prompts(prompts.select([index]))
+                    _check_row(replace(row, index=index), sources)
+                    _check_preference([replace(row, index=index)], preference)
+            index += 1
+
+
+def _kind(value: Any) -> Any:
+    """What kind of value a prompt or an answer is: the roles of messages, the kinds of a list, or a type."""
+    if isinstance(value, list):
+        return tuple(_kind(item) for item in value[:20])
+    return value.get("role") if isinstance(value, dict) else type(value).__name__
+
+
+def _check_row(row: PromptRow, sources: dict[str, tuple[Sampler, int]]) -> None:
     for source, (sampler, samples) in sources.items():
-        for row in rows:
-            try:
-                _check_source(source, sampler, samples, row)
-            except ValueError as error:
-                raise ValueError(f"Row {row.index} of the prompts, for the {source}: {error}") from error
-    Labeller(preference).check(rows)
+        try:
+            _check_source(source, sampler, samples, row)
+        except Exception as error:
+            said = _refused_by_template(row, error) if _is_of_template(error) else str(error)
+            if not isinstance(error, ValueError) and not _is_of_template(error):
+                raise
+            raise ValueError(f"Row {row.index} of the prompts, for the {source}: {said}") from error
+
+
+def _check_preference(rows: list[PromptRow], preference: Preference) -> None:
+    labeller = Labeller(preference)
+    try:
+        labeller.check(rows)
+    except Exception as error:
+        if not _is_of_template(error):
+            raise
+        if len(rows) > 1:  # which of them it is
+            for row in rows:
+                _check_preference([row], preference)
+        said = _refused_by_template(rows[0], error)
+        raise ValueError(f"Row {rows[0].index} of the prompts, for the preference: {said}") from error
+
+
+def _is_of_template(error: Exception) -> bool:
+    """Whether a chat template has refused a conversation; jinja2 is imported by whoever rendered it."""
+    return type(error).__module__.startswith("jinja2.")
+
+
+def _refused_by_template(row: PromptRow, error: Exception) -> str:
+    roles = [message["role"] for message in row.prompt if isinstance(message, dict)]
+    way_out = (
+        "move the text of the `system` message into the first message of the role `user`"
+        if "system" in roles
+        else "give the roles that it takes"
+    )
+    return (
+        f"its chat template refuses `prompt`, whose messages have the roles {', '.join(roles)} ({error}): {way_out}, leave "
+        "such rows out, or give a tokenizer with another `chat_template`."
+    )
 
 
 def check_asked_anew(preference: Any, name: str) -> None:
@@ -84,14 +167,53 @@ def _warn_of_greedy(source: str, sampler: Any, samples: int) -> None:
         )
 
 
+def _warn_of_second_start(source: str, sampler: Any, rows: list[PromptRow]) -> None:
+    tokenizer: Any = getattr(sampler, "tokenizer", None)
+    count = 0 if tokenizer is None else sum(begins_twice(tokenizer, row.prompt) for row in rows)
+    if count:
+        logger.warning(
+            "%d of the first %d prompts begin with %r, and the tokenizer of the %s writes another one before them: take it "
+            "out of the prompts.",
+            count,
+            len(rows),
+            tokenizer.bos_token,
+            source,
+        )
+
+
 def _check_source(source: str, sampler: Any, samples: int, row: PromptRow) -> None:
     # A row's own key: what is looked up is not shared by equal prompts
     request = Request(f"{row.key}/{row.index}", row.prompt, tuple(range(samples)), row.columns)
     if sampler.is_lookup:
         answers = {source: [answer for _, _, answer in sampler.sample([request])]}
+        for answer in answers[source]:
+            _check_answer(answer.text, row.prompt, getattr(sampler, "column", None))
         make_candidates(row.prompt, answers.get("teacher", []), answers.get("student", []))
     elif callable(getattr(sampler, "check_requests", None)):
         sampler.check_requests([request])
+
+
+def _check_answer(text: Any, prompt: Text, column: str | None) -> None:
+    """Refuses an answer that is a whole conversation, its prompt included, as in UltraFeedback's own files."""
+    if text is None or isinstance(text, str):
+        return
+    where = "the answer" if column is None else f"the column {column!r}"
+
+    def such_as(value: str) -> str:
+        mapped = f"`dataset.map(lambda row: {{{column!r}: row[{column!r}]{value}}})`"
+        return "" if column is None else f", e.g. by {mapped}"
+
+    if isinstance(prompt, str):
+        last = such_as('[-1]["content"]')
+        raise ValueError(
+            f"{where} holds a list of messages, but the prompt is text: give the text of the answer{last}, or the prompt as "
+            "messages."
+        )
+    if text[0]["role"] in ("system", "user"):
+        raise ValueError(
+            f"{where} begins with a message of the role {text[0]['role']!r}: give what follows the prompt, and not the "
+            f"whole conversation{such_as('[-1:]')}."
+        )
 
 
 def _check_tools(row: PromptRow) -> None:

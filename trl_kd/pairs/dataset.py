@@ -28,6 +28,7 @@ FIXED = {
     "rejected_source": pa.string(),
     "chosen_finish_reason": pa.string(),
     "rejected_finish_reason": pa.string(),
+    "teacher_finish_reason": pa.string(),
     "source_row": pa.int64(),
 }
 """Columns of ours besides `TEXTS`, and their types."""

@@ -15,6 +15,7 @@ from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.sampler import as_counted
 
 
 class FetchedAnswers:
@@ -42,6 +43,7 @@ class FetchedAnswers:
         self.folder = Path(folder)
         self.samples = samples
         self.source = source
+        self._causes = getattr(sampler, "causes", None)
         self._store: AnswerStore | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -64,7 +66,8 @@ class FetchedAnswers:
             counting = store.counting(self.source, usage) if isinstance(usage, Usage) else nullcontext()
             total = len(prompts) * self.samples
             with counting, Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
-                asked = self._ask(MissingRequests(prompts, None, store, self.source, self.samples, bar), store, bar)
+                requests = MissingRequests(prompts, None, store, self.source, self.samples, bar, self._causes)
+                asked = self._ask(requests, store, bar)
             store.commit()
         finally:
             if release:
@@ -100,8 +103,9 @@ class FetchedAnswers:
         first = next(reading, None)
         if first is None:  # or a model would be loaded for nothing
             return 0
-        for answers in together(self.sampler, chain([first], reading)):
-            store.add_answers(self.source, [(request.key, sample, answer) for request, sample, answer in answers])
+        for answers in together(self.sampler, chain([first], reading), self.source, store.has_texts(self.source)):
+            stored = [(request.key, sample, answer) for request, sample, answer in answers]
+            store.add_answers(self.source, stored, self._causes)
             for request, sample, _ in answers:
                 requests.answered(request.key, sample)
             asked += len(answers)
@@ -134,4 +138,4 @@ class FetchedAnswers:
             for sample in request.samples:
                 if sample not in answers[key]:
                     raise ValueError(f"Answer {sample} of the {self.source} is not fetched yet: call `fetch` first.")
-                yield request, sample, answers[key][sample]
+                yield request, sample, as_counted(request.prompt, answers[key][sample])

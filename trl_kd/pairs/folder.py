@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 from trl_kd.pairs.dataset import DATA
+from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.report import COUNTS, SETTINGS, SUMMARY
-from trl_kd.pairs.store import DATABASE, LOCK
+from trl_kd.pairs.store import DATABASE
 
 
 _WRITTEN = ("README.md", "pairs.html", SUMMARY, SETTINGS, COUNTS)

@@ -34,10 +34,12 @@ class BatchPairs:
             what the preference says of itself. `None`: nobody is asked.
         folder (`Path`):
             Where answers and labels are kept, and what teacher and judge have used: their caps hold for all runs into it.
+        reasoning (`str`, *optional*):
+            See [`~trl_kd.pairs.pairing.PairingSettings`].
     """
 
-    def __init__(self, teacher: Sampler, preference: Preference | None, folder: Path):
-        self.preference = preference
+    def __init__(self, teacher: Sampler, preference: Preference | None, folder: Path, reasoning: str | None = None):
+        self.preference, self._reasoning = preference, reasoning
         self._labels = folder / "labels"
         self._store: AnswerStore | None = None
         self._teacher = teacher
@@ -84,7 +86,7 @@ class BatchPairs:
             return [[] for _ in rows]
         prompts = []
         for row, ours, theirs in zip(rows, teacher, student, strict=True):
-            candidates = make_candidates(row.prompt, [ours], theirs)
+            candidates = make_candidates(row.prompt, [ours], theirs, reasoning=self._reasoning)
             prompts.append(PromptPairs(row.key, row.prompt, candidates, choose_pairs(row.key, candidates, _PAIRING)))
         self._label(self.preference, rows, prompts)
         return [make_rows(prompt, _PAIRING, self.preference) for prompt in prompts]

@@ -12,8 +12,8 @@ from datasets import Dataset, Features
 
 from trl_kd.pairs.dataset import FIXED, TEXTS, PairWriter, data_files, load_pairs
 from trl_kd.pairs.folder import check_folder
+from trl_kd.pairs.lock import lock_folder
 from trl_kd.pairs.report import SETTINGS, PairReport
-from trl_kd.pairs.store import lock_folder
 
 
 _AT_ONCE = 5000
@@ -55,7 +55,7 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
     for piece in pieces:
         report.add_counts(piece)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    with lock_folder(output_dir) as lock:
+    with lock_folder(output_dir):
         features = Features.from_arrow_schema(pq.read_schema(_largest(pieces)))
         writer = PairWriter(output_dir, dict(features))
         columns = [name for name in features if name in TEXTS or name in FIXED]
@@ -68,7 +68,6 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
             raise
         writer.close(features)
         report.write(output_dir, settings)
-        lock.truncate(0)
     return load_pairs(output_dir)
 
 

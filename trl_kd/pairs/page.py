@@ -14,6 +14,7 @@ from typing import Any
 from trl_kd import __version__
 from trl_kd.pairs.card import flatten_settings
 from trl_kd.pairs.statistics import content_text, summary_table, text_length
+from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling import Text
 
 
@@ -122,6 +123,7 @@ def _answer(row: dict[str, Any], side: str, by: str | None) -> dict[str, Any]:
         "score": None if score is None or math.isnan(score) else f"{score:.4g}",
         "length": text_length(row[side]),
         "end": row.get(f"{side}_finish_reason"),
+        "cut": ending(row.get(f"{side}_finish_reason")) == "cut",
     }
 
 

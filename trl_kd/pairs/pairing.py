@@ -7,6 +7,9 @@ from itertools import combinations
 from typing import Any, Literal, get_args
 
 from trl_kd.pairs.rows import pair_row
+from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.reasoning import has_reasoning, stripped
+from trl_kd.responses.rendering import REASONING
 from trl_kd.sampling import Answer, Text
 from trl_kd.sampling.nulls import without_nulls
 
@@ -32,9 +35,13 @@ class PairingSettings:
         max_pairs_per_prompt (`int`, *optional*):
             At most so many pairs a prompt, drawn by `seed` and prompt before anything is compared.
         truncated (`str`):
-            `"keep"`, or `"drop"` to leave out answers that ended at their `max_new_tokens`.
+            `"keep"`, or `"drop"` to leave out answers that were cut off, at their `max_new_tokens` say.
         seed (`int`):
             Seed of the draw.
+        reasoning (`str`, *optional*):
+            What becomes of `<think>` blocks in answers: `"strip"` takes them out before anything is compared, and an answer
+            of nothing else counts as none; `"keep"` leaves them, as by default; with `"error"` the first one ends the
+            build.
 
     Raises:
         `ValueError`: a field outside its range.
@@ -44,8 +51,11 @@ class PairingSettings:
     max_pairs_per_prompt: int | None = None
     truncated: Literal["keep", "drop"] = "keep"
     seed: int = 0
+    reasoning: str | None = None
 
     def __post_init__(self):
+        if self.reasoning not in REASONING:
+            raise ValueError(f"`reasoning` is {self.reasoning!r}: use 'keep', 'strip' or 'error', or leave it out.")
         if self.policy not in get_args(Policy):
             raise ValueError(
                 f"`policy` is {self.policy!r}: it must be one of {', '.join(map(repr, get_args(Policy)))}."
@@ -63,7 +73,10 @@ class PairingSettings:
         return self.policy != "teacher_vs_student"
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self)
+        described = asdict(self)
+        if self.reasoning is None:  # folders from before there was such a setting describe themselves without it
+            del described["reasoning"]
+        return described
 
 
 _ONLY_PAIR: list[Pair] = [(0, 1)]
@@ -92,17 +105,26 @@ class PromptPairs:
 
 
 def make_candidates(
-    prompt: Text, teacher: list[Answer], student: list[Answer], truncated: Literal["keep", "drop"] = "keep"
+    prompt: Text,
+    teacher: list[Answer],
+    student: list[Answer],
+    truncated: Literal["keep", "drop"] = "keep",
+    reasoning: str | None = None,
 ) -> list[Candidate]:
-    """The answers that can be paired, the teacher's first: those with a text and, if asked, not truncated."""
+    """The answers that can be paired, the teacher's first: those with a text and, if asked, not truncated, and without the
+    reasoning in them."""
     is_messages = not isinstance(prompt, str)
     candidates = []
     source: Source
     for source, answers in (("teacher", teacher), ("student", student)):
         for answer in answers:
             text = answer.text
-            if text is None or (truncated == "drop" and answer.finish_reason == "length"):
+            if text is None or (truncated == "drop" and ending(answer.finish_reason) == "cut"):
                 continue
+            if reasoning == "strip":
+                text = without_reasoning(text)
+                if text is None:
+                    continue
             if is_messages and isinstance(text, str):
                 text = [{"role": "assistant", "content": text}]
             elif not is_messages and not isinstance(text, str):
@@ -114,6 +136,22 @@ def make_candidates(
                 text = without_nulls(text)
             candidates.append(Candidate(source, text, answer.finish_reason))
     return candidates
+
+
+def without_reasoning(text: Text) -> Text | None:
+    """An answer without its `<think>` blocks; `None` if there was nothing else."""
+    if not answer_reasons(text):
+        return text
+    left = stripped(text)
+    said = left if isinstance(left, str) else any(m.get("content") or m.get("tool_calls") for m in left)
+    return left if said else None
+
+
+def answer_reasons(text: Text) -> bool:
+    """Whether there is reasoning in an answer."""
+    if isinstance(text, str):
+        return has_reasoning(text)
+    return any(isinstance(message.get("content"), str) and has_reasoning(message["content"]) for message in text)
 
 
 def choose_pairs(key: str, candidates: list[Candidate], settings: PairingSettings) -> list[Pair]:
@@ -166,9 +204,9 @@ def make_rows(prompt: PromptPairs, settings: PairingSettings, preference: Any = 
     Returns:
         `list[dict[str, Any]]`: Rows as of [`pair_row`], but with a null `teacher_side` where the teacher wrote neither text;
         `score_chosen`, `score_rejected`, `chosen_source`, `rejected_source`, `chosen_finish_reason`,
-        `rejected_finish_reason`; and `teacher` where the policy can need it. That is null unless no row of the prompt has a
-        text of the teacher's: then its first row carries the best of them, which is imitated there. Rows that teach nothing
-        are left out.
+        `rejected_finish_reason`; and `teacher` and `teacher_finish_reason` where the policy can need them. They are null
+        unless no row of the prompt has a text of the teacher's: then its first row carries the best of them, which is
+        imitated there. Rows that teach nothing are left out.
     """
     candidates, scores = prompt.candidates, prompt.scores
     pairs = prompt.pairs
@@ -192,11 +230,15 @@ def make_rows(prompt: PromptPairs, settings: PairingSettings, preference: Any = 
             row["score_chosen"], row["score_rejected"] = (scores[j], scores[i]) if flipped else (scores[i], scores[j])
         row["chosen_source"], row["rejected_source"] = chosen.source, rejected.source
         row["chosen_finish_reason"], row["rejected_finish_reason"] = chosen.finish_reason, rejected.finish_reason
+        if settings.needs_teacher:
+            row["teacher_finish_reason"] = None
         rows.append(row)
     if not settings.needs_teacher:
         return rows
     if rows and all(row["teacher_side"] is None for row in rows):
-        rows[0]["teacher"] = _best_of_teacher(prompt)
+        best = _best_of_teacher(prompt)
+        if best is not None:
+            rows[0]["teacher"], rows[0]["teacher_finish_reason"] = best.text, best.finish_reason
     return [row for row in rows if row["preference"] is not None or row["teacher_side"] or row["teacher"] is not None]
 
 
@@ -225,10 +267,10 @@ def _best_and_worst(prompt: PromptPairs, values: list[float | None]) -> Pair:
     return best, worst
 
 
-def _best_of_teacher(prompt: PromptPairs) -> Text | None:
+def _best_of_teacher(prompt: PromptPairs) -> Candidate | None:
     teachers = [i for i, candidate in enumerate(prompt.candidates) if candidate.source == "teacher"]
     if not teachers:
         return None
     values = prompt.scores if prompt.scores is not None else list(_wins(prompt))
     best = max(teachers, key=lambda i: (values[i] is not None, values[i] or 0.0, -i))
-    return prompt.candidates[best].text
+    return prompt.candidates[best]

@@ -11,11 +11,15 @@ from trl_kd.pairs.card import write_card
 from trl_kd.pairs.dataset import full_disk_said
 from trl_kd.pairs.page import write_page
 from trl_kd.pairs.statistics import PairStatistics
+from trl_kd.pairs.store import SETTINGS
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
 
-SUMMARY, SETTINGS, COUNTS = "summary.json", "settings.json", "counts.json"
+SHOWN_REPLIES = 3
+"""Replies of a judge, of those that could not be read, that are shown."""
+
+SUMMARY, COUNTS = "summary.json", "counts.json"
 _SHOWN = 5000
 
 
@@ -29,7 +33,9 @@ class PairReport:
 
     Attributes:
         prompts (`int`): Prompts read; set by the caller, like the others.
-        unparseable (`int`, *optional*): Comparisons on which a judge gave no verdict.
+        unparseable, judged (`int`, *optional*): Comparisons on which a judge gave no verdict that could be read, and all
+            that it was asked about.
+        unreadable (`list[str]`): Some replies that could not be read.
         orders (`tuple[float, int]`, *optional*): Share of comparisons on which a judge agreed with itself in both orders,
             and their number.
         usage (`dict[str, Usage]`): What all runs have used of `"teacher"`, `"student"` and `"judge"`, where that is counted.
@@ -38,6 +44,8 @@ class PairReport:
     def __init__(self, seed: int = 0):
         self.prompts = 0
         self.unparseable: int | None = None
+        self.judged: int | None = None
+        self.unreadable: list[str] = []
         self.orders: tuple[float, int] | None = None
         self.usage: dict[str, Usage] = {}
         self._random = random.Random(seed)
@@ -69,6 +77,9 @@ class PairReport:
             self._statistics.answers.setdefault(source, Counter()).update(answers)
         if counts["unparseable"] is not None:
             self.unparseable = (self.unparseable or 0) + counts["unparseable"]
+        if counts.get("judged") is not None:  # not in folders of former versions
+            self.judged = (self.judged or 0) + counts["judged"]
+            self.unreadable = [*self.unreadable, *counts["unreadable"]][:SHOWN_REPLIES]
         if counts["orders"] is not None:
             (share, number), (more, others) = self.orders or (0.0, 0), counts["orders"]
             self.orders = (share * number + more * others) / (number + others), number + others
@@ -81,6 +92,8 @@ class PairReport:
             "prompts": self.prompts,
             "answers": answers,
             "unparseable": self.unparseable,
+            "judged": self.judged,
+            "unreadable": self.unreadable,
             "orders": self.orders,
             "usage": self._usage(),
         }
@@ -92,7 +105,9 @@ class PairReport:
         """Writes `summary.json`, `settings.json`, `counts.json` (which [`merge_shards`] reads), the card and the page, and
         returns the summary."""
         agreement = self.orders[0] if self.orders else None
-        summary = self._statistics.summary(self.prompts, agreement, self.unparseable, self._usage())
+        summary = self._statistics.summary(
+            self.prompts, agreement, self.unparseable, self._usage(), self.judged, self.unreadable
+        )
         with full_disk_said(Path(folder)):
             for name, content in ((SUMMARY, summary), (SETTINGS, settings), (COUNTS, self._counts())):
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_kd.pairs.counting import DistinctCounter, Lengths, clustered_interval, wilson_interval
+from trl_kd.responses.finish_reasons import KNOWN, ending
+from trl_kd.responses.reasoning import has_reasoning
 from trl_kd.sampling import Answer, Text
 
 
@@ -13,6 +15,8 @@ LENGTH_BIAS = 0.8
 """From this share of pairs on in which the longer (or the shorter) text is the chosen one, a warning is given."""
 
 _TRUNCATED_SHARE = 0.1
+_UNREADABLE_SHARE = 0.1
+_REASON = "refused: "
 _ORDER_AGREEMENT = 0.7
 _KINDS = ("strict", "soft", "ties", "unknown")
 _WINS = ("prompts", "rows", "won", "rows_squared", "won_squared", "rows_won")  # as in `clustered_interval`
@@ -28,6 +32,11 @@ def content_text(content: Any) -> str:
         parts = (part if isinstance(part, dict) else {"type": "text", "text": str(part)} for part in content)
         return "\n".join(p["text"] if isinstance(p.get("text"), str) else f"[{p.get('type', 'part')}]" for p in parts)
     return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def whole_text(text: Text) -> str:
+    """A text as it is; of messages, all their contents."""
+    return text if isinstance(text, str) else "\n".join(content_text(message.get("content")) for message in text)
 
 
 def text_length(text: Text) -> int:
@@ -73,11 +82,15 @@ class PairStatistics:
         counts = self.answers.setdefault(source, Counter())
         for answer in answers:
             counts["answers"] += 1
-            counts["truncated"] += answer.finish_reason == "length"
+            # Where there is no text, the reason may be any word
+            is_known = answer.text is not None or str(answer.finish_reason).lower() in KNOWN
+            counts["truncated"] += is_known and ending(answer.finish_reason) == "cut"
             if answer.text is None:
                 counts["refused"] += 1
+                counts[f"{_REASON}{answer.finish_reason or 'null'}"] += 1
             else:
                 counts["characters"] += text_length(answer.text)
+                counts["with_reasoning"] += has_reasoning(whole_text(answer.text))
                 if answer.tokens is not None:
                     counts["with_tokens"] += 1
                     counts["tokens"] += answer.tokens
@@ -98,7 +111,7 @@ class PairStatistics:
             second = len(rejected) if isinstance(rejected, str) else text_length(rejected)
             lengths[0].append(first)
             lengths[1].append(second)
-            if "length" in (row.get("chosen_finish_reason"), row.get("rejected_finish_reason")):
+            if "cut" in (ending(row.get("chosen_finish_reason")), ending(row.get("rejected_finish_reason"))):
                 self.pairs["truncated"] += 1
             if preference is None or preference != preference:  # NaN is null
                 kinds.append("unknown")
@@ -147,6 +160,8 @@ class PairStatistics:
         order_agreement: float | None = None,
         unparseable: int | None = None,
         usage: Mapping[str, dict[str, Any]] | None = None,
+        judged: int | None = None,
+        unreadable: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Everything counted so far, as JSON.
 
@@ -157,15 +172,20 @@ class PairStatistics:
             order_agreement (`float`, *optional*):
                 Share in [0, 1] of comparisons on which a judge says the same in both orders.
             unparseable (`int`, *optional*):
-                Number of a judge's replies that could not be read.
+                Number of comparisons on which a judge gave no verdict that could be read.
             usage (`Mapping[str, dict]`, *optional*):
                 What has been asked of `"teacher"`, `"student"` and `"judge"`, as [`~trl_kd.sampling.budget.Usage`] has it.
+            judged (`int`, *optional*):
+                Number of all comparisons that a judge was asked about.
+            unreadable (`Sequence[str]`, *optional*):
+                Some of the replies that could not be read, shortened.
 
         Returns:
             `dict[str, Any]`:
                 - `prompts` (`int`), and `prompts_exact` (`bool`);
-                - `answers`: for each source `answers`, `truncated`, `refused`, and the `mean_characters` and
-                  `mean_tokens` of those that came, `None` if not known;
+                - `answers`: for each source `answers`, `truncated`, `refused` (without a text), `reasons` (why, by finish
+                  reason: `"null"` if not known), `with_reasoning` (with a reasoning block inside), and the
+                  `mean_characters` and `mean_tokens` of those that came, `None` if not known;
                 - `pairs`: `total`, `strict` (P = 1), `soft` (½ < P < 1), `ties` (P = ½), `unknown` (null), and
                   `truncated`, those in which either answer is;
                 - `teacher_win_rate` (`float` or `None`): mean of P(teacher's ≻ student's) over the `teacher_pairs`
@@ -175,7 +195,7 @@ class PairStatistics:
                 - `longer_is_chosen`: over the strict and soft pairs (`pairs`), the `auc`: the share of pairs whose
                   chosen text has more characters than the rejected one, plus half the share of equal lengths. ½ if
                   length says nothing; 1 if the longer is always chosen, 0 if the shorter is;
-                - `order_agreement`, `unparseable` and `usage`, as given;
+                - `order_agreement`, `unparseable`, `judged`, `unreadable` and `usage`, as given;
                 - `warnings` (`list[str]`).
         """
         answers = {source: _answer_summary(counts) for source, counts in sorted(self.answers.items(), reverse=True)}
@@ -197,6 +217,8 @@ class PairStatistics:
             },
             "order_agreement": order_agreement,
             "unparseable": unparseable,
+            "judged": judged,
+            "unreadable": list(unreadable),
             "usage": dict(usage or {}),
         }
         return summary | {"warnings": _warnings(summary)}
@@ -208,6 +230,8 @@ def _answer_summary(counts: Counter[str]) -> dict[str, Any]:
         "answers": counts["answers"],
         "truncated": counts["truncated"],
         "refused": counts["refused"],
+        "reasons": {name.removeprefix(_REASON): count for name, count in counts.items() if name.startswith(_REASON)},
+        "with_reasoning": counts["with_reasoning"],
         "mean_characters": counts["characters"] / came if came else None,
         "mean_tokens": counts["tokens"] / counts["with_tokens"] if counts["with_tokens"] else None,
     }
@@ -240,6 +264,13 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
             f"The judge says the same in both orders for only {100 * agreement:.0f} % of the comparisons: it is swayed by "
             "position."
         )
+    judged, unparseable = summary["judged"], summary["unparseable"]
+    if judged and unparseable and unparseable > _UNREADABLE_SHARE * judged:
+        shown = "; ".join(json.dumps(reply, ensure_ascii=False) for reply in summary["unreadable"])
+        warnings.append(
+            f"The judge gave no verdict that could be read on {unparseable:,} of {judged:,} comparisons, which have no "
+            f"preference{f'. It said {shown}' if shown else ''}. Look at its template and at `judge_max_new_tokens`."
+        )
     return warnings
 
 
@@ -248,7 +279,11 @@ def summary_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     pairs, prompts = summary["pairs"], summary["prompts"]
     table = [("prompts", f"{prompts:,}" if summary["prompts_exact"] else f"about {prompts:,}", "")]
     for source, counts in summary["answers"].items():
-        said = [f"{counts[kind]:,} {kind}" for kind in ("truncated", "refused") if counts[kind]]
+        said = [f"{counts['truncated']:,} truncated"] if counts["truncated"] else []
+        if counts["refused"]:
+            said.append(f"{counts['refused']:,} without a text{_because(counts['reasons'])}")
+        if counts["with_reasoning"]:
+            said.append(f"{counts['with_reasoning']:,} with reasoning inside")
         means = [(counts[f"mean_{unit}"], unit) for unit in ("characters", "tokens")]
         known = [f"{mean:,.0f} {unit}" for mean, unit in means if mean is not None]
         said += [f"on average {' and '.join(known)}"] if known else []
@@ -278,6 +313,12 @@ def summary_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     for name, used in summary["usage"].items():
         table.append((f"requests to the {name}", f"{used['requests']:,}", _used(used)))
     return table
+
+
+def _because(reasons: dict[str, int]) -> str:
+    """Why answers have no text, the most frequent reason first; nothing where no reason is known."""
+    known = sorted(((count, reason) for reason, count in reasons.items() if reason != "null"), reverse=True)
+    return f": {', '.join(f'{count:,} {reason}' for count, reason in known)}" if known else ""
 
 
 def _used(used: dict[str, Any]) -> str:

@@ -1,26 +1,25 @@
 """Answers and labels on disk as they arrive, so that a run can be killed at any moment and nothing is paid for twice."""
 
-import errno
 import hashlib
 import json
-import os
-import socket
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from trl_kd.pairs.differences import differences, listed
+from trl_kd.pairs.lock import StoreError, lock_folder
 from trl_kd.pairs.network import is_network_folder
+from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
 
 DATABASE = "answers.db"
-LOCK = ".lock"
+SETTINGS = "settings.json"
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,10 +33,6 @@ FORMAT = 1
 _CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
-
-
-class StoreError(OSError):
-    """The folder of pairs cannot be written: somebody else does, its disk is full, or its database is damaged."""
 
 
 class AnswerStore:
@@ -61,6 +56,7 @@ class AnswerStore:
         self._timer: threading.Timer | None = None
         self._pending = 0
         self._counted: tuple[str, Usage, Usage, Usage] | None = None
+        self._described: dict[str, Any] = {}  # what each source says of itself
         self._connect()
 
     def _connect(self) -> None:
@@ -89,7 +85,7 @@ class AnswerStore:
             found = execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise self._damaged(found)
-        self._connection.executescript(TABLES)
+        self._connection.executescript(TABLES + NULLS.format(""))
         execute(f"PRAGMA user_version = {FORMAT}")
 
     @contextmanager
@@ -116,18 +112,20 @@ class AnswerStore:
             "everything anew."
         )
 
-    def _write(self, statement: str, rows: Sequence[tuple]) -> None:
+    def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
+        """Executes statements, each with its rows, in one transaction."""
         with self._guard():
             if not self._connection.in_transaction:
                 self._connection.execute("BEGIN IMMEDIATE")
             try:
-                self._connection.executemany(statement, rows)
+                for statement, rows in statements:
+                    self._connection.executemany(statement, rows)
             except BaseException:
                 with suppress(sqlite3.Error):  # a full disk: what came before may still fit
                     self._connection.execute("COMMIT")
                     self._pending = 0
                 raise
-            self._pending += len(rows)
+            self._pending += max(len(rows) for _, rows in statements)
             if not self._is_grouped or self._pending >= 64:
                 self.commit()
             elif self._timer is None:
@@ -155,7 +153,6 @@ class AnswerStore:
         finally:
             with self._mutex:  # a reader's thread may be in the middle of a query
                 self._connection.close()
-            self._lock.truncate(0)
             self._lock.close()
 
     def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
@@ -185,23 +182,46 @@ class AnswerStore:
             )
         for source in ("teacher", "student"):
             changes = list(differences(before.get(source, settings[source]), settings[source], source))
-            if changes and self._holds("answers", "source", source):
+            if changes and self.has_texts(source):
                 raise ValueError(
                     f"`{self.path.parent}` holds answers of another {source}, and answers of two settings are never mixed: "
                     f"set it back, give another `output_dir`, or delete the folder to start anew. {listed(changes)}."
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        if changes and not relabel and self._holds("labels", "preference", _digest(former)):
+        is_labelled = self._holds("labels", "preference", _digest(former)) or former == self._written_preference()
+        if changes and not relabel and is_labelled:
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
             )
+        self._know_nulls(before)
+        self._described = settings
         self._note(settings)
+
+    def has_texts(self, source: str) -> bool:
+        """Whether an answer of a source is stored, other than one without a text."""
+        with self._guard():
+            query = "SELECT 1 FROM answers WHERE source = ? AND text != 'null' LIMIT 1"
+            return self._connection.execute(query, (source,)).fetchone() is not None
+
+    def _know_nulls(self, before: dict[str, Any]) -> None:
+        """Takes the answers without a text that a former version has stored for those of the settings `before`. It blamed
+        prompts for contexts that the settings had broken, so that for these the cause is not known."""
+        if not self._noted("nulls"):
+            self._write(*(nulls_of(source, before.get(source)) for source in ("teacher", "student")))
+            self._note({"nulls": True})
+
+    def _written_preference(self) -> Any:
+        """The preference of the pairs that a build has written, whose labels need not be stored: a column's, for one."""
+        try:
+            return json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8")).get("preference")
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def _note(self, values: dict[str, Any]) -> None:
         rows = [(name, json.dumps(value)) for name, value in values.items()]
-        self._write("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+        self._write(("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows))
         self.commit()
 
     def _noted(self, name: str) -> Any:
@@ -248,6 +268,21 @@ class AnswerStore:
             self._note({name: [known, number]})
         return (known, number) if number else None
 
+    def note_unreadable(self, replies: Sequence[str]) -> list[str]:
+        """Adds replies of the present judge that could not be read, of which three are kept, and returns those."""
+        name = f"unreadable {self._preference.hex()}"
+        known = self._noted(name) or []
+        kept = list(dict.fromkeys([*known, *map(_well_formed, replies)]))[:3]
+        if kept != known:
+            self._note({name: kept})
+        return kept
+
+    def label_count(self) -> int:
+        """How many labels or scores of the present preference are stored."""
+        query = "SELECT COUNT(*) FROM labels WHERE preference = ?"
+        with self._guard():
+            return self._connection.execute(query, (self._preference,)).fetchone()[0]
+
     def null_labels(self) -> int:
         """How many labels of the present preference are null."""
         query = "SELECT COUNT(*) FROM labels WHERE preference = ? AND value IS NULL"
@@ -263,13 +298,33 @@ class AnswerStore:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
         self.add_answers(source, [(key, sample, answer)])
 
-    def add_answers(self, source: str, answers: Iterable[tuple[str, int, Answer]]) -> None:
-        """Stores answers, each with its prompt's key and its sample's number, in one transaction: all of them or none."""
-        rows = []
+    def add_answers(
+        self, source: str, answers: Iterable[tuple[str, int, Answer]], causes: Causes | None = None
+    ) -> None:
+        """Stores answers, each with its prompt's key and its sample's number, in one transaction: all of them or none. One
+        without a text is kept with what it is due to, and another answer takes its place."""
+        rows, nulls, texts = [], [], []
         for key, sample, answer in answers:
             text = _well_formed(json.dumps(answer.text, ensure_ascii=False))
-            rows.append((source, bytes.fromhex(key), sample, text, answer.finish_reason, answer.tokens))
-        self._write("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
+            place = (source, bytes.fromhex(key), sample)
+            rows.append((*place, text, answer.finish_reason, answer.tokens))
+            if answer.text is None:
+                nulls.append((*place, self._cause(source, answer.finish_reason, causes)))
+            else:
+                texts.append(place)
+        self._write(
+            (
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
+                "finish_reason = excluded.finish_reason, tokens = excluded.tokens WHERE text = 'null'",
+                rows,
+            ),
+            ("DELETE FROM nulls WHERE source = ? AND prompt = ? AND sample = ?", texts),
+            ("INSERT OR REPLACE INTO nulls VALUES (?, ?, ?, ?)", nulls),
+        )
+
+    def _cause(self, source: str, finish_reason: str | None, causes: Causes | None) -> str:
+        """What an answer without a text is due to today."""
+        return as_cause(self._described.get(source), {} if causes is None else causes(finish_reason))
 
     def answers(self, source: str, keys: Sequence[str], samples: int) -> dict[str, dict[int, Answer]]:
         """The stored answers 0 … `samples` − 1 to each of the prompts named by `keys`, by sample."""
@@ -282,15 +337,35 @@ class AnswerStore:
                 found[prompt.hex()][sample] = Answer(json.loads(text), finish_reason, tokens)
         return found
 
-    def missing(self, source: str, keys: Sequence[str], samples: int) -> dict[str, tuple[int, ...]]:
-        """The numbers of the answers that are not stored, for each prompt that lacks some."""
+    def missing(
+        self, source: str, keys: Sequence[str], samples: int, causes: Causes | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """The numbers of the answers to ask for, for each prompt that lacks some: those that are not stored, and those
+        without a text whose cause has changed since."""
         lacking = {key: set(range(samples)) for key in keys}
         where = "answers WHERE source = ? AND sample < ? AND prompt"
         keys_ = [bytes.fromhex(key) for key in lacking]
         for rows in self._select("prompt, sample", where, (source, samples), keys_):
             for prompt, sample in rows:
                 lacking[prompt.hex()].discard(sample)
+        for prompt, sample in self._stale(source, keys_, samples, causes):
+            lacking[prompt.hex()].add(sample)
         return {key: tuple(sorted(numbers)) for key, numbers in lacking.items() if numbers}
+
+    def _stale(
+        self, source: str, keys: Sequence[bytes], samples: int, causes: Causes | None
+    ) -> Iterator[tuple[bytes, int]]:
+        """Answers without a text whose cause is not today's, or not known."""
+        if source not in self._described:
+            return
+        columns = "prompt, sample, cause, (SELECT finish_reason FROM answers AS a WHERE a.source = n.source"
+        columns += " AND a.prompt = n.prompt AND a.sample = n.sample)"
+        for rows in self._select(
+            columns, "nulls AS n WHERE source = ? AND sample < ? AND prompt", (source, samples), keys
+        ):
+            for prompt, sample, cause, finish_reason in rows:
+                if cause != self._cause(source, finish_reason, causes):
+                    yield prompt, sample
 
     def labels(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
         """The stored labels or scores of the present preference, by key."""
@@ -302,7 +377,7 @@ class AnswerStore:
     def add_labels(self, labels: dict[bytes, float | None]) -> None:
         """Stores labels or scores of the present preference."""
         rows = [(self._preference, key, value) for key, value in labels.items()]
-        self._write("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
+        self._write(("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows))
         self.commit()
 
     def _select(self, columns: str, where: str, values: tuple, keys: Sequence[bytes]) -> Iterator[list[tuple]]:
@@ -311,36 +386,6 @@ class AnswerStore:
             query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
             with self._guard():
                 yield self._connection.execute(query, (*values, *some)).fetchall()
-
-
-def lock_folder(folder: str | Path) -> TextIO:
-    """
-    Claims a folder until the returned file is closed or the process ends, however it ends.
-
-    Raises:
-        `StoreError`: another process has it. The message says which, and on which host.
-    """
-    import fcntl
-
-    file = (Path(folder) / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        pid, _, host = file.read().strip().partition("@")
-        file.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise StoreError(
-                f"`{folder}` is on a file system that cannot lock files ({error}): use another."
-            ) from error
-        where = f" on the host {host}" if host != socket.gethostname() else ""
-        raise StoreError(
-            f"`{folder}` is being written by process {pid or '(unknown)'}{where}: let it end, or give another `output_dir`."
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}@{socket.gethostname()}")
-    file.flush()
-    return file
 
 
 def disk_full(folder: str | Path, lost: int = 0) -> StoreError:
@@ -358,27 +403,3 @@ def _well_formed(text: str) -> str:
 
 def _digest(description: Any) -> bytes:
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).digest()
-
-
-def differences(old: Any, new: Any, name: str) -> Iterator[str]:
-    """What differs between two settings that are JSON, a sentence each, which begins with the field's name."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from differences(old.get(key), new.get(key), f"{name}.{key}")
-    elif old != new:
-        before, after = repr(old), repr(new)
-        # Long texts that begin alike are shown from shortly before where they part
-        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False)))
-        start = max(alike - 20, 0)
-        yield f"`{name}` was {_part(before, start)} and is {_part(after, start)}"
-
-
-def _part(text: str, start: int) -> str:
-    start = 0 if len(text) <= 60 else start
-    return f"{'… ' if start else ''}{text[start : start + 60]}{' …' if len(text) > start + 60 else ''}"
-
-
-def listed(changes: list[str]) -> str:
-    """At most four of what `differences` says, and how many more there are."""
-    more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
-    return f"What differs: {'; '.join(changes[:4])}{more}"

@@ -4,8 +4,10 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+from trl_kd.pairs.nulls import NULLS, nulls_of
 from trl_kd.pairs.store import FORMAT, TABLES, AnswerStore, StoreError
 from trl_kd.sampling.budget import Usage
 
@@ -25,7 +27,7 @@ class StoredAnswers(AnswerStore):
 
     def _connect(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
-        self._connection.executescript(TABLES)
+        self._connection.executescript(TABLES + NULLS.format(""))
         if not self.path.exists():
             return
         # SQLite would make a log in the folder even to read, unless it is told that the file does not change
@@ -48,17 +50,20 @@ class StoredAnswers(AnswerStore):
         with self._guard():
             return self._connection.execute("SELECT COUNT(*) FROM answers WHERE source = ?", (source,)).fetchone()[0]
 
-    def label_count(self) -> int:
-        """How many labels or scores of the present preference are stored."""
-        query = "SELECT COUNT(*) FROM labels WHERE preference = ?"
-        with self._guard():
-            return self._connection.execute(query, (self._preference,)).fetchone()[0]
-
     def commit(self) -> None:
         """There is nothing to commit."""
 
-    def _write(self, statement: str, rows: Sequence[tuple]) -> None:
+    def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
         """Nothing is kept: no answer, no label, no setting."""
+
+    def _know_nulls(self, before: dict[str, Any]) -> None:
+        """What the folder does not know of them is known in memory."""
+        if self._noted("nulls"):
+            return
+        with self._guard():
+            self._connection.executescript(NULLS.format("TEMP "))
+            for source in ("teacher", "student"):
+                self._connection.executemany(*nulls_of(source, before.get(source)))
 
 
 def resume_usage(parts: Sequence[tuple[object, str, Sequence[Path]]]) -> None:

@@ -14,14 +14,11 @@ from trl_kd.preferences.preference import ScoredPreference
 from trl_kd.preferences.tokens import encode_answer, template_options, tokenize_response
 from trl_kd.responses.rendering import CannotRender, Encoded
 from trl_kd.sampling import Text
-from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.loading import FINDING, load_model
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
-
-_FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
-"""Keywords of `from_pretrained` that say where the files are: the config needs them too."""
 
 _NO_MATTER = {"token", "cache_dir", "local_files_only", "proxies", "device_map", "max_memory", "offload_folder"}
 """Keywords of `from_pretrained` that labels do not depend on, or that are secret."""
@@ -74,7 +71,7 @@ class ModelPreference(ScoredPreference):
             if value is not None and value < 2:
                 raise ValueError(f"`{name}` is {value!r}: it is a number of tokens, at least 2.")
         self.init_kwargs = dict(model_init_kwargs or {})
-        finding = {name: self.init_kwargs[name] for name in _FINDING if name in self.init_kwargs}
+        finding = {name: self.init_kwargs[name] for name in FINDING if name in self.init_kwargs}
         if isinstance(model, str):
             self.name = model
             self._given = None
@@ -106,6 +103,9 @@ class ModelPreference(ScoredPreference):
         """Raises a `ValueError` if a model of this config, of a class so named, cannot give scores."""
         raise NotImplementedError
 
+    def check_loaded(self, model: Any) -> None:
+        """Raises a `ValueError` if the loaded model cannot give scores."""
+
     def _longest(self, config: Any) -> int | None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         known = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
@@ -121,6 +121,7 @@ class ModelPreference(ScoredPreference):
             # Sequence classification finds a row's last token by comparing with this
             model.config.get_text_config().pad_token_id = self.pad_id
             self._model = model.eval()
+            self.check_loaded(self._model)
         return self._model
 
     def load(self) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from trl_kd.responses.finish_reasons import KNOWN, ending
 from trl_kd.sampling import Text
 from trl_kd.sampling.budget import Usage
-from trl_kd.sampling.client import Ask, ServerClient
-from trl_kd.sampling.server import REFUSALS, other_words
-from trl_kd.sampling.server_errors import ServerError, check_extra
+from trl_kd.sampling.client import Ask, ServerClient, backoff
+from trl_kd.sampling.server import beginning, other_words
+from trl_kd.sampling.server_errors import MALFORMED, REFUSALS, ServerError, check_extra
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,13 @@ VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
 """P(first ≻ second) of each letter."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second|mark)\}")
-_VERDICT = re.compile(r"[*_#\s]*(?:verdict[*_\s]*:[*_\s]*)?(?-i:([ABC]))[*_.\s]*", re.IGNORECASE)
+_DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}]")
+"""What may surround a verdict or its letter: Markdown, LaTeX and brackets, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
+
+_VERDICT = re.compile(
+    r"\s*(?:(?:(?:my|the)\s+)?(?:final\s+)?verdict\s*[:\uff1a]\s*)?(?-i:([ABC]))[\s.\u3002]*", re.IGNORECASE
+)
+_SHOWN_CHARACTERS, _SHOWN_REPLIES = 300, 3
 
 
 class LLMJudge:
@@ -53,8 +60,8 @@ class LLMJudge:
     P(a, b) = 1 − P(b, a) exactly. Where the server gives log-probabilities, the probability is that of the letter A against
     B and C at the verdict; otherwise it is 1, 0 or ½ by the verdict. Equal texts are ½ without being asked.
 
-    A verdict is the last line of a complete reply, `Verdict: A`, `B` or `C` (a tie), or the letter alone; whatever else a
-    reply says or quotes is not read.
+    A verdict is the last line of a complete reply, `Verdict: A`, `B` or `C` (a tie), or the letter alone, be it `[[A]]`,
+    `\\boxed{A}` or otherwise decorated; whatever else a reply says or quotes is not read.
 
     Args:
         model (`str`):
@@ -82,6 +89,7 @@ class LLMJudge:
     Attributes:
         asked (`int`): Comparisons asked so far.
         unparseable (`int`): Those of them without a verdict in an order: they get no preference.
+        unreadable (`list[str]`): Up to three of the replies without a verdict, shortened.
         order_agreement (`float`, *optional*): Share, among those judged in both orders, whose two orders prefer the same
             answer or both none; `None` without any.
 
@@ -123,9 +131,11 @@ class LLMJudge:
         self.extra = check_extra(extra)
         self.asked = 0
         self.unparseable = 0
+        self.unreadable: list[str] = []
         self._agreed = 0
         self._judged_twice = 0
         self._refuses_logprobs = False
+        self._has_replied = False
 
     @property
     def usage(self) -> Usage:
@@ -210,23 +220,46 @@ class LLMJudge:
             **({"prompt": content} if self.completions else {"messages": [{"role": "user", "content": content}]}),
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
-            # The same question has the same seed, whichever of its comparisons asks it
-            "seed": int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "big") >> 1,
         }
         wants_logprobs = self.logprobs and not self._refuses_logprobs
         if wants_logprobs:
             body |= {"logprobs": 5} if self.completions else {"logprobs": True, "top_logprobs": 5}
-        try:
-            reply = await self._ask(ask, body | self.extra, wants_logprobs)
-        except ServerError as error:
-            if error.code not in REFUSALS and not await self._takes_others(ask, error, body | self.extra):
-                raise
-            logger.warning("%r refuses a comparison, which gets no verdict: %s", self.model, error.said)
-            return None
-        if not reply["choices"]:
-            return None
-        choice = reply["choices"][0]
-        return read_verdict(_as_chat(choice) if self.completions else choice)
+        for attempt in range(self.client.max_retries + 1):
+            # The same question has the same seed, whichever of its comparisons asks it
+            seed = hashlib.sha256(f"{content}{attempt or ''}".encode()).digest()
+            whole = body | {"seed": int.from_bytes(seed[:4], "big") >> 1} | self.extra
+            try:
+                reply = await self._ask(ask, whole, wants_logprobs)
+            except ServerError as error:
+                is_passable = error.code in REFUSALS or (error.code == MALFORMED and self._has_replied)
+                if not is_passable and not await self._takes_others(ask, error, whole):
+                    error.args = (
+                        f"{error} The compared answers are to the prompt that begins {beginning(prompt)!r}.",
+                    )
+                    raise
+                logger.warning("%r refuses a comparison, which gets no verdict: %s", self.model, error.said)
+                self._keep_unread(error.said)
+                return None
+            self._has_replied = True
+            if not reply["choices"]:
+                self._keep_unread("no choice")
+                return None
+            choice = reply["choices"][0]
+            if ending(choice["finish_reason"]) != "failed":
+                break
+            await asyncio.sleep(backoff(attempt))
+        choice = _as_chat(choice) if self.completions else choice
+        verdict = read_verdict(choice)
+        if verdict is None:
+            self._keep_unread(f"{choice['message']['content'] or 'nothing'} ({choice['finish_reason']})")
+        return verdict
+
+    def _keep_unread(self, said: str) -> None:
+        """Keeps the first replies without a verdict, with their ends, where a verdict should be."""
+        if len(self.unreadable) < _SHOWN_REPLIES:
+            half = _SHOWN_CHARACTERS // 2
+            is_long = len(said) > _SHOWN_CHARACTERS
+            self.unreadable.append(f"{said[:half]} … {said[-half:]}" if is_long else said)
 
     async def _takes_others(self, ask: Ask, error: ServerError, body: dict[str, Any]) -> bool:
         """Whether a request that was refused is answered with other texts, so that no setting is at fault."""
@@ -283,9 +316,12 @@ def as_text(value: Text) -> str:
 def read_verdict(choice: dict[str, Any]) -> float | None:
     """P(first ≻ second) from a choice of a chat completion; `None` unless a complete reply ends in a verdict."""
     text = (choice.get("message") or {}).get("content")
-    if not text or not text.strip() or choice.get("finish_reason") in ("length", "content_filter"):
+    reason = choice.get("finish_reason")
+    # A word that nobody knows does not make a verdict unreadable
+    is_whole = reason is None or reason.lower() not in KNOWN or ending(reason) == "complete"
+    if not text or not text.strip() or not is_whole:
         return None
-    match = _VERDICT.fullmatch(text.strip().splitlines()[-1])
+    match = _VERDICT.fullmatch(_DECORATION.sub("", text.strip().splitlines()[-1]))
     if match is None:
         return None
     soft = _from_logprobs(choice.get("logprobs"), match[1])
@@ -331,4 +367,4 @@ def _from_logprobs(logprobs: Any, letter: str) -> float | None:
 
 
 def _core(token: dict[str, Any]) -> str:
-    return str(token.get("token")).strip(" \t\r\n*_.:▁Ġ")
+    return str(token.get("token")).strip(" \t\r\n*_.:▁Ġ[](){}`$\\\uff1a\u3002")

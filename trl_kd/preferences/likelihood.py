@@ -1,5 +1,6 @@
 """The teacher's weights decide: the response that it finds more likely is preferred."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,9 +9,12 @@ from transformers import PreTrainedModel
 from trl_kd import _trl
 from trl_kd.preferences.batches import ModelPreference
 from trl_kd.preferences.tokens import template_options
+from trl_kd.responses.ends import turn_end
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.rendering import REASONING
 from trl_kd.sampling import Text
+from trl_kd.sampling.causal import check_causality, check_kind
+from trl_kd.sampling.own_logits import OwnLogits, not_own, probe
 
 
 class TeacherLikelihood(ModelPreference):
@@ -40,7 +44,7 @@ class TeacherLikelihood(ModelPreference):
             Tokens whose logits are in memory at once: `chunk_tokens × vocabulary × 4` bytes, a few times over.
 
     Raises:
-        `ValueError`: the model is not a causal language model; before its weights are read.
+        `ValueError`: the model is not a causal language model; before its weights are read, where its config says so.
     """
 
     kind = "teacher_likelihood"
@@ -65,6 +69,7 @@ class TeacherLikelihood(ModelPreference):
         self.length_normalized = length_normalized
         self.reasoning = reasoning
         self.chunk_tokens = chunk_tokens
+        self._own: OwnLogits | None = None  # where they are not those of hidden states and output layer
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
         if config.is_encoder_decoder or any("Classification" in name for name in architectures):
@@ -72,6 +77,18 @@ class TeacherLikelihood(ModelPreference):
                 f"{self.name!r} is {' or '.join(architectures) or 'an encoder-decoder'}, which gives no likelihood of a "
                 "text that follows another: the teacher must be a causal language model."
             )
+        check_kind(config, architectures, f"The model {self.name!r}")
+
+    def check_loaded(self, model: Any) -> None:
+        who = f"The model {self.name!r}"
+        found = probe(model, self.tokenizer, who)
+        check_causality(model, found, who)
+        differs = not_own(model, found, lambda hidden_NH: self._head_logits(model, hidden_NH))
+        self._own = None if differs is None else differs.logits
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        return turn_end(self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
@@ -125,9 +142,10 @@ class TeacherLikelihood(ModelPreference):
         if encoded is None:
             return [], []
         context, response, own = encoded.prompt_ids, encoded.ids, encoded.own
-        end = self.tokenizer.eos_token_id
-        if ending(reason) != "cut" and end in response:
-            response = response[: len(response) - response[::-1].index(end)]
+        ends = {self.tokenizer.eos_token_id} | (set() if isinstance(prompt, str) else {self._turn_end})
+        last = max((place for place, token in enumerate(response) if token in ends), default=None)
+        if ending(reason) != "cut" and last is not None:
+            response = response[: last + 1]
         if self.max_length is not None and len(context) + len(response) > self.max_length:
             self.note_truncation()
             context = context[-max(self.max_length - len(response), 1) :]
@@ -153,17 +171,17 @@ class TeacherLikelihood(ModelPreference):
 
     def _logps(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """log μ of each target `[N]` from the hidden state before it `[N, H]`: logits exist for `chunk_tokens` at a time."""
-        head = self.model.get_output_embeddings()
-        config = self.model.config
-        scale = _trl.logit_scale(config)
-        cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
         logps = []
         for hidden, targets in zip(
             hidden_NH.split(self.chunk_tokens), targets_N.split(self.chunk_tokens), strict=True
         ):
-            logits = head(hidden).float() * scale
-            if cap is not None:
-                logits = torch.tanh(logits / cap) * cap
+            logits = self._head_logits(self.model, hidden) if self._own is None else self._own(hidden).float()
             targets = targets.to(logits.device)
             logps.append(-torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
         return torch.cat(logps) if logps else hidden_NH.new_zeros(0)
+
+    def _head_logits(self, model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+        config = model.config
+        logits = model.get_output_embeddings()(hidden_NH).float() * _trl.logit_scale(config)
+        cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap

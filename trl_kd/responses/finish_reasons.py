@@ -14,11 +14,14 @@ _ENDINGS: dict[str, Ending] = {
         ("stop", "tool_calls", "function_call", "eos", "eos_token", "end_turn", "stop_sequence"), "complete"
     ),
     **dict.fromkeys(("length", "max_tokens", "model_length"), "cut"),
-    **dict.fromkeys(("error", "abort", "cancelled"), "failed"),
+    **dict.fromkeys(("error", "abort", "cancelled", "malformed"), "failed"),
     **dict.fromkeys(
-        ("content_filter", "content_policy_violation", "refusal", "prompt_too_long", "bad_request"), "final"
+        ("content_filter", "content_policy_violation", "refusal", "prompt_too_long", "bad_request", "empty"), "final"
     ),
 }
+
+KNOWN = frozenset(_ENDINGS)
+"""The words that are known, in lower case."""
 
 
 def ending(finish_reason: str | None) -> Ending:

@@ -179,7 +179,12 @@ def from_student(
     student: PreTrainedModel, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A sequence-classification model of one label with the weights of a causal language model, and a head that is zero: at
-    the start every response has the same reward. Of layers with adapters it takes the weights beneath."""
+    the start every response has the same reward. Of layers with adapters it takes the weights beneath; of what lies between
+    backbone and head (ModernBERT's decoder), the layers of the same form.
+
+    Raises:
+        `ValueError`: the classifier of this type has layers that the language model has not.
+    """
     config = copy.deepcopy(student.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -189,8 +194,31 @@ def from_student(
     }
     backbone = getattr(model, model.base_model_prefix)
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
+    _take_between(student, model)
     zero_head(model)
     return model
+
+
+def _take_between(student: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Copies the layers between backbone and head, which the two classes may name differently (`lm_head.dense.weight`,
+    `head.dense.weight`)."""
+    name, _ = classifier(model)
+    inside = (f"{model.base_model_prefix}.", f"{name}.")
+    theirs = {key: p for key, p in student.state_dict().items() if not key.startswith(f"{student.base_model_prefix}.")}
+    for key, p in model.state_dict().items():
+        if key.startswith(inside):
+            continue
+        like = [
+            other
+            for other, q in theirs.items()
+            if other.split(".", 1)[-1] == key.split(".", 1)[-1] and q.shape == p.shape
+        ]
+        if len(like) != 1:
+            raise ValueError(
+                f"A reward model of the type {model.config.model_type!r} has a layer `{key}`, which the language model has "
+                "not: give a sequence-classification checkpoint with one label as `reward_model`."
+            )
+        p.copy_(theirs[like[0]])
 
 
 def zero_head(model: PreTrainedModel) -> None:

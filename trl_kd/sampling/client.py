@@ -6,19 +6,26 @@ are yielded in the caller's thread, so that what stores them need not be safe fo
 
 import asyncio
 import atexit
-import base64
-import json
 import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
 from trl_kd.sampling.budget import Budget, Usage
 from trl_kd.sampling.reading import Read, Reader
-from trl_kd.sampling.server_errors import ServerError, explain, hide_in, redact
+from trl_kd.sampling.server_errors import (
+    MALFORMED,
+    REFUSALS,
+    TOO_LONG,
+    ServerError,
+    attempts,
+    explain,
+    redact,
+    refused,
+)
+from trl_kd.sampling.urls import basic, credentials, plain_url
 
 
 Item = TypeVar("Item")
@@ -26,6 +33,9 @@ Result = TypeVar("Result")
 Ask = Callable[..., Awaitable[dict[str, Any]]]
 
 OPENAI_URL = "https://api.openai.com/v1"
+
+_FINAL = (*REFUSALS, TOO_LONG)
+"""Codes of errors that another attempt does not change."""
 
 
 class ServerClient:
@@ -46,7 +56,7 @@ class ServerClient:
             How often a request is tried again after a time-out, a lost connection, a malformed answer, or the status 408,
             409, 429 or 5xx, with a growing delay or the server's `Retry-After`.
         timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds until an attempt is given up, above 0.
+            Seconds that an attempt may take, from connecting to the last byte, above 0.
         max_requests, max_tokens (`int`, *optional*), max_cost (`float`, *optional*):
             Caps on the `requests`, prompt and completion tokens, and `cost` of `usage`, in which a build counts what former
             ones into the same folder have used. Once one is reached no request starts; those under way are finished, so that
@@ -81,8 +91,8 @@ class ServerClient:
         if not base_url:
             base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        self.urls = [_plain_url(url) for url in urls]
-        self._credentials = [_credentials(url) for url in urls]
+        self.urls = [plain_url(url) for url in urls]
+        self._credentials = [credentials(url) for url in urls]
         self.api_key_env = api_key_env
         for name, number, least in (("max_concurrency", max_concurrency, 1), ("max_retries", max_retries, 0)):
             if number < least:
@@ -121,8 +131,9 @@ class ServerClient:
                 Read lazily, in a thread, one at a time, and never further ahead of what is finished than `2 * capacity`.
             work (`Callable`):
                 Coroutine function of `(ask, item, emit)`. `await ask(body, completions=False)` posts a JSON body to a chat
-                completions endpoint, or to the plain one, and returns the server's JSON, with a list of `choices` and a
-                dictionary `usage`; a server that wants `max_completion_tokens` gets that instead of `max_tokens`.
+                completions endpoint, or to the plain one, and returns the server's reply in one form, see
+                [`~trl_kd.sampling.replies.read_reply`]; a server that wants `max_completion_tokens` gets that instead of
+                `max_tokens`.
                 `emit(result)` hands over a result, any number of times.
 
         Yields:
@@ -160,7 +171,7 @@ class ServerClient:
     def secrets(self) -> list[str]:
         """What must be in no message and no file."""
         pairs = [pair for pair in self._credentials if pair]
-        found = [self._key(), *(pair[1] for pair in pairs), *map(_basic, pairs)]
+        found = [self._key(), *(pair[1] for pair in pairs), *map(basic, pairs)]
         return [secret for secret in found if secret]
 
     def _key(self) -> str | None:
@@ -192,13 +203,16 @@ class _Run:
         self.results: queue.SimpleQueue = queue.SimpleQueue()
         self.error: BaseException | None = None
         key = client._key() or "none"
+        from trl_kd.sampling.http_client import HTTPClient  # needs `openai`
+
         self.connections = [
             _openai().AsyncOpenAI(
                 api_key=key,
                 base_url=url,
                 max_retries=client.max_retries,
                 timeout=client.timeout,
-                default_headers={"Authorization": f"Basic {_basic(pair)}"} if pair else None,
+                http_client=HTTPClient(client.timeout),
+                default_headers={"Authorization": f"Basic {basic(pair)}"} if pair else None,
             )
             for url, pair in zip(client.urls, client._credentials, strict=True)
         ]
@@ -259,14 +273,31 @@ class _Run:
             self.results.put(_FINISHED)
 
     async def ask(self, body: dict[str, Any], completions: bool = False) -> dict[str, Any]:
-        if "max_tokens" in body:
-            body = {(self.client._length_field if k == "max_tokens" else k): v for k, v in body.items()}
-        problem: Exception = _Stopped()
-        for attempt in range(self.client.max_retries + 1):
+        wanted = self.client._length_field
+        try:
+            return await self._ask(_with_length(body, wanted), completions)
+        except ServerError as failure:
+            if "max_tokens" not in body or wanted != "max_tokens" or not _wants_other_length(failure):
+                raise
+            refusal = failure
+        # Newer OpenAI models refuse the old name, and many servers ignore the new one: it is kept if it is answered
+        try:
+            reply = await self._ask(_with_length(body, "max_completion_tokens"), completions)
+        except ServerError as failure:
+            raise (refusal if failure.status == 400 else failure) from None
+        self.client._length_field = "max_completion_tokens"
+        return reply
+
+    async def _ask(self, body: dict[str, Any], completions: bool) -> dict[str, Any]:
+        """Posts a request, again and again as long as the answer is none."""
+        from trl_kd.sampling.replies import read_reply  # needs pydantic, which comes with `openai`
+
+        client = self.client
+        for attempt in range(client.max_retries + 1):
             async with self.slots:
                 if self.error:
                     raise _Stopped
-                self.client.budget.start()
+                client.budget.start()
                 # There is a slot, so the least busy URL has room; the fewest asked so far breaks ties
                 index = min(range(len(self.busy)), key=lambda i: (self.busy[i], self.asked[i]))
                 self.busy[index] += 1
@@ -278,23 +309,19 @@ class _Run:
                 finally:
                     self.busy[index] -= 1
             if failure is not None:
-                # Newer OpenAI models refuse the old name, and many servers ignore the new one
-                if failure.status == 400 and "max_tokens" in body and "max_completion_tokens" in failure.said:
-                    self.client._length_field = "max_completion_tokens"
-                    return await self.ask(body, completions)
                 raise failure
-            # A server that echoes the key in an answer would get it into the dataset
-            answer = hide_in(_parse(text), self.client.secrets, 8)
-            if answer is not None:
-                self.client.budget.count(answer["usage"], retries)
-                return answer
-            problem = ServerError(
-                f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in "
-                f"JSON, e.g. {redact(text, self.client.secrets)[:200]!r}: check that `base_url` leads to an "
-                "OpenAI-compatible server (it mostly ends in /v1)."
-            )
-            await asyncio.sleep(min(0.5 * 2**attempt, 8.0))
+            reply = read_reply(text, client.secrets)
+            if reply is not None and "error" not in reply:
+                client.budget.count(reply["usage"] or {}, retries)
+                return reply
+            problem = self._malformed(index, text) if reply is None else self._refused(index, reply["error"])
+            if not _may_pass(problem):
+                break
+            await asyncio.sleep(backoff(attempt))
         raise problem
+
+    def _clean(self, text: str) -> str:
+        return redact(text, self.client.secrets)
 
     async def _post(self, index: int, body: dict[str, Any], completions: bool) -> tuple[str, int, ServerError | None]:
         """The text of an answer and the retries it took, or the failure, which is returned and not raised: an exception
@@ -309,12 +336,39 @@ class _Run:
         except _openai().OpenAIError as error:
             return "", 0, self._explain(index, error)
 
+    def _malformed(self, index: int, text: str) -> ServerError:
+        """The error of a reply that is none."""
+        return ServerError(
+            f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in JSON, e.g. "
+            f"{self._clean(text)[:200]!r}: check that `base_url` leads to an OpenAI-compatible server (it mostly ends in "
+            "/v1).",
+            code=MALFORMED,
+            said=self._clean(text)[:200],
+        )
+
+    def _refused(self, index: int, error: dict[str, Any]) -> ServerError:
+        """The error that a server has sent as if it were an answer."""
+        client, code = self.client, str(error.get("code"))
+        status = int(code) if len(code) == 3 and code.isdecimal() and code[0] in "45" else None
+        problem = refused(
+            error,
+            status,
+            url=client.urls[index],
+            clean=self._clean,
+            api_key_env=client.api_key_env,
+            tries=attempts(client.max_retries),
+            max_concurrency=client.max_concurrency,
+        )
+        if status is None and problem.code not in _FINAL:
+            problem.code = MALFORMED
+        return problem
+
     def _explain(self, index: int, error: Any) -> ServerError:
         client = self.client
         return explain(
             error,
             url=client.urls[index],
-            clean=lambda text: redact(text, client.secrets),
+            clean=self._clean,
             api_key_env=client.api_key_env,
             max_retries=client.max_retries,
             timeout=client.timeout,
@@ -330,48 +384,29 @@ def _openai() -> Any:
     return openai
 
 
-def _plain_url(url: str) -> str:
-    """A base URL without credentials, or an error that does not show them."""
-    parts = urlsplit(url)
-    if "@" in parts.path + parts.query + parts.fragment:
-        raise ValueError("`base_url` has an '@' after its host: percent-encode '/', '?', '#' and '@' in a password.")
-    host = parts.netloc.rpartition("@")[2]
-    plain = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-    try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:  # a port that is no number
-        usable = False
-    if not usable or parts.query or parts.fragment:
-        raise ValueError(
-            f"`base_url` is {plain!r}: it must look like 'http://localhost:8000/v1', without '?' and '#'."
-        )
-    return plain
+def _with_length(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """A request whose `max_tokens` goes by another name."""
+    return {(name if key == "max_tokens" else key): value for key, value in body.items()}
 
 
-def _credentials(url: str) -> tuple[str, str] | None:
-    parts = urlsplit(url)
-    return (unquote(parts.username), unquote(parts.password or "")) if parts.username is not None else None
-
-
-def _basic(credentials: tuple[str, str]) -> str:
-    return base64.b64encode(":".join(credentials).encode()).decode()
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    """The JSON of a completion, or `None` if it is none; `usage` is made a dictionary."""
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return None
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
-        return None
-    reported = answer.get("usage")
-    return answer | {"usage": reported if isinstance(reported, dict) else {}}
-
-
-def _is_choice(choice: Any) -> bool:
-    message = (choice.get("message") or {}) if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
+def _wants_other_length(failure: ServerError) -> bool:
+    """Whether a refusal says that `max_tokens` has another name. That it mentions this is not enough: vLLM does so where a
+    request is too long for its context."""
+    if failure.status != 400 or "max_completion_tokens" not in failure.said:
         return False
-    return all(text is None or isinstance(text, str) for text in (choice.get("text"), message.get("content")))
+    said = failure.said.lower()
+    return failure.code == "unsupported_parameter" or any(
+        words in said for words in ("unsupported", "not supported", "instead")
+    )
+
+
+def _may_pass(problem: ServerError) -> bool:
+    """Whether an error that came in place of an answer is worth another attempt."""
+    if problem.status is None:
+        return problem.code not in _FINAL
+    return problem.status in (408, 409, 429) or problem.status >= 500
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait behind a failed attempt, counted from 0."""
+    return min(0.5 * 2**attempt, 8.0)

@@ -7,7 +7,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from trl_kd import _trl
+from trl_kd.sampling.causal import check_named
 
+
+FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of `from_pretrained` that say where the files are: the config needs them too."""
 
 QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
 """How the options begin that are fields of `BitsAndBytesConfig`."""
@@ -24,9 +28,10 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
             Options of `from_pretrained`. Fields of `BitsAndBytesConfig` may stand among them: `load_in_4bit`,
             `load_in_8bit` and what else begins with `bnb_` or `llm_int8_`.
         architecture (`type`, *optional*):
-            Class to load with; by default the one that the model's config names.
+            Class to load with; by default the one that the model's config names, which must be a causal language model's.
 
     Raises:
+        `ValueError`: it is no causal language model; before its weights are read.
         `ImportError`: it is to be quantized and bitsandbytes is missing.
     """
     quantization = {key: value for key, value in options.items() if key.startswith(QUANTIZATION)}
@@ -37,6 +42,8 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
                 f"{', '.join(quantization)}: bitsandbytes is missing, install it by `pip install trl-kd[bnb]`."
             )
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+    if architecture is None:
+        check_named(name, f"The model {name!r}", **{key: kwargs[key] for key in FINDING if key in kwargs})
     return _trl.create_model_from_path(name, architecture=architecture, **kwargs)
 
 

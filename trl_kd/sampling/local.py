@@ -5,7 +5,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from transformers import PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.responses.ends import end_tokens, turn_end
+from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.decoding import Batch, Prompt, Row
 from trl_kd.sampling.loading import QUANTIZATION, load_model
+from trl_kd.sampling.own_logits import evaluating, probe
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,
@@ -102,6 +103,7 @@ class LocalSampler:
             self.name, self.adapter = _split_adapter(model, adapter)
         else:
             self.name, self._given = _trl.get_config_model_id(model.config), model
+            check_named(model, f"The model {self.name!r}")
         self.settings = settings
         self._model = self._given
         self._tokenizer = tokenizer
@@ -125,13 +127,11 @@ class LocalSampler:
         """The model, loaded when first asked for.
 
         Raises:
-            `ValueError`: it is an encoder-decoder, or its adapter is not LoRA-like.
+            `ValueError`: it is no causal language model, or its adapter is not LoRA-like.
             `ImportError`: it is to be quantized and bitsandbytes is missing.
         """
         if self._model is None:
             self._model = self._load()
-        if self._model.config.is_encoder_decoder:
-            raise ValueError(f"{self.name!r} is an encoder-decoder model: a model that continues a text is needed.")
         if any(config.is_prompt_learning for config in getattr(self._model, "peft_config", {}).values()):
             raise ValueError(
                 f"The adapter of {self.name!r} learns a prompt: only adapters of weights (LoRA) can be sampled."
@@ -155,7 +155,10 @@ class LocalSampler:
         except OSError as error:
             adapted = f" with the adapter {self.adapter!r}" if self.adapter else ""
             raise OSError(f"The model {self.name!r}{adapted} cannot be loaded: {error}") from error
-        return model.eval()
+        model.eval()
+        who = f"The model {self.name!r}"
+        check_causality(model, probe(model, None, who), who)
+        return model
 
     def close(self) -> None:
         """Frees the memory of a model that was loaded here. It is loaded again if more is asked."""
@@ -201,7 +204,7 @@ class LocalSampler:
                 waiting, refused = self._encode(window)
                 yield from refused
             if batch is not None and (waiting or batch.rows):
-                with _evaluating(self.model):
+                with evaluating(self.model):
                     finished = self._advance(batch, waiting)
                 for row in finished:
                     request, sample, ids = row.place
@@ -285,19 +288,6 @@ class LocalSampler:
     def _answer(self, request: Request, ids: list[int], row: Row) -> Answer:
         text, _ = cut_at(decode_answer(self.tokenizer, request, ids, row.tokens), self.settings.stop)
         return Answer(text, row.finish_reason, len(row.tokens))
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode meanwhile; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _split_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:

@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
+
+from trl_kd.responses.finish_reasons import ending
 
 
 Text = str | list[dict[str, Any]]
@@ -40,10 +42,11 @@ class SamplingSettings:
             raise ValueError(f"`max_new_tokens` is {self.max_new_tokens!r}: it must be at least 1.")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
-    def answer_seed(self, key: str, sample: int) -> int:
-        """The seed in [0, 2³¹) of one answer: a function of the prompt and the sample's number alone, so that the same
-        answer is drawn whatever is drawn beside it."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{key}/{sample}".encode()).digest()[:4], "big") >> 1
+    def answer_seed(self, key: str, sample: int, attempt: int = 0) -> int:
+        """The seed in [0, 2³¹) of one answer: a function of the prompt, the sample's number and the attempt alone, so that
+        the same answer is drawn whatever is drawn beside it."""
+        again = f"/{attempt}" if attempt else ""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{key}/{sample}{again}".encode()).digest()[:4], "big") >> 1
 
     def describe(self) -> dict[str, Any]:
         return asdict(self) | {"stop": list(self.stop)}
@@ -76,11 +79,42 @@ class Answer:
         finish_reason (`str`, *optional*): `"stop"`, `"length"` (truncated by `max_new_tokens`), or what a server says;
             `None` if nothing is known.
         tokens (`int`, *optional*): Length in tokens, where known.
+        said (`str`, *optional*): What the source said where there is no text, shortened. It is for messages, and neither
+            stored nor compared.
     """
 
     text: Text | None
     finish_reason: str | None = None
     tokens: int | None = None
+    said: str | None = field(default=None, compare=False, repr=False)
+
+
+def as_counted(prompt: Text, answer: Answer) -> Answer:
+    """
+    An answer as it counts.
+
+    It has no text where its source broke down midway, where it was cut off before it said anything, and where it calls a
+    tool though the prompt is plain text, so that it would have to be text too.
+    """
+    text = answer.text
+    if text is None or (isinstance(text, str) and answer.finish_reason in (None, "stop")):
+        return answer
+    if isinstance(prompt, str) and _calls_tool(text):
+        return replace(answer, text=None, finish_reason="tool_calls")
+    end = ending(answer.finish_reason)
+    is_nothing = end == "failed" or (end == "cut" and _is_empty(text))
+    return replace(answer, text=None) if is_nothing else answer
+
+
+def _calls_tool(text: Text) -> bool:
+    return not isinstance(text, str) and any(message.get("tool_calls") for message in text)
+
+
+def _is_empty(text: Text) -> bool:
+    if isinstance(text, str):
+        return not text.strip()
+    contents = [message.get("content") or "" for message in text]
+    return not _calls_tool(text) and all(isinstance(content, str) and not content.strip() for content in contents)
 
 
 class Sampler(Protocol):
@@ -108,5 +142,8 @@ class Sampler(Protocol):
 
         A sampler that draws several answers by one seed may also have `sample_replies(requests)`, which yields them in lists
         `[(request, sample, answer), ...]`: those in a list are stored all or none.
+
+        An answer without a text is stored too, with the source's description. It is asked for again when this changes, or
+        what a method `causes(finish_reason)` of the sampler says besides, as JSON.
         """
         ...

@@ -3,21 +3,27 @@
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling.budget import Usage
-from trl_kd.sampling.client import Ask, ServerClient
+from trl_kd.sampling.client import Ask, ServerClient, backoff
 from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text
-from trl_kd.sampling.server_errors import ServerError, check_extra
+from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text, as_counted
+from trl_kd.sampling.server_errors import (
+    MALFORMED,
+    REFUSALS,
+    ServerError,
+    check_extra,
+    is_too_long,
+    named_context,
+    role_hint,
+)
 
 
 logger = logging.getLogger(__name__)
-
-REFUSALS = ("content_filter", "content_policy_violation")
-"""Codes of errors that are a server's last word on one prompt, and no fault of the settings."""
 
 _HARMLESS = "Say yes."
 
@@ -36,7 +42,11 @@ class ServerSampler:
 
     A prompt that the server refuses for good gets an answer without a text, whose `finish_reason` says why:
     `"content_filter"` and the like, `"prompt_too_long"`, or `"bad_request"` where the same request with other words is
-    answered. Any other refusal is an error.
+    answered. Any other refusal is an error; so is a request that is too long by `max_new_tokens` alone.
+
+    A reply that cannot be read, and an answer that the server broke off (`"error"`, `"abort"`), is asked for again with
+    another seed, up to `max_retries` times. Then it has no text either. The same holds, without asking again, for an empty
+    text that was cut off or has only a reasoning beside it, and for the call of a tool in answer to plain text.
 
     Args:
         model (`str`):
@@ -88,6 +98,8 @@ class ServerSampler:
         self.extra = check_extra(extra)
         self._most_choices: int | None = None  # that the server gave where more were asked for
         self._warned = False
+        self._has_replied = False
+        self._remarked: set[str] = set()  # reasons
 
     @property
     def usage(self) -> Usage:
@@ -105,6 +117,14 @@ class ServerSampler:
             **template,
             **self.settings.describe(),
         }
+
+    def causes(self, finish_reason: str | None) -> dict[str, Any]:
+        """What an answer without a text is due to, besides what `describe` says. Where asking again would cost as much as a
+        text, there is nothing."""
+        failed = ending(finish_reason) == "failed"
+        if not failed and finish_reason not in ("prompt_too_long", "bad_request"):
+            return {}
+        return {"base_url": sorted(self.client.urls)} | ({"max_retries": self.client.max_retries} if failed else {})
 
     def check_requests(self, requests: Iterable[Request]) -> None:
         """Raises a `ValueError` for a request that cannot be put to the server. None is sent."""
@@ -162,54 +182,118 @@ class ServerSampler:
 
         async def ask_part(part: tuple[int, ...]) -> None:
             answers = await self._choices(ask, request, body, part)
-            if answers:
-                keep(list(zip(part, answers, strict=False)))  # a server may also give more than asked
+            refuses_several = not answers
+            if refuses_several:  # `n`, it may be; if not, asking for one says what is wrong
+                answers = await self._choices(ask, request, body, part[:1])
+                if answers[0].finish_reason == "bad_request":
+                    answers *= len(part)
+            given = list(zip(part, answers, strict=False))  # a server may also give more than asked
+            await self._again(ask, request, body, given, keep)
             rest = part[len(answers) :]
             if rest:
-                # A server that ignores or caps `n`: the others are asked for in parts of what it gave
-                self._most_choices = max(1, len(answers))
+                # A server that ignores, caps or refuses `n`: the others are asked for in parts of what it gave
+                if answers[-1].text is not None or not refuses_several:
+                    self._most_choices = max(1, len(answers))
                 await self._ask(ask, request, body, rest, keep)
 
-        # Each is waited for: what one part has cost is kept whatever happens to another
-        for outcome in await asyncio.gather(*map(ask_part, parts), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
+        await _all(map(ask_part, parts))
+
+    async def _again(
+        self,
+        ask: Ask,
+        request: Request,
+        body: dict[str, Any],
+        given: list[tuple[int, Answer]],
+        keep: Callable[[list[tuple[int, Answer]]], None],
+    ) -> None:
+        """Keeps the answers of one reply, and asks again, each with another seed, for those that broke off midway."""
+        final = dict(given)
+
+        async def replace(sample: int) -> None:
+            for attempt in range(1, self.client.max_retries + 1):
+                await asyncio.sleep(backoff(attempt - 1))
+                final[sample] = (await self._choices(ask, request, body, (sample,), attempt))[0]
+                if ending(final[sample].finish_reason) != "failed":
+                    return
+
+        try:
+            await _all(replace(sample) for sample, answer in given if ending(answer.finish_reason) == "failed")
+        except BaseException:  # the others of the reply are paid for
+            keep([(sample, answer) for sample, answer in final.items() if ending(answer.finish_reason) != "failed"])
+            raise
+        for answer in final.values():
+            self._remark(request, answer)
+        keep(list(final.items()))
+
+    def _remark(self, request: Request, answer: Answer) -> None:
+        """Names the first prompt without an answer for each reason. The others are in the counts."""
+        reason = str(answer.finish_reason)
+        if answer.text is None and reason not in (*self._remarked, "bad_request"):
+            self._remarked.add(reason)
+            logger.warning(
+                "%r gave no answer (%s) to the prompt that begins %r: %s. Further ones like it are counted only.",
+                self.model,
+                reason,
+                beginning(request.prompt),
+                answer.said or "nothing was said",
+            )
 
     async def _choices(
-        self, ask: Ask, request: Request, body: dict[str, Any], samples: tuple[int, ...]
+        self, ask: Ask, request: Request, body: dict[str, Any], samples: tuple[int, ...], attempt: int = 0
     ) -> list[Answer]:
         """One request for several samples: as many answers as the server gave, none if it gave none to several."""
-        fields = {"seed": self.settings.answer_seed(request.key, samples[0])}
+        fields = {"seed": self.settings.answer_seed(request.key, samples[0], attempt)}
         if len(samples) > 1:
             fields["n"] = len(samples)
         whole = {name: value for name, value in (body | fields | self.extra).items() if value is not None}
         try:
             reply = await ask(whole, completions=self.completions)
-        except ServerError as error:
-            failure = error
-        else:
-            tokens = reply["usage"].get("completion_tokens") if len(reply["choices"]) == 1 else None
-            answers = [self._read(choice, tokens) for choice in reply["choices"]]
-            return answers or ([Answer(None, "empty")] if len(samples) == 1 else [])
+        except ServerError as failure:
+            return await self._without_text(ask, request, whole, failure, len(samples))
+        tokens = (reply["usage"] or {}).get("completion_tokens") if len(reply["choices"]) == 1 else None
+        answers = [self._read(request.prompt, choice, tokens) for choice in reply["choices"]]
+        self._has_replied = True
+        return answers or ([Answer(None, "empty")] if len(samples) == 1 else [])
+
+    async def _without_text(
+        self, ask: Ask, request: Request, whole: dict[str, Any], failure: ServerError, count: int
+    ) -> list[Answer]:
+        """What is made of a failure: answers without a text where only this prompt is at fault, none where the number of
+        choices may be, otherwise the failure is raised."""
         if failure.code in REFUSALS:
-            return [Answer(None, failure.code)] * len(samples)
-        if failure.code == "context_length_exceeded" or "maximum context length" in failure.said:
-            return [Answer(None, "prompt_too_long")] * len(samples)
+            return [Answer(None, failure.code, said=failure.said)] * count
+        if is_too_long(failure):
+            self._check_context(whole, failure)
+            return [Answer(None, "prompt_too_long", said=failure.said)] * count
+        if failure.code == MALFORMED and self._has_replied:  # one prompt must not stop all others for good
+            return [Answer(None, MALFORMED, said=failure.said)] * count if count == 1 else []
         if failure.status in (400, 422):
-            if len(samples) > 1:
-                return []  # it may refuse `n`; if not, asking for one says what is wrong
+            if count > 1:
+                return []
             if await self._takes_other_words(ask, whole):
                 logger.warning(
                     "%r refuses the prompt that begins %r, and is not asked for it again: %s",
                     self.model,
-                    _beginning(request.prompt),
+                    beginning(request.prompt),
                     failure.said,
                 )
-                return [Answer(None, "bad_request")]
-            raise ServerError(f"{failure} The prompt begins {_beginning(request.prompt)!r}.", failure.status)
-        if (failure.status or 0) >= 500:  # the same object, which the client has already
-            failure.args = (f"{failure} The prompt begins {_beginning(request.prompt)!r}.",)
+                return [Answer(None, "bad_request", said=failure.said)]
+        if failure.status not in (401, 403, 404):  # the same object, which the client has already
+            failure.args = (f"{failure} The prompt begins {beginning(request.prompt)!r}.{role_hint(whole, failure)}",)
         raise failure
+
+    def _check_context(self, whole: dict[str, Any], failure: ServerError) -> None:
+        """Raises for a request that is too long whatever the prompt is."""
+        context = named_context(failure.said)
+        longest = whole.get("max_completion_tokens") or whole.get("max_tokens") or 0
+        if context is not None and longest >= context:
+            raise ServerError(
+                f"{failure} The length of the answer alone (`max_new_tokens` = {longest}) reaches the context of {context} "
+                "tokens: lower it, or serve the model with a longer context.",
+                failure.status,
+                failure.code,
+                failure.said,
+            ) from None
 
     async def _takes_other_words(self, ask: Ask, body: dict[str, Any]) -> bool:
         """Whether a request that was refused is answered when only its texts are others, so that these are at fault: no
@@ -252,33 +336,39 @@ class ServerSampler:
         template = self.chat_template_kwargs | (request.columns.get("chat_template_kwargs") or {})
         return body | {"chat_template_kwargs": template or None}
 
-    def _read(self, choice: dict[str, Any], tokens: int | None) -> Answer:
+    def _read(self, prompt: Text, choice: dict[str, Any], tokens: int | None) -> Answer:
         """An answer from a choice; without a text where the server has none to give."""
-        reason = choice.get("finish_reason")
-        message = choice.get("message") or {}
-        if self.completions:
-            text = choice.get("text")
-        elif message.get("tool_calls"):
-            # As TRL has them in a dataset, arguments as an object
-            text = [{"role": "assistant", "content": message.get("content") or "", "tool_calls": _calls(message)}]
-        else:
-            text = message.get("content")
-        if message.get("refusal"):
-            return Answer(None, "refusal", tokens)
-        if reason == "content_filter" or text is None:
-            return Answer(None, reason if reason not in (None, "stop") else "empty", tokens)
-        return Answer(text, reason, tokens)
+        reason, message = choice["finish_reason"], choice["message"]
+        if choice["error"] and ending(reason) != "failed":
+            reason = "error"
+        said: str | None = choice["text"] if self.completions else message["content"]
+        if said is not None and not said.strip() and (message["reasoning"] or message["reasoning_content"]):
+            said = None  # it has thought, and said nothing
+        text: Text | None = said
+        if message["tool_calls"] and not self.completions:
+            text = [{"role": "assistant", "content": said or "", "tool_calls": message["tool_calls"]}]
+        if message["refusal"]:
+            reason, text = "refusal", None
+        elif text is None and ending(reason) == "complete":
+            reason = "empty"
+        elif ending(reason) == "final":
+            text = None
+        answer = as_counted(prompt, Answer(text, reason, tokens))
+        return answer if answer.text is not None else replace(answer, said=_shown(choice))
 
 
-def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function") or {}
-        arguments = function.get("arguments") or "{}"
-        with suppress(ValueError):  # the model's text need not be JSON
-            arguments = json.loads(arguments)
-        calls.append({"type": "function", "function": {"name": function.get("name"), "arguments": arguments}})
-    return calls
+def _shown(choice: dict[str, Any]) -> str:
+    """What a choice without a text holds, shortened."""
+    message = {name: value for name, value in choice["message"].items() if value}
+    held = {**choice, "message": message, "logprobs": None}
+    return json.dumps({name: value for name, value in held.items() if value}, ensure_ascii=False)[:300]
+
+
+async def _all(waiting: Iterable[Awaitable[None]]) -> None:
+    """Waits for each, whatever happens to another: what one has cost is kept."""
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def other_words(body: dict[str, Any]) -> dict[str, Any]:
@@ -296,6 +386,7 @@ def other_words(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"messages": messages}
 
 
-def _beginning(prompt: Text) -> str:
+def beginning(prompt: Text) -> str:
+    """The first words of a prompt, or of its last message."""
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
     return text[:60]

@@ -1,12 +1,15 @@
 """Answers of vLLM's offline engine, in this process. (A vLLM server is an OpenAI-compatible one.)"""
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig
 
+from trl_kd.responses.ends import turn_end
+from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,
@@ -15,7 +18,7 @@ from trl_kd.sampling.prompts import (
     encode_prompt,
     load_tokenizer,
 )
-from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
+from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, as_counted
 
 
 RUNS_ON = (
@@ -27,6 +30,9 @@ RUNS_ON = (
     "swap_space",
 )
 """Options of the engine that say where and how it runs, and nothing of the answers."""
+ATTEMPTS = 3
+"""How often an answer that the engine breaks off is asked for, each time with another seed."""
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank`."""
 
@@ -89,6 +95,11 @@ class VLLMSampler:
             self._tokenizer = load_tokenizer(self._engine_kwargs.get("tokenizer", self.name), self._engine_kwargs)
         return self._tokenizer
 
+    @cached_property
+    def _turn_ends(self) -> list[int]:
+        """The token that the chat template ends turns with, where it is not the tokenizer's end token."""
+        return [token for token in [turn_end(self.tokenizer)] if token not in (None, self.tokenizer.eos_token_id)]
+
     def describe(self) -> dict[str, Any]:
         secret_or_local = (*RUNS_ON, "hf_token", "download_dir", "trust_remote_code")
         options = {key: value for key, value in sorted(self._engine_kwargs.items()) if key not in secret_or_local}
@@ -128,17 +139,30 @@ class VLLMSampler:
             asked += [(request, sample, ids) for sample in request.samples]
         if not asked:
             return
+        answers: dict[int, Answer] = {}
+        waiting = list(range(len(asked)))
+        for attempt in range(ATTEMPTS):
+            for place, answer in zip(waiting, self._generate(vllm, [asked[i] for i in waiting], attempt), strict=True):
+                answers[place] = answer
+            waiting = [place for place in waiting if ending(answers[place].finish_reason) == "failed"]
+            if not waiting:
+                break
+        for place, (request, sample, _) in enumerate(asked):
+            yield request, sample, as_counted(request.prompt, answers[place])
+
+    def _generate(self, vllm: Any, asked: list[tuple[Request, int, list[int]]], attempt: int) -> Iterator[Answer]:
         outputs = self._engine.generate(
             [{"prompt_token_ids": ids} for _, _, ids in asked],
-            sampling_params=[self._params(vllm, request, sample) for request, sample, _ in asked],
+            sampling_params=[self._params(vllm, request, sample, attempt) for request, sample, _ in asked],
             lora_request=self._lora_request(),
             use_tqdm=False,
         )
-        for (request, sample, ids), output in zip(asked, outputs, strict=True):
+        for (request, _, ids), output in zip(asked, outputs, strict=True):
             done = output.outputs[0]
             tokens = list(done.token_ids)
-            text, _ = cut_at(decode_answer(self.tokenizer, request, ids, tokens), self.settings.stop)
-            yield request, sample, Answer(text, done.finish_reason, len(tokens))
+            text, has_stop = cut_at(decode_answer(self.tokenizer, request, ids, tokens), self.settings.stop)
+            is_ended = has_stop and ending(done.finish_reason) == "cut"
+            yield Answer(text, "stop" if is_ended else done.finish_reason, len(tokens))
 
     def _engine_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"enable_prefix_caching": True}
@@ -147,15 +171,18 @@ class VLLMSampler:
             options |= {"enable_lora": True, "max_lora_rank": min(r for r in LORA_RANKS if r >= rank)}
         return options | self._engine_kwargs
 
-    def _params(self, vllm: Any, request: Request, sample: int) -> Any:
+    def _params(self, vllm: Any, request: Request, sample: int, attempt: int) -> Any:
         settings = self.settings
+        # Base models may end turns with a token that the engine does not know as an end
+        ends = {} if isinstance(request.prompt, str) or not self._turn_ends else {"stop_token_ids": self._turn_ends}
         return vllm.SamplingParams(
             n=1,
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_tokens=settings.max_new_tokens,
             stop=list(settings.stop),
-            seed=settings.answer_seed(request.key, sample),
+            seed=settings.answer_seed(request.key, sample, attempt),
+            **ends,
         )
 
     def _lora_request(self) -> Any:

@@ -134,8 +134,8 @@ def _fill(parser: "_Parser", words: list[str]) -> tuple[Any, ...]:
         if "bf16/gpu" not in str(error):
             raise
         raise InputError(
-            "`bf16` is True, as it is unless said otherwise, but no GPU here can do it: set `bf16` to false, and "
-            "`use_cpu` to true to train on the CPU."
+            "`bf16` is True, or `bf16_full_eval`, but no GPU here can do it: leave it out, or set `use_cpu` to true to do "
+            "it on the CPU."
         ) from error
 
 

@@ -161,6 +161,8 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
         builder = BUILDERS.get(path.suffix)
         if builder is None:
             raise InputError(f"`{field}` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
+        if _is_blank(path):  # for which each release of `datasets` has another error
+            raise InputError(f"`{field}` is {name!r}, which is empty: it needs at least one row.")
         return load_dataset(builder, data_files=str(path), **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -180,6 +182,11 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
             f"`{field}` is {name!r}: there is no such file or folder here, and as a dataset of the Hub it cannot "
             f"be loaded: {one_line(error)}"
         ) from error
+
+
+def _is_blank(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not any(block.strip() for block in iter(lambda: file.read(2**16), b""))
 
 
 def _cache_of(path: Path) -> str:

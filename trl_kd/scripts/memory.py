@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from trl_kd.rewards.q_function import ADAPTER_WIDTH
 from trl_kd.rewards.reward_model import RewardModel
+from trl_kd.sampling.causal import check_kind
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,8 +32,9 @@ class ModelSize:
 
 
 def empty_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
-    """The model that `name` describes, on the meta device: shapes, no weights."""
+    """The causal language model that `name` describes, on the meta device: shapes, no weights."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    check_kind(config, config.architectures or [], f"The model {name!r}")
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with init_empty_weights():
         if architecture is None:

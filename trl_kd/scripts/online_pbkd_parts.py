@@ -81,6 +81,7 @@ _NOT_ONLINE = {
     **{f.name: _OF_PROMPTS for f in fields(PairsArguments) if f.name.startswith("dataset_")},
     **dict.fromkeys(("prompt_column", "as_messages", "max_prompts"), _OF_PROMPTS),
     **dict.fromkeys(("policy", "max_pairs_per_prompt", "truncated", "pairing_seed"), _OF_PAIRING),
+    "reasoning": "`reasoning` of the training says it: drop it",
     "output_dir": "the teacher's answers are kept in `output_dir` of the training: drop it",
     **dict.fromkeys(("shard", "merge", "relabel", "dry_run"), "it is for `trl-kd pairs` alone: drop it"),
     **dict.fromkeys(("push_to_hub", "hub_dataset_id", "hub_private_repo"), "the pairs are not pushed: drop it"),
@@ -126,6 +127,7 @@ def read_config(
             )
         if args.teacher is None and args.teacher_column is None:
             args.teacher_column = column
+        args.reasoning = training_args.reasoning  # type: ignore[assignment]
         args.student = model_args.model_name_or_path
         args.dataset_name = script_args.dataset_name or "datasets"  # a mixture has no name
         args.output_dir = teacher_folder(training_args)

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             load_tokenizers(args, sources)
             preference = make_preference(args, sources["student"])
             seed = args.seed if args.pairing_seed is None else args.pairing_seed
-            pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed)
+            pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed, args.reasoning)
         with _said():
             if args.dry_run:
                 print(_dry_run(args, prompts, sources, preference, pairing))
@@ -108,7 +108,7 @@ def _report(output_dir: str) -> None:
     if not summary["pairs"]["total"]:
         print(
             f"\nWarning: there is not a single pair in {output_dir}, and nothing to train on. Each needs an answer of both: "
-            "look at the answers above that were refused, truncated (and dropped), or null in their column.",
+            "look at the answers above that are without a text, truncated (and dropped), or null in their column.",
             file=sys.stderr,
         )
         return

@@ -123,6 +123,10 @@ class PairsArguments:
     )
     max_pairs_per_prompt: int | None = _field(None, "At most so many pairs a prompt.")
     truncated: Literal["keep", "drop"] = _field("keep", "What happens to answers cut off at `max_new_tokens`.")
+    reasoning: Literal["keep", "strip", "error"] | None = _field(
+        None,
+        "What happens to <think> blocks in answers: kept (by default too), taken out before labelling, or an error.",
+    )
     seed: int = _field(0, "Seed of answers and pairs.")
     pairing_seed: int | None = _field(None, "Seed of pairs; by default `seed`. It may change, where that may not.")
     relabel: bool = _field(False, "Forget the labels of another preference function; the answers are kept.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl_kd.pairs.checks import CHECKED_ROWS, check_parts
+from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import Candidate, PairingSettings, PromptPairs, choose_pairs, make_candidates
 from trl_kd.pairs.prompts import PromptRow, read_prompts
@@ -17,6 +17,7 @@ from trl_kd.pairs.statistics import content_text
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer, Request
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.sampler import as_counted
 
 
 COUNTED = 1000
@@ -81,6 +82,7 @@ def dry_run(
         `ValueError`, `StoreError`, or what a source raises: as `build_pairs` would.
     """
     check_parts(next(read_prompts(prompts, batch_size=CHECKED_ROWS)), sources, preference)
+    check_kinds(prompts, sources, preference)
     settings = {source: sampler.describe() for source, (sampler, _) in sources.items()}
     with closing(StoredAnswers(output_dir)) as stored:
         settings |= {"preference": describe_preference(preference), "shard": None if shard is None else list(shard)}
@@ -92,7 +94,9 @@ def dry_run(
             answers[source], cost, lines = _ask(source, sources, work, stored)
             costs.append(cost)
             table += lines
-        candidates = make_candidates(work.row.prompt, [answers["teacher"]], [answers["student"]], pairing.truncated)
+        candidates = make_candidates(
+            work.row.prompt, [answers["teacher"]], [answers["student"]], pairing.truncated, pairing.reasoning
+        )
         cost, lines = _label(work, candidates, sources, preference, pairing, stored)
     table += [*lines, ("in all", f"{sum([*costs, cost], Cost())}")]
     width = max(len(name) for name, _ in table)
@@ -145,7 +149,8 @@ class _Work:
                     fresh.setdefault(row.key, row)
             seen.update(fresh)
             for source in self.missing:
-                missing = stored.missing(source, list(fresh), sources[source][1])
+                sampler, samples = sources[source]
+                missing = stored.missing(source, list(fresh), samples, getattr(sampler, "causes", None))
                 self.missing[source] += sum(map(len, missing.values()))
                 if missing:
                     lacking.setdefault(source, fresh[next(iter(missing))])
@@ -162,9 +167,10 @@ def _ask(source: str, sources: Sources, work: _Work, stored: StoredAnswers) -> t
     sampler, samples = sources[source]
     row, remaining = work.row, work.missing.get(source, 0)
     if not sampler.is_lookup and not remaining:
-        answer = stored.answers(source, [row.key], 1)[row.key][0]
+        answer = as_counted(row.prompt, stored.answers(source, [row.key], 1)[row.key][0])
         return answer, Cost(), [(source, _said(answer)), ("", "all answers are stored")]
-    sample = 0 if sampler.is_lookup else stored.missing(source, [row.key], samples).get(row.key, (0,))[0]
+    causes = getattr(sampler, "causes", None)
+    sample = 0 if sampler.is_lookup else stored.missing(source, [row.key], samples, causes).get(row.key, (0,))[0]
     with _Measured(sampler) as measured:
         request = Request(
             f"{row.key}/{row.index}" if sampler.is_lookup else row.key, row.prompt, (sample,), row.columns

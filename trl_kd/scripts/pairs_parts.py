@@ -182,7 +182,7 @@ def _likelihood(args: PairsArguments, name: str) -> Any:
 
     check_model_source("preference", name)
     kwargs = read_json(args, "preference_model_init_kwargs")
-    return TeacherLikelihood(name, args.preference_scale, model_init_kwargs=kwargs)
+    return TeacherLikelihood(name, args.preference_scale, model_init_kwargs=kwargs, reasoning=args.reasoning)
 
 
 def _judge(args: PairsArguments, name: str) -> Any:

@@ -22,7 +22,13 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
-from trl_kd.trainers.pbkd_data import RowCounts, check_tokenizer, has_images, prepare_rows
+from trl_kd.trainers.pbkd_data import (
+    RowCounts,
+    check_tokenizer,
+    has_images,
+    names_teacher,
+    prepare_rows,
+)
 from trl_kd.trainers.response_rows import tokenize_rows
 
 
@@ -52,23 +58,27 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
     rows = {}
     for name, dataset in zip(("train", "eval"), datasets, strict=True):
         if dataset is not None:
+            is_named = names_teacher(next(iter(dataset), {}))
             rows[name], counts = prepare_rows(dataset, name, training_args)
-            table += _describe_rows(name, rows[name], counts)
+            table += _describe_rows(name, rows[name], counts, is_named)
+            if not is_named:
+                follows = "every chosen answer is taken as the teacher's"
+                if not training_args.imitation_weight:
+                    follows = "nothing is imitated"
+                table.append((f"{name} teacher", f"no column `teacher_side` or `teacher`: {follows}"))
     table += _describe_tokens(rows, training_args, model_args)
     table += describe_steps(_epoch_steps(rows["train"], training_args, processes), training_args, processes)
     return table + _describe_memory(training_args, model_args)
 
 
-def _describe_rows(name: str, dataset: Any, counts: RowCounts | None) -> Table:
+def _describe_rows(name: str, dataset: Any, counts: RowCounts | None, is_named: bool) -> Table:
     table = [(f"{name} columns", columns(next(iter(dataset))))]
     if counts is None:
         return [*table, (f"{name} rows", "a stream: checked as it is read")]
+    of_teacher = f", {counts.teacher} with a text of the teacher" if is_named else ""
     return [
         *table,
-        (
-            f"{name} rows",
-            f"{counts.rows}, {counts.teacher} with a text of the teacher, {counts.empty} with an empty response",
-        ),
+        (f"{name} rows", f"{counts.rows}{of_teacher}, {counts.empty} with an empty response"),
         (f"{name} preferences", f"{counts.known} known ({counts.soft} soft or reversed), {counts.null} null"),
     ]
 

@@ -19,7 +19,7 @@ from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
-from trl_kd.scripts.training import model_init_kwargs
+from trl_kd.scripts.training import finite_training, model_init_kwargs
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.teacher import Teacher
 
@@ -183,6 +183,7 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
                 return super()._compare(*args)
 
     pairs = read_pairs_config(script_args, training_args, model_args)
+    pairs.reasoning = pairs.reasoning or training_args.reasoning  # type: ignore[assignment]
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     quantization, peft = get_quantization_config(model_args), get_peft_config(model_args)
     seed = 2 * pairs.seed + 1 if pairs.student_seed is None else pairs.student_seed
@@ -217,7 +218,9 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
         rounds=script_args.rounds,
         **chosen,
         **{key: getattr(pairs, key) for key in ("num_teacher_samples", "num_student_samples")},
-        **PairingSettings(pairs.policy, pairs.max_pairs_per_prompt, pairs.truncated, pairing_seed).describe(),
+        **PairingSettings(
+            pairs.policy, pairs.max_pairs_per_prompt, pairs.truncated, pairing_seed, pairs.reasoning
+        ).describe(),
         quantization_config=quantization,
         peft_config=peft,
         prompts_from=describe_prompts(pairs),
@@ -250,7 +253,7 @@ def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mode
     if training_args.push_to_hub:
         field = "hub_model_id" if training_args.hub_model_id else "output_dir"
         check_hub(rounds.hub_name, field, getattr(training_args, field), "hub_model_id", training_args.hub_token)
-    with _said():
+    with _said(), finite_training():
         rounds.run()
     state = PartialState()
     if state.is_main_process:

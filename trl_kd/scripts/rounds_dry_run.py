@@ -105,8 +105,9 @@ def _sizes(rounds: Any, each: int) -> list[int]:
 
 
 def _pairing(rounds: Any) -> PairingSettings:
-    names = ("policy", "max_pairs_per_prompt", "truncated", "seed")
-    return PairingSettings(*(rounds.pairs_options[name] for name in names))
+    names = ("policy", "max_pairs_per_prompt", "truncated", "seed", "reasoning")
+    options = rounds.pairs_options
+    return PairingSettings(**{name: options[name] for name in names if name in options})
 
 
 def _describe_steps(sizes: list[int], args: Any, processes: int) -> Table:

@@ -3,7 +3,8 @@ card, and pushed."""
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import model_error
-from trl_kd.scripts.errors import InputError, bad_input, report
+from trl_kd.scripts.errors import InputError, bad_input, one_line, report
 from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
 
 
@@ -100,7 +101,8 @@ class TrainingCommand:
             trainer.model._ddp_params_and_buffers_to_ignore = [
                 name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
             ]
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        with finite_training():
+            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.accelerator.print("Training completed.")
 
         trainer.save_model(training_args.output_dir)
@@ -118,6 +120,17 @@ class TrainingCommand:
         accelerator.free_memory()
         accelerator.end_training()
         return 0
+
+
+@contextmanager
+def finite_training() -> Iterator[None]:
+    """A training that stops at NaN or infinity says so in one line."""
+    from trl_kd.trainers.finite import NotFinite
+
+    try:
+        yield
+    except NotFinite as error:
+        raise InputError(one_line(error)) from error
 
 
 def build_trainer(

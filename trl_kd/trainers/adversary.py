@@ -17,6 +17,7 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy
 from trl_kd.rewards.q_function import QFunction
+from trl_kd.trainers.finite import NotFinite, require_finite
 from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT, PairBatches
 
 
@@ -100,14 +101,22 @@ class PairSums(NamedTuple):
     advantage_squared: torch.Tensor
 
 
-def descend(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """A step on the sum of all processes' gradients, for a model that the accelerator does not know of."""
+def descend(optimizer: torch.optim.Optimizer, accelerator: Accelerator, who: str) -> None:
+    """
+    A step on the sum of all processes' gradients, for a model that the accelerator does not know of.
+
+    Raises:
+        `NotFinite`: the gradient of `who` is not finite, and its loss was not scaled.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return
     flat = torch.cat([p.grad.flatten() for p in parameters])
     flat = accelerator.reduce(flat, reduction="sum")
-    if flat.isfinite().all():  # with fp16 a step overflows now and then, and is left out, as the student's is
+    finite = bool(flat.isfinite().all())
+    if not finite and accelerator.mixed_precision != "fp16":
+        raise NotFinite(f"the gradient of {who}")
+    if finite:  # with fp16 a step overflows now and then, and is left out, as the student's is
         for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = gradient.view_as(p)
         optimizer.step()
@@ -196,6 +205,7 @@ class Adversary:
             sums = torch.stack(so_far._replace(nll=so_far.nll - entropy, nll_mle=so_far.nll_mle - entropy))
         whole = PairSums(*self._accelerator.reduce(sums, reduction="sum").tolist())
         nll, nll_mle = whole.nll / self.pairs.size, whole.nll_mle / self.pairs.size
+        require_finite(**{"mmpbkd/preference_nll": nll, "mmpbkd/preference_nll_mle": nll_mle})
         words = max(whole.words, 1)
         return {
             "preference_nll": nll,
@@ -255,7 +265,7 @@ class Adversary:
         seen = {}
         if self.pairs is not None:
             seen = self.learn_preferences(self.dual.value if moments else 1.0)
-        descend(self.optimizer, self._accelerator)
+        descend(self.optimizer, self._accelerator, "Q")
         moves = self.pairs is not None and moments and not self._follows_twins and math.isfinite(seen["violation"])
         if moves and self.dual.step(seen["violation"]):
             logger.warning(

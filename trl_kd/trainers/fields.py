@@ -1,22 +1,21 @@
 """Checks of the trainers' settings, with messages that name the field, its value and the fix."""
 
 import json
+import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers import get_scheduler
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.responses.ends import set_end_token, stop_at_end_token, unlearnable_end
 from trl_kd.responses.rendering import REASONING
-
-
-logger = get_logger(__name__)
 
 
 REASONING_METADATA: dict[str, Any] = {
@@ -27,6 +26,9 @@ REASONING_METADATA: dict[str, Any] = {
 EOS_TOKEN_METADATA: dict[str, Any] = {
     "help": "Token that ends a turn, saved in the student's tokenizer and generation config; by default the tokenizer's."
 }
+
+
+logger = logging.getLogger(__name__)  # accelerate's waits for a state, which `TrainingArguments` makes
 
 
 def parse_radius(value: float | str | None) -> float | str:
@@ -101,6 +103,17 @@ def check_json(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
+
+
+def settle_bf16(args: Any) -> None:
+    """Makes `bf16` False, and says so, where it is left unset (`None`) and nothing here can do it: TRL would make it True,
+    which `TrainingArguments` then refuses, or runs slowly on the CPU. To be called before their `__post_init__`."""
+    can = is_torch_bf16_gpu_available() or is_torch_xla_available()
+    args.bf16_is_settled = args.bf16 is None and not args.fp16 and (args.use_cpu or not can)
+    if args.bf16_is_settled:
+        args.bf16 = False
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("`bf16` is not set, and False, since this run has no GPU that can do it.")
 
 
 def check_schedule(args: Any) -> Any:

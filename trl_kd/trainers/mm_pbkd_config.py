@@ -15,6 +15,7 @@ from trl_kd.trainers.fields import (
     check_number,
     check_reasoning,
     parse_radius,
+    settle_bf16,
 )
 
 
@@ -37,6 +38,8 @@ class MMPbKDConfig(DistillationConfig):
 
     As in TRL, `bf16` serves generation and leaves weights as they are: student and teacher learn in the dtype that they are
     loaded in, float32 unless `model_init_kwargs` and `teacher_model_init_kwargs` say otherwise.
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the states
@@ -183,6 +186,7 @@ class MMPbKDConfig(DistillationConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
 

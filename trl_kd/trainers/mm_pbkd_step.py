@@ -1,32 +1,15 @@
 """One micro-batch of `MMPbKDTrainer`: student and adversary at the states of its completions."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from trl_kd._trl import logit_scale
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import MomentOutput, moment_matching
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-
-
-def output_head(model: Any, hidden_NH: torch.Tensor) -> Head:
-    """The output layer of a causal language model at some hidden states, whole even where its weights are sharded (FSDP)."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    weight, bias = layer.weight, layer.bias
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor().to(hidden_NH.dtype)
-        bias = None if bias is None else bias.full_tensor()
-    cap = getattr(config, "final_logit_softcapping", None)
-    return Head(hidden_NH.to(weight.device), weight, bias, logit_scale(model.config), cap)
-
-
-def output_layer(model: Any) -> Head:
-    """The same at no state."""
-    return output_head(model, torch.empty(0, dtype=model.get_output_embeddings().weight.dtype))
+from trl_kd.trainers.output_heads import whole
 
 
 @dataclass
@@ -82,17 +65,6 @@ def constant(head: Head) -> Head:
     with whole(weights):
         found = [weight.detach().clone() if hasattr(weight, "ds_id") else weight.detach() for weight in weights]
     return replace(head, hidden_NH=head.hidden_NH.detach(), weight_VH=found[0], bias_V=found[1] if found[1:] else None)
-
-
-def whole(weights: Sequence[torch.Tensor]) -> AbstractContextManager:
-    """In which weights that DeepSpeed's ZeRO-3 has split are whole. One that is whole already is in use, and not to be split
-    again at the end."""
-    split = [weight for weight in weights if hasattr(weight, "ds_id") and weight.ds_status.name != "AVAILABLE"]
-    if not split:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(split)
 
 
 def reshard(model: Any) -> None:

@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd.losses.dual import DualVariable
@@ -27,6 +27,7 @@ from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
+from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.mixed_states import MixedStates
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd_data import (
@@ -43,21 +44,25 @@ from trl_kd.trainers.mm_pbkd_step import (
     States,
     constant,
     learn_moments,
-    output_head,
-    output_layer,
     play,
     reshard,
-    whole,
 )
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
+from trl_kd.trainers.output_heads import output_head, output_layer, whole
 from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset, load_processing_class
+from trl_kd.trainers.student_head import CheckedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = get_logger(__name__)
 
 
-class MMPbKDTrainer(DualCheckpoints, MixedStates, DistillationTrainer):
+class MMPbKDTrainer(DualCheckpoints, MixedStates, CheckedStudent, FiniteTraining, DistillationTrainer):
     """
     Trainer for white-box preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student matches its teacher's next-token distributions, most of
@@ -114,16 +119,16 @@ quantization_config, peft_config, tools:
 
     def __init__(
         self,
-        model,
+        model: "str | PreTrainedModel | PeftModel",
         teacher_model: str | PreTrainedModel | None = None,
         args: DistillationConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         tools: list[Callable] | None = None,
         *,
         preference_dataset: Dataset | None = None,
@@ -132,6 +137,7 @@ quantization_config, peft_config, tools:
         self.card_results: dict[str, float | str] = {}
         self.preference_rows = 0
         teacher = Teacher.for_matching(args, model, teacher_model)
+        check_student(model, args)
         if preference_dataset is not None and args.moment_coef == 0:
             raise ValueError(
                 "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
@@ -174,6 +180,7 @@ quantization_config, peft_config, tools:
         warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
+        self._check_student()
         self._check_ends()
         self._settings: dict[str, Any] = {
             "q_bound": args.q_bound,
@@ -274,7 +281,7 @@ quantization_config, peft_config, tools:
         teacher_BTH = self._hidden_states(self.teacher_model, input_ids, attention_mask, keep, **images)
         # Once, whatever sources there are: all processes together make weights whole that are sharded
         student = output_head(unwrapped_student, student_BTH)
-        teacher = output_head(self.accelerator.unwrap_model(self.teacher_model), teacher_BTH)
+        teacher = self.teacher.head(teacher_BTH)
         if student.weight_VH.device != teacher.weight_VH.device:
             raise ValueError(
                 f"The student's output layer is on {student.weight_VH.device} but the teacher's is on "
@@ -336,15 +343,17 @@ quantization_config, peft_config, tools:
     # ---- Q's steps -----------------------------------------------------------------------------------------------------
 
     def training_step(self, *args, **kwargs):
-        if self.adversary is not None and not self.adversary.warmed_up:
-            self._record("train", self.adversary.warm_up())
-        loss = super().training_step(*args, **kwargs)
-        if self.adversary is not None:
-            for part in self._played:
-                part.to_q(self._scale.grad)
-            self._played = []
-            if self.accelerator.sync_gradients:
-                self._step_adversary(self.adversary)
+        self._look_once()  # before the warm-up reads their states
+        with self._naming_step():
+            if self.adversary is not None and not self.adversary.warmed_up:
+                self._record("train", self.adversary.warm_up())
+            loss = super().training_step(*args, **kwargs)
+            if self.adversary is not None:
+                for part in self._played:
+                    part.to_q(self._scale.grad)
+                self._played = []
+                if self.accelerator.sync_gradients:
+                    self._step_adversary(self.adversary)
         return loss
 
     def _step_adversary(self, adversary: Adversary) -> None:
@@ -352,13 +361,13 @@ quantization_config, peft_config, tools:
         seen = adversary.step()
         if adversary.pairs is not None:
             self._record("train", {**seen, "dual": dual})
-        models = [self.accelerator.unwrap_model(model) for model in (self.model_wrapped, self.teacher_model)]
+        student = self.accelerator.unwrap_model(self.model_wrapped)
         for _ in range(self.args.q_steps - 1):
-            layers = [output_layer(model) for model in models]
+            layers = output_layer(student), self.teacher.layer()
             learn_moments([kept.with_layers(*layers) for kept in self._kept], adversary.features, self._settings)
             adversary.step()
         self._kept = []
-        reshard(models[0])
+        reshard(student)
 
     def _read_pairs(self, batch: dict[str, torch.Tensor]) -> PairStates:
         device = self.accelerator.device
@@ -374,7 +383,10 @@ quantization_config, peft_config, tools:
             for who, model in (("student", self.model_wrapped), ("teacher", self.teacher_model)):
                 if who in hidden:
                     states_NH = hidden[who].to(hidden["student"].device)
-                    heads[who] = constant(output_head(self.accelerator.unwrap_model(model), states_NH))
+                    if who == "teacher":
+                        heads[who] = constant(self.teacher.head(states_NH))
+                    else:
+                        heads[who] = constant(output_head(self.accelerator.unwrap_model(model), states_NH))
         return PairStates(
             hidden_NH=heads["student"].hidden_NH,
             baselines=[heads[baseline.who] for baseline in self._baselines],

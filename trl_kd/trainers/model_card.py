@@ -210,9 +210,16 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
     if not trainer.row_counts:
         lines += ["The data was streamed, and not counted.", ""]
     for name, counts in trainer.row_counts.items():
+        named = f", of which {counts.teacher} with a response of the teacher's"
         lines += [
-            f"{name.capitalize()} data: {counts.rows} rows, of which {counts.teacher} with a response of the teacher's; "
+            f"{name.capitalize()} data: {counts.rows} rows{'' if name in trainer.unnamed_teacher else named}; "
             f"preference known for {counts.known} ({counts.soft} soft labels or ties), unknown for {counts.null}.",
+            "",
+        ]
+    if trainer.unnamed_teacher and trainer.args.imitation_weight:
+        told = " and ".join(trainer.unnamed_teacher)
+        lines += [
+            f"No column of the {told} data names the teacher: every chosen answer was taken as the teacher's.",
             "",
         ]
     return lines

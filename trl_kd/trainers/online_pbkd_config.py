@@ -13,6 +13,7 @@ from trl_kd.trainers.fields import (
     check_number,
     check_reasoning,
     parse_radius,
+    settle_bf16,
 )
 
 
@@ -34,6 +35,8 @@ class OnlinePbKDConfig(RLOOConfig):
     with y_T the teacher's answers, w the weight of imitation, and D preferences, which grow with every batch (online form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
     docs/method.md).
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the game
@@ -180,6 +183,7 @@ class OnlinePbKDConfig(RLOOConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
 

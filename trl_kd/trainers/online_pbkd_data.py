@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import is_conversational, maybe_extract_prompt
+from trl import maybe_extract_prompt
 
 from trl_kd.pairs.checks import check_asked_anew
 from trl_kd.pairs.checks import check_parts as check_source
@@ -130,7 +130,7 @@ reward_model (`str` or `PreTrainedModel`):
         """On the process that asks."""
         if not self.needs_teacher or not accelerator.is_main_process:
             return None
-        return BatchPairs(self.sampler(), self.preference, Path(folder))
+        return BatchPairs(self.sampler(), self.preference, Path(folder), self.args.reasoning)
 
     def warn_of_nothing(self, groups: list[PromptGroup], wins: list[float], known: list[int]) -> None:
         """Says so if in the first batch the teacher answered nothing, or nothing is known, no pair before either."""
@@ -216,20 +216,16 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
 def check_student_template(model: Any, processing_class: Any, dataset: Any, args: OnlinePbKDConfig) -> Any:
     """
     Returns:
-        The student's tokenizer or processor, loaded here if it is needed before the trainer loads it, with
-        `args.eos_token`.
+        The student's tokenizer or processor, loaded if it is not given, with `args.eos_token`.
 
     Raises:
-        `ValueError`: it cannot render the messages of the dataset, or does not know `args.eos_token`.
+        `ValueError`: it cannot render the dataset, or does not know `args.eos_token`.
     """
-    conversational = is_conversational(next(iter(dataset)))
-    if processing_class is None and (conversational or args.eos_token is not None):
+    if processing_class is None:
         processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
-    if processing_class is not None:
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if conversational:
-            check_tokenizer(tokenizer, dataset, "train")
-        set_end_token(tokenizer, args.eos_token)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    check_tokenizer(tokenizer, dataset, "train")
+    set_end_token(tokenizer, args.eos_token)
     return processing_class
 
 

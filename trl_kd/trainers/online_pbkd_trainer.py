@@ -6,20 +6,22 @@ what TRL goes on with. Imitation of the teacher's answers rides in the policy's 
 """
 
 import itertools
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
+from trl.trainer.rloo_trainer import RewardFunc
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
@@ -27,6 +29,7 @@ from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
+from trl_kd.trainers.finite import FiniteTraining, require_finite
 from trl_kd.trainers.imitation_rows import ImitationRows
 from trl_kd.trainers.mm_pbkd_data import EpochOrder
 from trl_kd.trainers.model_card import PAPER, add_online_sections
@@ -45,6 +48,12 @@ from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.reward_learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
+from trl_kd.trainers.student_head import FusedStudent, check_student
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = get_logger(__name__)
@@ -56,7 +65,7 @@ COMPANIONS = "_online"
 checkpoints do not."""
 
 
-class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, RLOOTrainer):
+class OnlinePbKDTrainer(DualCheckpoints, ImitationRows, FusedStudent, FiniteTraining, RLOOTrainer):
     """
     Trainer for online preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): a reward model looks for the gap between student and teacher, within
@@ -121,17 +130,22 @@ optimizers, quantization_config, peft_config:
 
     def __init__(
         self,
-        model,
-        reward_funcs: Any = None,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: RLOOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes: Any = None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         *,
         teacher: Sampler | None = None,
         preference_function: Preference | None = None,
@@ -146,6 +160,7 @@ optimizers, quantization_config, peft_config:
         )
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
+        check_student(model, args)
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
         processing_class = check_student_template(model, processing_class, train_dataset, args)
         pool = PairPool(args.rm_held_out, args.seed)
@@ -170,7 +185,8 @@ optimizers, quantization_config, peft_config:
             peft_config=peft_config,
         )
         keep_gradients(self.model)
-        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset)))
+        settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset or []), None))
+        self._check_student()
         self.parts = parts
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()
@@ -197,6 +213,9 @@ optimizers, quantization_config, peft_config:
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if rewards.isinf().any():  # NaN says that a function gives no reward to this answer
+            place = rewards.isinf().any(0).nonzero()[0].item()
+            require_finite(**{f"rewards/{self.reward_func_names[place]}": math.inf})
         if not self.parts.asks:
             return rewards
         mode = "train" if self.model.training else "eval"
@@ -224,6 +243,7 @@ optimizers, quantization_config, peft_config:
         if mode == "train":
             self._update_reward_model(self.learner, answered, theirs, encoded)
         rewards[:, -1] = self.accelerator.gather(self.learner.score(encoded[mine]))
+        require_finite(**{f"rewards/{self.reward_func_names[-1]}": rewards[:, -1].sum().item()})
         if theirs:
             world, places = self.accelerator.num_processes, [place for group in answered for place in group.places]
             total = self.accelerator.reduce(self.learner.score(theirs[rank::world]).sum(), reduction="sum")
@@ -296,9 +316,11 @@ optimizers, quantization_config, peft_config:
                 self._asker.close()
 
     def training_step(self, *args, **kwargs):
-        if self.learner is not None and not self.learner.warmed_up:
-            self._warm_up(self.learner)
-        return super().training_step(*args, **kwargs)
+        self._look_once()  # before the warm-up samples the student
+        with self._naming_step():
+            if self.learner is not None and not self.learner.warmed_up:
+                self._warm_up(self.learner)
+            return super().training_step(*args, **kwargs)
 
     def _warm_up(self, learner: RewardLearner) -> None:
         self.model.train()  # or its answers would count as an evaluation's

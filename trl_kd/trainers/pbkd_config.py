@@ -12,6 +12,7 @@ from trl_kd.trainers.fields import (
     check_number,
     check_reasoning,
     parse_radius,
+    settle_bf16,
 )
 
 
@@ -35,6 +36,8 @@ class PbKDConfig(DPOConfig):
     with w = `imitation_weight` and λ the dual variable of the constraint `L_DPO ≤ L* + ζ` (offline form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
     docs/method.md).
+
+    Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
         > Parameters of the imitation term
@@ -150,6 +153,7 @@ class PbKDConfig(DPOConfig):
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         self._check_ranges()
+        settle_bf16(self)
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
 

@@ -25,6 +25,7 @@ from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.responses.rendering import LEFT_OUT, OWN
 from trl_kd.sampling.nulls import without_nulls
+from trl_kd.sampling.prompts import begins_twice
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
 
@@ -76,6 +77,11 @@ class RowCounts:
             )
 
 
+def names_teacher(row: dict[str, Any]) -> bool:
+    """Whether rows of such columns say who wrote what. Where they do not, every chosen answer is taken as the teacher's."""
+    return "teacher_side" in row or "teacher" in row
+
+
 def prepare_rows(
     dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, *, imitated: bool = True
 ) -> tuple[Dataset | IterableDataset, RowCounts | None]:
@@ -107,9 +113,9 @@ def prepare_rows(
             f"The {name} dataset lacks the column {' and '.join(map(repr, missing))}: it has {', '.join(sorted(first))}. "
             "Preference data needs 'chosen' and 'rejected' (and 'prompt', unless both begin with it)."
         )
-    if imitated and "teacher_side" not in first and "teacher" not in first:
-        logger.info(
-            f"The {name} dataset says nothing of the teacher: its chosen responses are taken as the teacher's."
+    if imitated and args.imitation_weight and not names_teacher(first):
+        logger.warning(
+            f"The {name} dataset has no column `teacher_side` or `teacher`: every chosen answer is taken as the teacher's."
         )
 
     reader = _RowReader(name, set(first), "prompt" not in first)
@@ -315,18 +321,27 @@ def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
     """Raises a `ValueError` when `tokenizer` cannot render the dataset: messages without a chat template, text without an
-    end token."""
-    first = next(iter(dataset))
+    end token. Warns of text prompts that get a second BOS token."""
+    first: dict[str, Any] = next(iter(dataset))
     if is_conversational(first):
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"The {name} dataset holds messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
                 "set `tokenizer.chat_template` and pass it as `processing_class`, or give the dataset as text."
             )
-    elif tokenizer.eos_token is None:
+        return
+    if tokenizer.eos_token is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, with which every response must "
             "end: set `tokenizer.eos_token` and pass it as `processing_class`."
+        )
+    column = "prompt" if "prompt" in first else "chosen"  # which begins with the prompt, then
+    texts = dataset[column] if isinstance(dataset, Dataset) else [first[column]]
+    count = sum(begins_twice(tokenizer, text) for text in texts)
+    if count:
+        logger.warning(
+            f"{count} prompts of the {name} dataset begin with {tokenizer.bos_token!r}, and the tokenizer writes another "
+            "one before them: take it out of the prompts."
         )
 
 

@@ -5,12 +5,20 @@ micro-batch goes forward once, through `DPOTrainer`'s own loss, and what that fo
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 from trl_kd.losses.dual import DualVariable
@@ -20,6 +28,7 @@ from trl_kd.responses.ends import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
+from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
@@ -32,17 +41,24 @@ from trl_kd.trainers.pbkd_data import (
     each_dataset,
     has_images,
     load_processing_class,
+    names_teacher,
     prepare_rows,
 )
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
 from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
+from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 
 logger = get_logger(__name__)
 
 
-class PbKDTrainer(DualCheckpoints, DPOTrainer):
+class PbKDTrainer(DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
@@ -99,18 +115,23 @@ optimizers, quantization_config, peft_config:
 
     def __init__(
         self,
-        model,
-        ref_model=None,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         *,
         teacher_model: str | PreTrainedModel | None = None,
     ):
@@ -118,6 +139,7 @@ optimizers, quantization_config, peft_config:
         self.row_counts: dict[str, RowCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self.card_teacher: str | None = None
+        self.unnamed_teacher: list[str] = []  # datasets of which every chosen answer is taken as the teacher's
         self._window: Window | None = None  # of the optimizer step under way
         self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
@@ -125,6 +147,7 @@ optimizers, quantization_config, peft_config:
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
+        check_student(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
             train_dataset = self._read_rows(train_dataset, args, "train")
@@ -158,6 +181,7 @@ optimizers, quantization_config, peft_config:
         keep_gradients(self.model)
         self._extend_collator()
         settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(self.train_dataset), None))
+        self._check_student(reference=ref_model)
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------
@@ -175,6 +199,8 @@ optimizers, quantization_config, peft_config:
                 "supported: use 'strip' or 'error', or leave it out."
             )
         dataset, counts = prepare_rows(dataset, name, args)
+        if count and not names_teacher(first):
+            self.unnamed_teacher.append(name)
         if counts is None:
             self._streams = True
         elif count:

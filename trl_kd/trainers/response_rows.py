@@ -24,7 +24,7 @@ from trl_kd.responses.rendering import (
     text_kinds,
 )
 from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.prompts import begins_twice, row_options
+from trl_kd.sampling.prompts import row_options
 
 
 logger = get_logger(__name__)
@@ -144,8 +144,6 @@ class ResponseReader:
         if self.reasoning == "strip":
             dataset = self._map(dataset, self._strip, "Taking the reasoning out of")
         if not is_conversational(first):
-            prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first.get("prompt")]
-            warn_of_second_start(self.processing_class, prompts, f"the {self.name} dataset")
             return dataset
         if not isinstance(dataset, Dataset):
             return dataset.filter(self._can_be_rendered)
@@ -297,14 +295,3 @@ def _has_nulls(column: str, value: Any) -> bool:
     if value is None:
         return column == "chat_template_kwargs"
     return not isinstance(value, str) and value != without_nulls(value)
-
-
-def warn_of_second_start(processing_class: Any, prompts: Iterable[Any], where: str) -> None:
-    """Warns, with their number, of text prompts that begin with the BOS token where the tokenizer puts one there too."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    count = sum(begins_twice(tokenizer, prompt) for prompt in prompts)
-    if count:
-        logger.warning(
-            f"{count} prompts of {where} begin with {tokenizer.bos_token!r}, and the tokenizer writes another one before "
-            "them: take it out of the prompts."
-        )

@@ -23,6 +23,7 @@ from trl_kd.preferences.tokens import encode_answer
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
 from trl_kd.sampling import Text
 from trl_kd.trainers.adversary import descend
+from trl_kd.trainers.finite import require_finite
 from trl_kd.trainers.mm_pbkd_data import LEAST_HELD_OUT, MOST_HELD_OUT
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import PairPool
@@ -190,7 +191,7 @@ class RewardLearner:
                     (sign / len(rows) * self._rewards(chunk)[:, ADVERSARY].sum()).backward()
         for p in self.optimizer.param_groups[0]["params"]:  # a process without a row takes part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        descend(self.optimizer, self._accelerator)
+        descend(self.optimizer, self._accelerator, "the reward model")
         violation = seen.get("violation", math.nan)
         if moves and self.head == ADVERSARY and math.isfinite(violation) and self.dual.step(violation):
             logger.warning(
@@ -218,6 +219,7 @@ class RewardLearner:
             sums_5 += torch.stack([*nll_2, label_entropy(preference_b).sum(), right_b.sum(), strict_b.sum()])
         mle, adversary, entropy, right, strict = self._accelerator.reduce(sums_5, reduction="sum").tolist()
         mle, adversary = (mle - entropy) / len(pairs), (adversary - entropy) / len(pairs)
+        require_finite(**{"pbkd/rm_nll_mle": mle, "pbkd/rm_nll_adv": adversary})
         seen = {"rm_nll_mle": mle, "rm_accuracy": right / strict if strict else math.nan}
         if self.head == ADVERSARY:
             radius = self.dual.radius

@@ -16,7 +16,8 @@ from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
-from trl_kd.sampling.loading import keep_gradients
+from trl_kd.sampling.causal import check_kind
+from trl_kd.sampling.loading import keep_gradients, load_model
 from trl_kd.trainers.fields import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
@@ -58,6 +59,9 @@ def load_reward_model(
                         f"`reward_model` is {source!r}, a classifier without its head: there is no `{name}.weight` among "
                         f"its weights{_other_names(found)}. Give one that has it."
                     )
+                if any(not key.startswith(f"{name}.") for key in found["missing_keys"]):
+                    # Layers before the head, under other names in the language model: they would be random
+                    model = _from_language_model(source, model.dtype, args)
                 zero_head(model)
                 logger.info(f"The reward model's head starts at zero: {source} has none.")
         else:
@@ -69,6 +73,11 @@ def load_reward_model(
             model.enable_input_require_grads()
         keep_gradients(model)
         return RewardModel(model, args.reward_bound, args.rm_lora_r, tokenizer.pad_token_id)
+
+
+def _from_language_model(source: str, dtype: torch.dtype, args: OnlinePbKDConfig) -> PreTrainedModel:
+    options = {"trust_remote_code": args.trust_remote_code, "dtype": dtype, "device_map": None}
+    return from_student(load_model(source, options), dtype, args.trust_remote_code)
 
 
 def _other_names(found: dict[str, Any]) -> str:
@@ -138,6 +147,9 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
     else:
         name, config = get_config_model_id(source.config), source.config
     if isinstance(source, str) and _is_language_model(config):
+        check_kind(
+            config, config.architectures or [], f"The language model {name!r}, of which `reward_model` is to be made,"
+        )
         return name
     # A model in memory keeps the classes of the checkpoint that it began as, until it is saved
     kinds = (config.architectures or []) if isinstance(source, str) else [type(source).__name__]

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.pairs.dataset import join_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
-from trl_kd.pairs.store import LOCK, lock_folder
+from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
@@ -171,6 +171,8 @@ class PbKDRounds:
         self.peft_config = peft_config
         self.callbacks = list(callbacks or [])
         self.show_progress = show_progress
+        if self.args.reasoning is not None:
+            pairs_options.setdefault("reasoning", self.args.reasoning)
         self.pairs_options = pairs_options
         self.folder = RoundsFolder(self.args.output_dir)
         if student is None or isinstance(student, SamplingSettings):

@@ -20,7 +20,7 @@ from trl_kd.pairs.prompts import Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.stored import resume_usage
 from trl_kd.sampling import Request
 from trl_kd.sampling.prompts import encode_prompt
-from trl_kd.trainers.fields import check_integer, check_schedule
+from trl_kd.trainers.fields import check_integer, check_schedule, extend_config
 from trl_kd.trainers.pbkd_data import load_processing_class
 from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
 
@@ -45,6 +45,7 @@ def check_rounds(rounds: Any) -> None:
     Raises:
         `ValueError`, `TypeError`: the sentence names the argument, its value and the way out.
     """
+    rounds.args = _as_begun(rounds.args, rounds.folder.begun_with)
     _check_numbers(rounds)
     if not callable(rounds.student):
         raise TypeError(
@@ -86,7 +87,7 @@ def _check_length(rows: list[PromptRow], tokenizer: Any, limit: int | None) -> N
         )
 
 
-_PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed")
+_PAIRING = ("policy", "max_pairs_per_prompt", "truncated", "seed", "reasoning")
 
 
 def _check_numbers(rounds: Any) -> None:
@@ -158,6 +159,14 @@ def _check_model(rounds: Any) -> None:
             "`reference` is 'previous', but the start is quantized, and an adapter cannot be merged into it without loss: "
             "use 'start', whose reference is the start without its adapter."
         )
+
+
+def _as_begun(args: Any, settings: dict[str, Any]) -> Any:
+    """Rounds on the CPU that were begun in bfloat16, when that was the default there too, go on so."""
+    if getattr(args, "bf16_is_settled", False) and args.use_cpu and settings.get("bf16"):
+        logger.warning("`bf16` is True, since the rounds in `output_dir` were begun so.")
+        return extend_config(args, type(args), bf16=True)
+    return args
 
 
 def describe_rounds(rounds: Any) -> dict[str, Any]:

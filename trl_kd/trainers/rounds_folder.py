@@ -5,13 +5,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.store import differences, listed
 from trl_kd.trainers.fields import without_tokens
+from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.rounds_regret import regret_coefficient
 
 
@@ -44,6 +45,7 @@ _NOT_COMPARED = {
         "per_device_eval_batch_size",
     ),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "dataset_num_proc", "torch_empty_cache_steps"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *(
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -104,6 +106,11 @@ class RoundsFolder:
         """How far a round has got: `None`, `SAMPLED` or `TRAINED`."""
         return (self.record(self.round(number)) or {}).get("stage")
 
+    @property
+    def begun_with(self) -> dict[str, Any]:
+        """The settings of the rounds that are here; empty where there are none."""
+        return (_read(self.path / REPORT) or {}).get("settings", {})
+
     def check(self, settings: dict[str, Any], rounds: int) -> None:
         """
         Compares today's settings, JSON, with those that the folder was begun with. Before anything is trained, those of
@@ -112,7 +119,7 @@ class RoundsFolder:
         Raises:
             `ValueError`: one has changed, or more rounds are there than are asked for; the message names the field.
         """
-        before = (_read(self.path / REPORT) or {}).get("settings", settings)
+        before = self.begun_with or settings
         compared = {*before, *settings} if self._has_trained() else _OF_PAIRS
         changes = [c for name in sorted(compared) for c in _changes(before, settings, name)]
         if changes:
@@ -179,7 +186,17 @@ def _plain(value: Any) -> Any:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], name: str) -> Iterator[str]:
-    return differences(before.get(name), now.get(name), name)
+    """What differs in one setting. Other versions of trl-kd, TRL or transformers have other fields: one that is new had its
+    default before, and one that is gone cannot be set back."""
+    if name in now:
+        yield from differences(before.get(name, _default(name)), now[name], name)
+
+
+def _default(name: str) -> Any:
+    field = PbKDConfig.__dataclass_fields__.get(name)
+    if field is None or field.default is MISSING:
+        return None if field is None or field.default_factory is MISSING else as_json(field.default_factory())
+    return as_json(field.default)
 
 
 def _read(path: Path) -> Any:

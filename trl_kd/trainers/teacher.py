@@ -10,8 +10,13 @@ from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_kd import _trl
+from trl_kd.losses.heads import Head
 from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
+from trl_kd.losses.moments import moment_matching
+from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
+from trl_kd.trainers.output_heads import head_logits, is_split, output_head, output_layer
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
@@ -35,6 +40,8 @@ class Teacher:
     Attributes:
         shared_tokens (`int`, *optional*):
             How many first rows of both output embeddings are tokens, where they are padded to different sizes.
+        own (`OwnLogits`, *optional*):
+            The loaded teacher's own logits, where they are not those of its hidden states and output layer.
     """
 
     def __init__(self, args: "PbKDConfig | MMPbKDConfig", model: PreTrainedModel | None = None):
@@ -42,6 +49,9 @@ class Teacher:
         self.model = model
         self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
         self.shared_tokens: int | None = None
+        self.own: OwnLogits | None = None
+        self.looked_at = False
+        self._tokenizer: Any = None
         self._redirect = _trl.ForwardRedirection()
 
     @classmethod
@@ -109,11 +119,14 @@ class Teacher:
             student (`str` or `PreTrainedModel`):
                 The student, or where it is.
         """
+        self._tokenizer = student_tokenizer
         self._check_tokenizer(student_tokenizer)
         given: Any = self._args.model_init_kwargs or {}
         ours = vocabulary_size(student, self._args, given.get("revision"))
         with self._named():
             theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
+        options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
+        check_named(self.model or self.name, self._who, **options)
         self.shared_tokens = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
 
     def _check_tokenizer(self, student_tokenizer: Any) -> None:
@@ -132,6 +145,10 @@ class Teacher:
             logger.info("The teacher has no tokenizer on disk: only the sizes of the vocabularies are compared.")
             return
         check_same_vocabulary(student_tokenizer, tokenizer)
+
+    @property
+    def _who(self) -> str:
+        return f"The teacher {self.name!r}"
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -159,7 +176,48 @@ class Teacher:
         else:
             model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
         self.model = model
+        if not is_split(accelerator):
+            self.look()
         return self
+
+    def look(self) -> None:
+        """
+        Compares what the losses make of the loaded teacher's hidden states with its own logits, and finds out whether it
+        reads later tokens. `load` has done it, but for weights that are split among the processes: there all of them come
+        here together, before the first step.
+
+        Raises:
+            `ValueError`: it is no causal language model, its logits are NaN, or they cannot be had of split weights.
+        """
+        self.looked_at = True
+        model = self._accelerator.unwrap_model(self.model)
+        if not is_split(self._accelerator):
+            found = self._look_at(model)
+            self.own = None if found is None else found.logits
+        else:
+            with torch.no_grad():
+                found = self._redirect(self.model, model, self._look_at, model)
+            if found is not None:
+                raise ValueError(
+                    f"{self._who}, of the type {model.config.model_type!r}, is split among the processes (ZeRO-3, FSDP), "
+                    f"and {found.reason}: its own logits can be had of whole weights only. Use DDP or ZeRO-2, or another "
+                    "teacher."
+                )
+        if found is not None:
+            logger.info(f"{self._who}: {found.reason}, so that its own logits are taken, a few tokens at a time.")
+
+    def _look_at(self, model: Any) -> NotOwn | None:
+        found = probe(model, self._tokenizer, self._who)
+        check_causality(model, found, self._who)
+        return not_own(model, found, lambda hidden_NH: head_logits(model, hidden_NH))
+
+    def head(self, hidden_NH: torch.Tensor) -> Head:
+        """The teacher's distributions at its hidden states."""
+        return output_head(self._accelerator.unwrap_model(self.model), hidden_NH, self.own)
+
+    def layer(self) -> Head:
+        """The same at no state."""
+        return output_layer(self._accelerator.unwrap_model(self.model), self.own)
 
     def _from_pretrained(self) -> PreTrainedModel:
         given: Any = self._args.teacher_model_init_kwargs
@@ -235,6 +293,12 @@ class Teacher:
 
     def _divergence(self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor) -> torch.Tensor:
         teacher = self._accelerator.unwrap_model(self.model)
+        if self.own is not None:
+            # TRL's loss takes hidden states and a matrix
+            with self._accelerator.autocast():
+                theirs = self.head(teacher_NH)
+            ours = output_head(student, student_NH)
+            return moment_matching(ours, theirs, beta=0.0, vocab_size=self.shared_tokens).divergence_N.sum()
         settings: dict[str, Any] = {}
         for who, model in (("student", student), ("teacher", teacher)):
             head = model.get_output_embeddings()

@@ -1,0 +1,34 @@
+"""Answers without a text in a folder of pairs: what they are due to, so that they are asked for again when it changes."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+NULLS = """
+CREATE {}TABLE IF NOT EXISTS nulls (
+    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, cause TEXT,
+    PRIMARY KEY (source, prompt, sample)) WITHOUT ROWID;
+"""
+"""Answers without a text, and what each is due to: the settings of its source, as JSON. A null cause is not known."""
+
+Causes = Callable[[str | None], Mapping[str, Any]]
+"""What answers without a text, by their finish reason, are due to besides what their source says of itself."""
+
+_FREE = ("prompt_too_long", "bad_request")
+"""Reasons of answers without a text that cost nothing, and that former versions kept whatever was at fault."""
+
+
+def as_cause(description: Any, causes: Mapping[str, Any]) -> str:
+    """What an answer without a text is due to, as it is stored: what its source says of itself, and further `causes`."""
+    return json.dumps({**(description or {}), **causes}, sort_keys=True)
+
+
+def nulls_of(source: str, description: Any) -> tuple[str, Sequence[tuple]]:
+    """A statement that takes the stored answers of a source without a text into the table of these, and its values."""
+    free = ", ".join(map(repr, _FREE))
+    return (
+        "INSERT OR IGNORE INTO nulls SELECT source, prompt, sample, "
+        f"CASE WHEN finish_reason IN ({free}) THEN NULL ELSE ? END FROM answers WHERE source = ? AND text = 'null'",
+        [(as_cause(description, {}), source)],
+    )

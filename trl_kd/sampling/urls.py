@@ -1,0 +1,33 @@
+"""Addresses of servers, with the credentials that may stand in them."""
+
+import base64
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+
+def plain_url(url: str) -> str:
+    """A base URL without credentials, or an error that does not show them."""
+    parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("`base_url` has an '@' after its host: percent-encode '/', '?', '#' and '@' in a password.")
+    host = parts.netloc.rpartition("@")[2]
+    plain = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise ValueError(
+            f"`base_url` is {plain!r}: it must look like 'http://localhost:8000/v1', without '?' and '#'."
+        )
+    return plain
+
+
+def credentials(url: str) -> tuple[str, str] | None:
+    """The user and the password that stand in a URL."""
+    parts = urlsplit(url)
+    return (unquote(parts.username), unquote(parts.password or "")) if parts.username is not None else None
+
+
+def basic(pair: tuple[str, str]) -> str:
+    """A user and a password as HTTP basic authentication sends them."""
+    return base64.b64encode(":".join(pair).encode()).decode()
