@@ -196,7 +196,7 @@ class AnswerStore:
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        if changes and not relabel and self._holds("labels", "preference", _digest(former)):
+        if changes and not relabel and self._has_labels(_digest(former)):
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
@@ -288,10 +288,10 @@ class AnswerStore:
         with self._guard():
             return self._connection.execute(query, (self._preference,)).fetchone()[0]
 
-    def _holds(self, table: str, column: str, value: Any) -> bool:
+    def _has_labels(self, preference: bytes) -> bool:
+        query = "SELECT 1 FROM labels WHERE preference = ? AND value IS NOT NULL LIMIT 1"
         with self._guard():
-            found = self._connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (value,))
-            return found.fetchone() is not None
+            return self._connection.execute(query, (preference,)).fetchone() is not None
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
