@@ -212,8 +212,7 @@ class AnswerStore:
             return self._connection.execute(query, (source,)).fetchone() is not None
 
     def _know_nulls(self, before: dict[str, Any]) -> None:
-        """Takes the answers without a text that a former version has stored for those of the settings `before`. It blamed
-        prompts for contexts that the settings had broken, so that for these the cause is not known."""
+        """Takes the answers without a text that a former version has stored for those of the settings `before`."""
         if not self._noted("nulls"):
             self._write(*(nulls_of(source, before.get(source)) for source in ("teacher", "student")))
             self._note({"nulls": True})
@@ -354,7 +353,7 @@ class AnswerStore:
     def _stale(
         self, source: str, keys: Sequence[bytes], samples: int, causes: Causes | None
     ) -> Iterator[tuple[bytes, int]]:
-        """Answers without a text whose cause is not today's, or not known."""
+        """Answers without a text whose cause is not today's."""
         if source not in self._described:
             return
         columns = "prompt, sample, cause, (SELECT finish_reason FROM answers AS a WHERE a.source = n.source"
