@@ -14,6 +14,7 @@ from trl_kd.sampling.own_logits import (
     evaluating,
     is_allowed,
     log_probs,
+    output_like,
     own_forward,
     probe,
     standing_still,
@@ -85,6 +86,10 @@ class CheckedStudent:
         found = probe(model, self._tokenizer, who)
         check_causality(model, found, who)
         config = model.config.get_text_config()
+        if found.backbone is None:
+            raise ValueError(
+                f"{who}, of the class {type(model).__name__}, calls no backbone, whose hidden states are trained on."
+            )
         capped = [name for name in OTHER_CAPS if getattr(config, name, None)]
         gap = float("inf") if capped else self._head_gap(model, found)
         if gap > tolerance(found.hidden, found.logits):
@@ -116,8 +121,7 @@ class FusedStudent(CheckedStudent):
         labels_LT = torch.cat([found.ids, likely, drawn])
         rows = len(labels_LT)
         hidden = found.output[0].expand(rows, -1, -1)
-        output = (hidden,) if type(found.output) is tuple else type(found.output)(last_hidden_state=hidden)
-        with standing_still(model, output):
+        with standing_still(_trl.backbone(model), output_like(found.output, hidden)):
             ids = found.ids.expand(rows, -1)
             fused = own_forward(model)(
                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_LT, fused_lm_head=True
