@@ -206,8 +206,8 @@ def not_own(model: Any, found: Probe, ours: Callable[[torch.Tensor], torch.Tenso
     """
     if found.backbone is None:
         raise ValueError(
-            f"The class {type(model).__name__} calls no backbone, from whose hidden states log-probabilities are computed: use "
-            "a model of a class in transformers."
+            f"The class {type(model).__name__} calls no backbone, from whose hidden states log-probabilities are computed: "
+            "use a model of a class in transformers."
         )
     config = model.config.get_text_config()
     named = [name for name in OTHER_CAPS if getattr(config, name, None)]

@@ -70,7 +70,6 @@ class CheckedStudent:
         if teacher is not None and not teacher.looked_at:
             teacher.look()
 
-    @torch.no_grad()
     def _look_at_student(self) -> None:
         self._student_looked_at = True
         wrapped = self.model_wrapped
@@ -79,8 +78,10 @@ class CheckedStudent:
             if wrapped is model and not self.is_fsdp_enabled:
                 self._compare_head(model)
             else:
-                _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
+                with torch.no_grad():
+                    _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
 
+    @torch.no_grad()
     def _compare_head(self, model: Any, who: str | None = None) -> None:
         who = who or _who(model)
         found = probe(model, self._tokenizer, who)
@@ -92,7 +93,7 @@ class CheckedStudent:
             )
         capped = [name for name in OTHER_CAPS if getattr(config, name, None)]
         gap = float("inf") if capped else self._head_gap(model, found)
-        if gap > tolerance(found.hidden, found.logits):
+        if not gap <= tolerance(found.hidden, found.logits):  # NaN neither
             seen = f"has log-probabilities that differ by {gap:.2g} nats from those that the loss makes of its hidden states"
             if capped:
                 seen = f"caps its logits by `{capped[0]}`, which the loss does not apply"
@@ -103,17 +104,16 @@ class CheckedStudent:
             )
 
     def _head_gap(self, model: Any, found: Probe) -> float:
-        """How far the log-probabilities of the loss are from the student's own, in nats, on average."""
+        """How far the loss's log-probabilities are from the student's own on average, in nats at a temperature of 1."""
         return difference(head_logits(model, found.hidden), found.logits)
 
 
 class FusedStudent(CheckedStudent):
     """For trainers whose log-probabilities come from the fused output layer that TRL gives to the student."""
 
-    temperature: float
-
     def _head_gap(self, model, found):
-        own_TV = log_probs(found.logits[:-1].float() / getattr(self, "temperature", 1.0))
+        temperature = getattr(self, "temperature", 1.0)
+        own_TV = log_probs(found.logits[:-1].float() / temperature)
         count, words = found.ids.size(1), own_TV.size(1)
         # The text itself, what the model would say, and any words
         drawn = torch.randint(0, words, (6, count), generator=torch.Generator().manual_seed(2)).to(found.ids)
@@ -129,4 +129,4 @@ class FusedStudent(CheckedStudent):
         ours_LT = fused.log_probs[:, 1 - count :].float()
         labels_TL = labels_LT[:, 1:].T.to(own_TV.device)
         own_TL, allowed_TL = own_TV.gather(1, labels_TL), is_allowed(found.logits[:-1]).gather(1, labels_TL)
-        return (ours_LT.T.to(own_TL.device) - own_TL)[allowed_TL].abs().mean().item()
+        return temperature * (ours_LT.T.to(own_TL.device) - own_TL)[allowed_TL].abs().mean().item()
