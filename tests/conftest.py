@@ -26,12 +26,8 @@ OLDEST = (
     *("trainers/test_pbkd_data.py", "trainers/test_mm_pbkd_input.py", "trainers/test_online_pbkd_input.py"),
     *("trainers/test_pbkd_equals_dpo.py", "trainers/test_mm_pbkd_equals.py", "trainers/test_online_pbkd_equals.py"),
     *("trainers/test_bf16.py", "trainers/test_rounds_parts.py"),
-    *(
-        "scripts/test_pbkd_run.py",
-        "scripts/test_pbkd_input.py",
-        "scripts/test_mm_pbkd_run.py",
-        "scripts/test_rounds.py",
-    ),
+    *("scripts/test_pbkd_run.py", "scripts/test_pbkd_input.py", "scripts/test_mm_pbkd_run.py"),
+    *("scripts/test_online_pbkd.py", "scripts/test_rounds.py"),
 )
 """Tests that run with the lower bounds of the dependencies too: data and stores, servers, parity with TRL's trainers, and
 training by the commands."""

@@ -110,4 +110,5 @@ def logit_scale(config: Any) -> float:
 def backbone(model: Any) -> Any:
     """The part of a causal language model (PEFT-wrapped or not) that ends before the output embedding."""
     causal_lm = model.get_base_model() if is_peft_model(model) else model
-    return causal_lm.base_model
+    base = causal_lm.base_model
+    return getattr(causal_lm, "model", base) if base is causal_lm else base  # Llama 4's text model names no base

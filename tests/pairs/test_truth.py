@@ -243,6 +243,19 @@ def test_reasoning_inside_answers_is_counted(tmp_path):
     assert "3 with reasoning inside" in (tmp_path / "README.md").read_text()
 
 
+def test_labels_that_are_all_null_bind_to_no_judge(tmp_path):
+    def script(body, number):
+        return chat("I cannot say." if body["model"] == "judge" else "fine")
+
+    with FaultServer(script) as server:
+        assert set(build(tmp_path, server, preference=judge(server))["preference"]) == {None}
+        server.script = fine
+        other = LLMJudge("judge", ServerClient(server.url), both_orders=False)
+        assert set(build(tmp_path, server, preference=other)["preference"]) == {1.0}
+        with pytest.raises(ValueError, match="labels of another preference"):
+            build(tmp_path, server, preference=judge(server))
+
+
 @pytest.mark.parametrize("unread", [2, 3])
 def test_replies_of_a_judge_that_cannot_be_read_are_shown_if_they_are_many(tmp_path, unread):
     def script(body, number):

@@ -263,6 +263,22 @@ def test_a_malformed_reply_costs_one_comparison_only(monkeypatch):
             judge(server, both_orders=False, client={"max_retries": 1})(["q"], ["odd"], ["y"])
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_a_judge_that_gives_no_verdict_is_stopped_after_twenty_replies(both):
+    labels = {}
+    with FaultServer(lambda *_: chat("They are alike.")) as server:
+        made = judge(server, both_orders=both, client={"max_concurrency": 2})
+        with pytest.raises(
+            ServerError, match=r"first 2\d replies of the judge 'j' .* e.g. 'They are alike. \(stop\)'"
+        ):
+            take(labels, made.stream(["q"] * 50, ["a"] * 50, [f"b{i}" for i in range(50)]))
+        assert not labels
+        assert server.count < 30
+        server.script = lambda body, number: verdict("A") if "b49" in str(body) else chat("They are alike.")
+        few = judge(server, both_orders=both)(["q"] * 3, ["a"] * 3, ["b1", "b2", "b49"])
+    assert few == [None, None, 0.5 if both else 1.0]
+
+
 def test_three_replies_without_a_verdict_are_kept():
     long = "x" * 400 + "Verdict: none"
     with FaultServer(lambda body, number: chat(long if number == 0 else f"reply {number}")) as server:

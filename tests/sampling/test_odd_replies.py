@@ -277,14 +277,17 @@ def test_one_refused_prompt_does_not_end_the_asking_for_several():
     def script(body, number):
         if body["messages"][-1]["content"] == "bad":
             return error(400, "it is bad")
-        return chat(*(f"{number} {i}" for i in range(body.get("n", 1))))
+        silent = body["messages"][-1]["content"] == "silent"
+        return chat(*(f"{number} {i}" for i in range(0 if silent else body.get("n", 1))))
 
     with FaultServer(script) as server:
         sampler = ServerSampler("m", ServerClient(server.url, max_concurrency=1))
-        requests = [Request(str(i), text, (0, 1, 2)) for i, text in enumerate(("bad", "good", "better"))]
+        requests = [Request(str(i), text, (0, 1, 2)) for i, text in enumerate(("bad", "good", "silent"))]
         answers = [(request.key, answer.finish_reason) for request, _, answer in sampler.sample(requests)]
-    assert sorted(answers) == [("0", "bad_request")] * 3 + [("1", "stop")] * 3 + [("2", "stop")] * 3
-    assert server.count == 5  # three for the bad one
+        assert sorted(answers) == [("0", "bad_request")] * 3 + [("1", "stop")] * 3 + [("2", "empty")] * 3
+        server.bodies.clear()
+        assert len(list(sampler.sample([Request("3", "better", (0, 1, 2))]))) == 3
+        assert server.count == 1
 
 
 @pytest.mark.parametrize("is_refused", [True, False])

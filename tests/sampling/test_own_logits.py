@@ -10,9 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     ModernBertDecoderConfig,
+    OPTConfig,
     RecurrentGemmaConfig,
     xLSTMConfig,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from tests.conftest import CHARACTERS, make_model, make_tokenizer
 from trl_kd.losses.heads import Head
@@ -101,6 +103,9 @@ ORDINARY = {
             **SIZES, **LAYERS, head_dim=8, num_key_value_heads=2, final_logit_softcapping=1.5, initializer_range=0.5
         )
     ),
+    "a decoder inside its backbone": lambda: AutoModelForCausalLM.from_config(
+        OPTConfig(**SIZES, num_hidden_layers=2, ffn_dim=48, word_embed_proj_dim=32)
+    ).eval(),
     "masked words that are never said": lambda: masked_model(-50.0),
 }
 
@@ -184,6 +189,17 @@ def test_dropout_is_off_meanwhile():
     )
     logits = [probe(model.train(mode), make_tokenizer(), "The model").logits for mode in (True, False)]
     assert torch.equal(*logits)
+
+
+def test_a_model_without_a_backbone_is_told():
+    """It can be sampled, but no loss can be computed."""
+
+    model = make_model().eval()
+    words, head = model.model.embed_tokens, model.lm_head
+    model.forward = lambda input_ids, **kwargs: CausalLMOutput(logits=head(words(input_ids)))
+    found = probe(model, make_tokenizer(), "The model")
+    with pytest.raises(ValueError, match="The class LlamaForCausalLM calls no backbone"):
+        not_own(model, found, lambda hidden_NH: hidden_NH)
 
 
 def test_broken_weights_are_told():

@@ -193,6 +193,8 @@ def test_a_pair_that_has_no_label(case, folder, pairs):
         rows = table(pairs(*servers(server, "teacher"), "--student_column", "s", *VERIFIER, *words, "--dry_run"))
     said = "null: the texts are equal" if case == "equal" else "no pair to label"
     assert rows["preference"][0].startswith(said)
+    if case == "refused":
+        assert rows["teacher"][0].startswith('no answer (content_filter): {"finish_reason"')
 
 
 def test_columns_cost_nothing_and_are_shown(folder, pairs):

@@ -7,16 +7,13 @@ from typing import Any
 
 NULLS = """
 CREATE {}TABLE IF NOT EXISTS nulls (
-    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, cause TEXT,
+    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, cause TEXT NOT NULL,
     PRIMARY KEY (source, prompt, sample)) WITHOUT ROWID;
 """
-"""Answers without a text, and what each is due to: the settings of its source, as JSON. A null cause is not known."""
+"""Answers without a text, and what each is due to: the settings of its source, as JSON."""
 
 Causes = Callable[[str | None], Mapping[str, Any]]
 """What answers without a text, by their finish reason, are due to besides what their source says of itself."""
-
-_FREE = ("prompt_too_long", "bad_request")
-"""Reasons of answers without a text that cost nothing, and that former versions kept whatever was at fault."""
 
 
 def as_cause(description: Any, causes: Mapping[str, Any]) -> str:
@@ -25,10 +22,10 @@ def as_cause(description: Any, causes: Mapping[str, Any]) -> str:
 
 
 def nulls_of(source: str, description: Any) -> tuple[str, Sequence[tuple]]:
-    """A statement that takes the stored answers of a source without a text into the table of these, and its values."""
-    free = ", ".join(map(repr, _FREE))
+    """A statement that takes the answers without a text that a former version has stored into the table of these, and its
+    values. Their causes hold no address: what a server refused is asked for again, since that version blamed prompts for
+    contexts that the settings had broken."""
     return (
-        "INSERT OR IGNORE INTO nulls SELECT source, prompt, sample, "
-        f"CASE WHEN finish_reason IN ({free}) THEN NULL ELSE ? END FROM answers WHERE source = ? AND text = 'null'",
+        "INSERT OR IGNORE INTO nulls SELECT source, prompt, sample, ? FROM answers WHERE source = ? AND text = 'null'",
         [(as_cause(description, {}), source)],
     )

@@ -189,7 +189,7 @@ class AnswerStore:
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        is_labelled = self._holds("labels", "preference", _digest(former)) or former == self._written_preference()
+        is_labelled = self._has_labels(_digest(former)) or former == self._written_preference()
         if changes and not relabel and is_labelled:
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
@@ -206,8 +206,7 @@ class AnswerStore:
             return self._connection.execute(query, (source,)).fetchone() is not None
 
     def _know_nulls(self, before: dict[str, Any]) -> None:
-        """Takes the answers without a text that a former version has stored for those of the settings `before`. It blamed
-        prompts for contexts that the settings had broken, so that for these the cause is not known."""
+        """Takes the answers without a text that a former version has stored for those of the settings `before`."""
         if not self._noted("nulls"):
             self._write(*(nulls_of(source, before.get(source)) for source in ("teacher", "student")))
             self._note({"nulls": True})
@@ -289,10 +288,10 @@ class AnswerStore:
         with self._guard():
             return self._connection.execute(query, (self._preference,)).fetchone()[0]
 
-    def _holds(self, table: str, column: str, value: Any) -> bool:
+    def _has_labels(self, preference: bytes) -> bool:
+        query = "SELECT 1 FROM labels WHERE preference = ? AND value IS NOT NULL LIMIT 1"
         with self._guard():
-            found = self._connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", (value,))
-            return found.fetchone() is not None
+            return self._connection.execute(query, (preference,)).fetchone() is not None
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""
@@ -355,7 +354,7 @@ class AnswerStore:
     def _stale(
         self, source: str, keys: Sequence[bytes], samples: int, causes: Causes | None
     ) -> Iterator[tuple[bytes, int]]:
-        """Answers without a text whose cause is not today's, or not known."""
+        """Answers without a text whose cause is not today's."""
         if source not in self._described:
             return
         columns = "prompt, sample, cause, (SELECT finish_reason FROM answers AS a WHERE a.source = n.source"

@@ -51,6 +51,9 @@ _VERDICT = re.compile(
 )
 _SHOWN_CHARACTERS, _SHOWN_REPLIES = 300, 3
 
+USELESS = 20
+"""Replies without a verdict that stop a judge which has given none."""
+
 
 class LLMJudge:
     """
@@ -136,6 +139,8 @@ class LLMJudge:
         self._judged_twice = 0
         self._refuses_logprobs = False
         self._has_replied = False
+        self._has_verdict = False
+        self._unread = 0
 
     @property
     def usage(self) -> Usage:
@@ -170,14 +175,35 @@ class LLMJudge:
         """The labels of a batch as they arrive, each with its place in the batch.
 
         Raises:
-            `ServerError`: the server refused a request, or could not be had after all retries.
+            `ServerError`: the server refused a request, could not be had after all retries, or has given 20 replies, and no
+            verdict in any.
             `BudgetExceeded`: a cap of the client is reached.
         """
         comparisons = enumerate(zip(prompts, first, second, strict=True))
         # No more are begun than can be asked at once: each half-done one would be lost, and paid again, were this killed
         places = asyncio.Semaphore(self.client.capacity)
-        for index, verdicts in self.client.run(comparisons, partial(self._compare, places)):
-            yield index, self._label(verdicts)
+        held: list[int] = []  # without a label, as long as no verdict was read: nothing of them is kept if none can be
+        try:
+            for index, verdicts in self.client.run(comparisons, partial(self._compare, places)):
+                label = self._label(verdicts)
+                if label is None and not self._has_verdict:
+                    held.append(index)
+                else:
+                    yield from ((other, None) for other in held)
+                    held = []
+                    yield index, label
+                if self._unread >= USELESS and not self._has_verdict:
+                    break
+        except Exception:
+            yield from ((other, None) for other in held)
+            raise
+        if self._unread >= USELESS and not self._has_verdict:
+            raise ServerError(
+                f"The first {self._unread} replies of the judge {self.model!r} have no verdict that can be read, e.g. "
+                f"{self.unreadable[0]!r}: its template must ask for a last line such as `Verdict: A`, and `max_new_tokens` "
+                f"(now {self.max_new_tokens}) must leave room for it."
+            )
+        yield from ((other, None) for other in held)
 
     async def _compare(
         self, places: asyncio.Semaphore, ask: Ask, item: Any, emit: Callable[[tuple[int, Any]], None]
@@ -251,7 +277,9 @@ class LLMJudge:
         choice = _as_chat(choice) if self.completions else choice
         verdict = read_verdict(choice)
         if verdict is None:
+            self._unread += 1
             self._keep_unread(f"{choice['message']['content'] or 'nothing'} ({choice['finish_reason']})")
+        self._has_verdict |= verdict is not None
         return verdict
 
     def _keep_unread(self, said: str) -> None:

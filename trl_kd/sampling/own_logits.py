@@ -38,14 +38,15 @@ class Probe(NamedTuple):
             The model's own.
         hidden (`torch.Tensor` of shape `[T, H]`):
             Its hidden states, which its backbone ends with.
-        output:
-            What the backbone returned.
+        output, backbone (`torch.nn.Module`):
+            What the backbone returned, and what the model's forward calls as such. `None` where it calls none.
     """
 
     ids: torch.Tensor
     logits: torch.Tensor
     hidden: torch.Tensor
     output: Any
+    backbone: Any
 
 
 class NotOwn(NamedTuple):
@@ -93,16 +94,28 @@ def run(model: Any, ids: torch.Tensor) -> Probe:
     base = _trl.backbone(model)
     device = next(base.parameters()).device
     ids = ids.to(device)
-    captured: list[Any] = []
-    hook = base.register_forward_hook(lambda *args: captured.append(args[-1]))
+    # OPT's and BART's language models call the decoder inside their backbone
+    called = [module for module in (base, getattr(base, "decoder", None)) if isinstance(module, torch.nn.Module)]
+    captured: dict[Any, Any] = {}
+    hooks = [module.register_forward_hook(lambda *args: captured.update({args[0]: args[-1]})) for module in called]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), _attention_dtype(model, device):
             logits = own_forward(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
-        hook.remove()
-    hidden = captured[-1][0]
+        for hook in hooks:
+            hook.remove()
     # Prompt learning puts virtual tokens in front
-    return Probe(ids, logits[0, -ids.size(1) :], hidden[0, -ids.size(1) :], captured[-1])
+    logits = logits[0, -ids.size(1) :]
+    backbone = next((module for module in called if module in captured), None)
+    if backbone is None:  # of code that is not transformers' own: nobody needs it to sample
+        return Probe(ids, logits, logits[:, :0], None, None)
+    output = captured[backbone]
+    return Probe(ids, logits, output[0][0, -ids.size(1) :], output, backbone)
+
+
+def output_like(output: Any, hidden: torch.Tensor) -> Any:
+    """What a backbone that has returned `output` would return with these hidden states."""
+    return (hidden,) if isinstance(output, tuple) else type(output)(last_hidden_state=hidden)
 
 
 def own_forward(model: Any) -> Callable:
@@ -191,6 +204,11 @@ def not_own(model: Any, found: Probe, ours: Callable[[torch.Tensor], torch.Tenso
     Returns:
         `NotOwn`, *optional*: how they differ; `None` where they are the same.
     """
+    if found.backbone is None:
+        raise ValueError(
+            f"The class {type(model).__name__} calls no backbone, from whose hidden states log-probabilities are computed: "
+            "use a model of a class in transformers."
+        )
     config = model.config.get_text_config()
     named = [name for name in OTHER_CAPS if getattr(config, name, None)]
     if named:
@@ -209,17 +227,16 @@ def not_own(model: Any, found: Probe, ours: Callable[[torch.Tensor], torch.Tenso
 
 
 @contextmanager
-def standing_still(model: Any, output: Any) -> Iterator[None]:
-    """The model's backbone returns `output` meanwhile, whatever it is given."""
-    base = _trl.backbone(model)
-    own = vars(base).get("forward")
-    base.forward = lambda *args, **kwargs: output
+def standing_still(backbone: Any, output: Any) -> Iterator[None]:
+    """The backbone returns `output` meanwhile, whatever it is given."""
+    own = vars(backbone).get("forward")
+    backbone.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        del base.forward
+        del backbone.forward
         if own is not None:
-            base.forward = own
+            backbone.forward = own
 
 
 class OwnLogits:
@@ -239,15 +256,15 @@ class OwnLogits:
     """
 
     def __init__(self, model: Any, found: Probe):
-        self.model, self.words, self._kind = model, found.logits.size(-1), type(found.output)
+        self.model, self.words, self._backbone = model, found.logits.size(-1), found.backbone
+        self._output = output_like(found.output, found.hidden[:0])  # its class is needed, not what is in it
 
     @torch.no_grad()
     def __call__(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Logits `[N, V]` of hidden states `[N, H]`."""
         hidden = hidden_NH.detach().unsqueeze(0)
-        output = (hidden,) if issubclass(self._kind, tuple) else self._kind(last_hidden_state=hidden)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with standing_still(self.model, output):
+        with standing_still(self._backbone, output_like(self._output, hidden)):
             return own_forward(self.model)(input_ids=ids, use_cache=False).logits[0]
 
     def under_autocast(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -278,7 +278,8 @@ def _duration(seconds: float) -> str:
 
 
 def _said(answer: Answer) -> str:
-    return _short(answer.text) + (f" ({answer.finish_reason})" if answer.finish_reason else "")
+    said = f": {_short(answer.said)}" if answer.said else ""
+    return _short(answer.text) + (f" ({answer.finish_reason})" if answer.finish_reason else "") + said
 
 
 def _short(text: Any) -> str:

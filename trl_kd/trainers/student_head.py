@@ -14,6 +14,7 @@ from trl_kd.sampling.own_logits import (
     evaluating,
     is_allowed,
     log_probs,
+    output_like,
     own_forward,
     probe,
     standing_still,
@@ -69,7 +70,6 @@ class CheckedStudent:
         if teacher is not None and not teacher.looked_at:
             teacher.look()
 
-    @torch.no_grad()
     def _look_at_student(self) -> None:
         self._student_looked_at = True
         wrapped = self.model_wrapped
@@ -78,16 +78,22 @@ class CheckedStudent:
             if wrapped is model and not self.is_fsdp_enabled:
                 self._compare_head(model)
             else:
-                _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
+                with torch.no_grad():
+                    _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
 
+    @torch.no_grad()
     def _compare_head(self, model: Any, who: str | None = None) -> None:
         who = who or _who(model)
         found = probe(model, self._tokenizer, who)
         check_causality(model, found, who)
         config = model.config.get_text_config()
+        if found.backbone is None:
+            raise ValueError(
+                f"{who}, of the class {type(model).__name__}, calls no backbone, whose hidden states are trained on."
+            )
         capped = [name for name in OTHER_CAPS if getattr(config, name, None)]
         gap = float("inf") if capped else self._head_gap(model, found)
-        if gap > tolerance(found.hidden, found.logits):
+        if not gap <= tolerance(found.hidden, found.logits):  # NaN neither
             seen = f"has log-probabilities that differ by {gap:.2g} nats from those that the loss makes of its hidden states"
             if capped:
                 seen = f"caps its logits by `{capped[0]}`, which the loss does not apply"
@@ -98,17 +104,16 @@ class CheckedStudent:
             )
 
     def _head_gap(self, model: Any, found: Probe) -> float:
-        """How far the log-probabilities of the loss are from the student's own, in nats, on average."""
+        """How far the loss's log-probabilities are from the student's own on average, in nats at a temperature of 1."""
         return difference(head_logits(model, found.hidden), found.logits)
 
 
 class FusedStudent(CheckedStudent):
     """For trainers whose log-probabilities come from the fused output layer that TRL gives to the student."""
 
-    temperature: float
-
     def _head_gap(self, model, found):
-        own_TV = log_probs(found.logits[:-1].float() / getattr(self, "temperature", 1.0))
+        temperature = getattr(self, "temperature", 1.0)
+        own_TV = log_probs(found.logits[:-1].float() / temperature)
         count, words = found.ids.size(1), own_TV.size(1)
         # The text itself, what the model would say, and any words
         drawn = torch.randint(0, words, (6, count), generator=torch.Generator().manual_seed(2)).to(found.ids)
@@ -116,8 +121,7 @@ class FusedStudent(CheckedStudent):
         labels_LT = torch.cat([found.ids, likely, drawn])
         rows = len(labels_LT)
         hidden = found.output[0].expand(rows, -1, -1)
-        output = (hidden,) if type(found.output) is tuple else type(found.output)(last_hidden_state=hidden)
-        with standing_still(model, output):
+        with standing_still(_trl.backbone(model), output_like(found.output, hidden)):
             ids = found.ids.expand(rows, -1)
             fused = own_forward(model)(
                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_LT, fused_lm_head=True
@@ -125,4 +129,4 @@ class FusedStudent(CheckedStudent):
         ours_LT = fused.log_probs[:, 1 - count :].float()
         labels_TL = labels_LT[:, 1:].T.to(own_TV.device)
         own_TL, allowed_TL = own_TV.gather(1, labels_TL), is_allowed(found.logits[:-1]).gather(1, labels_TL)
-        return (ours_LT.T.to(own_TL.device) - own_TL)[allowed_TL].abs().mean().item()
+        return temperature * (ours_LT.T.to(own_TL.device) - own_TL)[allowed_TL].abs().mean().item()
