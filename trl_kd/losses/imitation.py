@@ -61,3 +61,23 @@ def generalized_cross_entropy(logps: torch.Tensor, q: float) -> torch.Tensor:
         `torch.Tensor` of the same shape, in [0, 1/q].
     """
     return -logps if q == 0 else -torch.expm1(q * logps) / q
+
+
+def imitation_losses(logps_BT: torch.Tensor, is_end_BT: torch.Tensor, q: float) -> torch.Tensor:
+    """
+    ℓ_q of each token, but −log π of end tokens: with q > 0 a rare one, such as the end of an answer, would hardly be learnt.
+
+    Args:
+        logps_BT (`torch.Tensor` of shape `[B, T]`):
+            log π of the tokens, at most 0. Zero has no loss.
+        is_end_BT (`torch.Tensor` of shape `[B, T]`):
+            Whether it is an end token.
+        q (`float`):
+            In [0, 1], see [`generalized_cross_entropy`].
+
+    Returns:
+        `torch.Tensor` of shape `[B, T]`.
+    """
+    if q == 0:
+        return -logps_BT
+    return torch.where(is_end_BT, -logps_BT, generalized_cross_entropy(logps_BT, q))

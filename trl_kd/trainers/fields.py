@@ -31,16 +31,16 @@ EOS_TOKEN_METADATA: dict[str, Any] = {
 logger = logging.getLogger(__name__)  # accelerate's waits for a state, which `TrainingArguments` makes
 
 
-def parse_radius(value: float | str | None) -> float | str:
-    """`confidence_radius` as a number or 'theory'. The command line and YAML hand over a union with `str` as a string."""
+def parse_radius(value: float | str | None, name: str = "confidence_radius", default: float = 0.0) -> float | str:
+    """The field `name` as a number or 'theory'. The command line and YAML hand over a union with `str` as a string."""
     if value is None:
-        return 0.0
+        return default
     if isinstance(value, str) and value != "theory":
         try:
             return float(value)
         except ValueError:
             raise ValueError(
-                f"`confidence_radius` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
+                f"`{name}` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
             ) from None
     return value
 

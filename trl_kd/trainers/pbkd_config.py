@@ -14,6 +14,7 @@ from trl_kd.trainers.fields import (
     parse_radius,
     settle_bf16,
 )
+from trl_kd.trainers.imitation_config import ImitationConfig, is_changed
 
 
 # TRL refuses another one in the middle of the first step
@@ -22,10 +23,17 @@ _LOSS_TYPES = {
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 }
+_OF_PREFERENCE_TERM = (
+    *("beta", "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting"),
+    *("sync_ref_model", "precompute_ref_log_probs", "preference_nll_target", "confidence_radius"),
+)
+"""What nothing but the preference term reads."""
+_WITHOUT_PREFERENCE_TERM = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
+"""What is read only where the preference term is off."""
 
 
 @dataclass
-class PbKDConfig(DPOConfig):
+class PbKDConfig(DPOConfig, ImitationConfig):
     r"""
     Configuration class for the [`PbKDTrainer`].
 
@@ -36,6 +44,13 @@ class PbKDConfig(DPOConfig):
     with w = `imitation_weight` and λ the dual variable of the constraint `L_DPO ≤ L* + ζ` (offline form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
     docs/method.md).
+
+    With `dual_init=0` and `dual_learning_rate=0` the preference term is off. Then the preferences weigh the teacher's
+    responses, and the loss is
+
+        L(θ) = w · Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|)
+
+    No reference model and no other response is run.
 
     Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
@@ -56,6 +71,21 @@ class PbKDConfig(DPOConfig):
             Keyword arguments for the teacher's `from_pretrained`. `{"load_in_4bit": true}` and the other fields of
             [`~transformers.BitsAndBytesConfig`] load a quantised teacher.
 
+        > Parameters of the imitation term where the preference term is off
+
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+            ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a teacher's response that is preferred with the probability
+            p. `0.0`: (2p − 1)₊, so that ties and losses have the weight 0. `inf`: 1, plain imitation. `"theory"`:
+            c·log(N/δ)/N with N the number of training rows with a known preference (not for streamed data).
+        imitation_q (`float`, *optional*):
+            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5 for
+            `imitation="sequence"` and 0 for `"token"`, which has no other.
+        imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
+            Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
+        imitation_min_score (`float`, *optional*):
+            Where the columns `score_chosen` and `score_rejected` hold absolute scores: the weight is 1 if the score of the
+            teacher's response is at least this, else 0. Where the score is missing, the label decides.
+
         > Parameters of the data
 
         reasoning (`str`, *optional*):
@@ -69,7 +99,7 @@ class PbKDConfig(DPOConfig):
         > Parameters of the constraint
 
         dual_init (`float`, *optional*, defaults to `1.0`):
-            λ at the start; in [0, `dual_max`].
+            λ at the start; in [0, `dual_max`]. The preference term is off if this and `dual_learning_rate` are 0.
         dual_learning_rate (`float`, *optional*, defaults to `0.0`):
             η_λ ≥ 0: λ ← clip(λ + η_λ·violation, 0, `dual_max`) after each optimizer step. `0.0` keeps λ fixed. Above
             zero it needs `loss_type="sigmoid"` and `preference_nll_target`.
@@ -79,9 +109,9 @@ class PbKDConfig(DPOConfig):
             ζ ≥ 0 in nats per pair, the slack of the constraint; or `"theory"` for c·log(N/δ)/N with N the number of
             training rows with a known preference (not for streamed data).
         confidence_constant (`float`, *optional*, defaults to `1.0`):
-            c > 0, for `confidence_radius="theory"`.
+            c > 0, for a radius of `"theory"`.
         confidence_delta (`float`, *optional*, defaults to `0.05`):
-            δ in (0, 1), for `confidence_radius="theory"`.
+            δ in (0, 1), for a radius of `"theory"`.
         preference_nll_target (`float`, *optional*):
             L* ≥ 0 in nats per pair, the best reachable preference NLL, in excess of the labels' own entropy (which is
             zero for hard labels). Measure it: the final `pbkd/preference_nll` of a run with fixed λ.
@@ -95,7 +125,9 @@ class PbKDConfig(DPOConfig):
 
     imitation_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight w of the imitation term in L = w·β·L_imit + λ·L_DPO; at least 0."},
+        metadata={
+            "help": "Weight w of the imitation term in L = w·β·L_imit + λ·L_DPO, or w·L_imit for λ = 0; at least 0."
+        },
     )
     imitation: str = field(
         default="sequence",
@@ -117,11 +149,9 @@ class PbKDConfig(DPOConfig):
         default=0.0,
         metadata={"help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N."},
     )
-    confidence_constant: float = field(
-        default=1.0, metadata={"help": "Constant c of confidence_radius='theory'; above 0."}
-    )
+    confidence_constant: float = field(default=1.0, metadata={"help": "Constant c of a radius of 'theory'; above 0."})
     confidence_delta: float = field(
-        default=0.05, metadata={"help": "Failure probability δ of confidence_radius='theory'; in (0, 1)."}
+        default=0.05, metadata={"help": "Failure probability δ of a radius of 'theory'; in (0, 1)."}
     )
     preference_nll_target: float | None = field(
         default=None,
@@ -152,10 +182,24 @@ class PbKDConfig(DPOConfig):
         self.confidence_radius = parse_radius(self.confidence_radius)
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
+        self.check_imitation()
         self._check_ranges()
         settle_bf16(self)
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
+        self._check_terms()
+
+    @property
+    def has_preference_term(self) -> bool:
+        """Whether the loss has the term λ·L_DPO: λ is above 0, or can come to be."""
+        return self.dual_init > 0 or self.dual_learning_rate > 0
+
+    @property
+    def final_imitation_q(self) -> float:
+        """q of ℓ_q after its warm-up."""
+        if self.imitation_q is not None:
+            return self.imitation_q
+        return 0.5 if self.imitation == "sequence" else 0.0
 
     def _check_ranges(self) -> None:
         check_reasoning(self.reasoning)
@@ -230,3 +274,30 @@ class PbKDConfig(DPOConfig):
                         f"`{name}` is set but `imitation='sequence'` reads the teacher's texts, not its weights: set "
                         f"`imitation='token'` or drop `{name}`."
                     )
+
+    def _check_terms(self) -> None:
+        """Refuses fields of a term that is not in the loss."""
+        if self.has_preference_term:
+            for name in _WITHOUT_PREFERENCE_TERM:
+                if is_changed(self, name):
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, which is read only where the preference term is off, and "
+                        f"`dual_init` is {self.dual_init}: set `dual_init=0` (and `dual_learning_rate=0`), or drop `{name}`."
+                    )
+            return
+        for name in _OF_PREFERENCE_TERM:
+            if is_changed(self, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, which only the preference term reads, and that is off, since "
+                    f"`dual_init` and `dual_learning_rate` are 0: drop `{name}`, or set `dual_init` above 0."
+                )
+        if self.imitation_weight == 0:
+            raise ValueError(
+                "`imitation_weight` is 0 and so are `dual_init` and `dual_learning_rate`: the loss has no term. Set one of "
+                "them above 0."
+            )
+        if self.imitation == "token" and self.final_imitation_q > 0:
+            raise ValueError(
+                f"`imitation_q` is {self.imitation_q} and `imitation` 'token', whose loss is KL(teacher ‖ student), that of "
+                "q = 0: drop `imitation_q`, or use `imitation='sequence'`."
+            )

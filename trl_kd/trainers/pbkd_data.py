@@ -37,6 +37,7 @@ OUR_COLUMNS = (*LABEL_COLUMNS, *KIND_COLUMNS, *REASON_COLUMNS)
 """Columns of a row that are read here and unknown to TRL's collators."""
 BATCH_KEYS = (*LABEL_COLUMNS, "own_mask")
 """What a batch has beside TRL's."""
+SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SIDES: dict[str | None, int] = {None: NO_TEACHER, "chosen": CHOSEN, "rejected": REJECTED}
 
 
@@ -268,7 +269,8 @@ class _RowReader:
             if text is not None:
                 third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
                 reasons = {column: row.get("teacher_finish_reason") for column in REASON_COLUMNS if column in row}
-                expanded.append({**row, **third, **reasons})
+                scores = dict.fromkeys(column for column in SCORE_COLUMNS if column in row)  # which are of the others
+                expanded.append({**row, **third, **reasons, **scores})
         return {column: [row[column] for row in expanded] for column in expanded[0]}
 
 

@@ -1,9 +1,9 @@
 """What one optimizer step of `PbKDTrainer` needs beside TRL's loss: counts over its global batch, and one forward kept."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -12,51 +12,51 @@ from trl_kd.trainers.teacher import Teacher
 
 
 @dataclass
-class Window:
+class GlobalBatch:
     """
     The global batch of one optimizer step (ranks × accumulation), or one batch of an evaluation: its counts, known before
     its first micro-batch, and the sums that its micro-batches add up.
 
     Our normalisers are these counts, so that 2 ranks × 1 micro-batch equal 1 × 2, however the rows are spread. Since
     `Trainer` averages over ranks and micro-batches what each returns, a micro-batch returns its sum × their number / count.
+
+    A subclass has further counts, of which `of_micro_batch` says what one micro-batch adds.
     """
 
-    rows: int
-    teacher: int
-    known: int
     micro_batches: int
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
+
+    @staticmethod
+    def of_micro_batch(batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
+        """The counts of one micro-batch, by field."""
+        raise NotImplementedError
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether a mean over all of its rows is not the loss."""
+        raise NotImplementedError
 
     @classmethod
-    def over(cls, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], accelerator: Accelerator) -> "Window":
-        """Counts over all ranks; `batches` are this rank's `(preference_B, teacher_side_B)`."""
-        batches = list(batches)
-        rows = sum(len(side) for _, side in batches)
-        teacher = sum((side != 0).sum().item() for _, side in batches)
-        known = sum((~preference.isnan()).sum().item() for preference, _ in batches)
-        counts = torch.tensor([rows, teacher, known, len(batches)], device=accelerator.device)
-        rows, teacher, known, micro_batches = accelerator.reduce(counts, reduction="sum").tolist()
-        return cls(rows, teacher, known, micro_batches)
+    def over(cls, batches: Iterable[Mapping[str, Any]], accelerator: Accelerator) -> Self:
+        """Counts over all ranks; `batches` are this rank's."""
+        found = [{**cls.of_micro_batch(batch), "micro_batches": 1} for batch in batches]
+        names = list(found[0])
+        totals = [sum(int(counts[name]) for counts in found) for name in names]
+        reduced = accelerator.reduce(torch.tensor(totals, device=accelerator.device), reduction="sum").tolist()
+        return cls(**dict(zip(names, reduced, strict=True)))
 
     @classmethod
-    def joined(cls, windows: "list[Window]") -> "Window":
+    def joined(cls, windows: list[Self]) -> Self:
         """The batches of one evaluation as one window."""
-        counts = (
-            sum(getattr(window, name) for window in windows) for name in ("rows", "teacher", "known", "micro_batches")
-        )
-        whole = cls(*counts)
+        names = [count.name for count in fields(cls) if count.init]
+        whole = cls(**{name: sum(getattr(window, name) for window in windows) for name in names})
         for window in windows:
             whole.add(**window.sums)
         return whole
 
-    @property
-    def null(self) -> int:
-        """Rows without a known preference, on any rank."""
-        return self.rows - self.known
-
-    def mean(self, total: torch.Tensor, count: int) -> torch.Tensor:
+    def mean(self, total: torch.Tensor, count: int | float) -> torch.Tensor:
         """This micro-batch's share of `total / count` over the global batch, as `Trainer` will average it."""
-        return total * (self.micro_batches / max(count, 1))
+        return total * (self.micro_batches / (count or 1))
 
     def add(self, **totals: torch.Tensor) -> None:
         for name, total in totals.items():
@@ -66,6 +66,29 @@ class Window:
         """The sums over all ranks, by name."""
         stacked = accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum")
         return dict(zip(self.sums, stacked.tolist(), strict=True))
+
+
+@dataclass
+class Window(GlobalBatch):
+    """A global batch of pairs: all `rows`, those with a text of the `teacher`, and those with a `known` preference."""
+
+    rows: int
+    teacher: int
+    known: int
+
+    @staticmethod
+    def of_micro_batch(batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
+        preference_B, side_B = batch["preference"], batch["teacher_side"]
+        return {"rows": len(side_B), "teacher": (side_B != 0).sum(), "known": (~preference_B.isnan()).sum()}
+
+    @property
+    def null(self) -> int:
+        """Rows without a known preference, on any rank."""
+        return self.rows - self.known
+
+    @property
+    def is_uneven(self) -> bool:
+        return self.null > 0 or self.teacher < self.rows
 
 
 class CapturingForward:

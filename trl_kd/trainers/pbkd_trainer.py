@@ -1,7 +1,8 @@
 """`PbKDTrainer`: offline preference-based knowledge distillation as a drop-in `DPOTrainer`.
 
-It reads as follows. Everything before the weights load is in `pbkd_data`; the mathematics is in `trl_kd.losses`; here one
-micro-batch goes forward once, through `DPOTrainer`'s own loss, and what that forward computed is reused for our terms.
+It reads as follows. Everything before the weights load is in `pbkd_data` and `imitation_texts`; the mathematics is in
+`trl_kd.losses`. One micro-batch becomes a loss in `preference_step`, or in `imitation_step` where the preference term is
+off; here a global batch begins and ends.
 """
 
 from collections import defaultdict
@@ -22,21 +23,20 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from trl_kd.losses.dual import DualVariable
-from trl_kd.losses.imitation import sequence_imitation
-from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
 from trl_kd.responses.ends import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
 from trl_kd.trainers.finite import FiniteTraining
+from trl_kd.trainers.imitation_config import imitation_radius
+from trl_kd.trainers.imitation_step import ImitationStep, NoReference
+from trl_kd.trainers.imitation_texts import ADVANTAGE, TEXT_COLUMNS, TextCounts, tokenize_texts, weigh_texts
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import (
-    BATCH_KEYS,
     OUR_COLUMNS,
     PbKDCollator,
     RowCounts,
-    check_labels,
     check_tokenizer,
     each_dataset,
     has_images,
@@ -44,7 +44,8 @@ from trl_kd.trainers.pbkd_data import (
     names_teacher,
     prepare_rows,
 )
-from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
+from trl_kd.trainers.pbkd_step import GlobalBatch
+from trl_kd.trainers.preference_step import PreferenceStep
 from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
 from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class PbKDTrainer(DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
+class PbKDTrainer(ImitationStep, PreferenceStep, DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
@@ -67,6 +68,8 @@ class PbKDTrainer(DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
         L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
 
     It takes what [`~trl.DPOTrainer`] takes, and does what it does: with `imitation_weight=0` and `dual_init=1` it *is* DPO.
+    With `dual_init=0` and `dual_learning_rate=0` the preference term is off: the preferences weigh the teacher's responses,
+    and a step costs what one of [`~trl.SFTTrainer`] costs.
 
     Example:
 
@@ -94,6 +97,8 @@ optimizers, quantization_config, peft_config:
             λ and its history.
         row_counts (`dict[str, RowCounts]`):
             Statistics of each dataset that is not a stream.
+        text_counts (`dict[str, TextCounts]`):
+            How many of its rows teach, where the preference term is off.
         card_results (`dict[str, float | str]`):
             Results to show in the model card; fill it before `create_model_card`.
         card_teacher (`str`, *optional*):
@@ -136,16 +141,20 @@ optimizers, quantization_config, peft_config:
         teacher_model: str | PreTrainedModel | None = None,
     ):
         args = as_config(args, model, PbKDConfig, "PbKD")
+        self.imitates_alone = not args.has_preference_term
         self.row_counts: dict[str, RowCounts] = {}
+        self.text_counts: dict[str, TextCounts] = {}
         self.card_results: dict[str, float | str] = {}
         self.card_teacher: str | None = None
         self.unnamed_teacher: list[str] = []  # datasets of which every chosen answer is taken as the teacher's
-        self._window: Window | None = None  # of the optimizer step under way
-        self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
+        self._window: GlobalBatch | None = None  # of the optimizer step under way
+        self._evaluation: list[GlobalBatch] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
         self._reader: ResponseReader | None = None  # of rows with images
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
+        if self.imitates_alone:
+            refuse_for_preferences(ref_model=ref_model, data_collator=data_collator)
         teacher = Teacher.from_args(args, teacher_model)
         check_student(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
@@ -158,15 +167,20 @@ optimizers, quantization_config, peft_config:
             set_end_token(self._tokenizer, args.eos_token)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer, model)
+            if self.imitates_alone:
+                self.imitation_radius = imitation_radius(args, self._count_known())
             train_dataset = self._tokenize_rows(train_dataset, processing_class, args, "train")
             eval_dataset = each_dataset(
                 eval_dataset, lambda dataset, name: self._tokenize_rows(dataset, processing_class, args, name)
             )
+            if self.imitates_alone:
+                self._settle_imitation(train_dataset)
+                data_collator = self._imitation_collator(processing_class, args)
         self.dual = self._make_dual(args)
 
         super().__init__(
             model=model,
-            ref_model=ref_model,
+            ref_model=NoReference() if self.imitates_alone else ref_model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -178,6 +192,8 @@ optimizers, quantization_config, peft_config:
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if self.imitates_alone:
+            self.ref_model = None
         keep_gradients(self.model)
         self._extend_collator()
         settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(self.train_dataset), None))
@@ -207,11 +223,23 @@ optimizers, quantization_config, peft_config:
             self.row_counts[name] = counts
         return dataset
 
+    def _count_known(self) -> int | None:
+        """Training rows with a known preference, before any is merged or left out; `None` for a stream."""
+        counts = self.row_counts.get("train")
+        return None if counts is None else counts.known
+
     def _tokenize_rows(self, dataset, processing_class, args, name, count=True):
+        training = count and name == "train"
+        if self.imitates_alone:
+            dataset, texts = weigh_texts(dataset, name, args, self.imitation_radius, training=training)
+            if count and texts is not None:
+                self.text_counts[name] = texts
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
             self._reader = ResponseReader(processing_class, args, name)
             return self._reader.look(dataset)
         check_tokenizer(self._tokenizer, dataset, name)
+        if self.imitates_alone:
+            return tokenize_texts(dataset, processing_class, args, name, training=training)
         dataset = tokenize_rows(dataset, processing_class, args, name)
         counts = self.row_counts.get(name) if count else None
         if counts is not None and counts.rows > len(dataset):  # `max_length` has taken some
@@ -220,17 +248,19 @@ optimizers, quantization_config, peft_config:
         return dataset
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if "prompt_ids" in next(iter(dataset), {}):  # prepared in `__init__`, and asked for again by `DPOTrainer`
-            return dataset
+        first: dict[str, Any] = next(iter(dataset), {})
+        if (ADVANTAGE if self.imitates_alone else "prompt_ids") in first:
+            return dataset  # prepared in `__init__`, and asked for again by `DPOTrainer`
         dataset = self._read_rows(dataset, args, dataset_name, count=False)  # given to `evaluate`
         return self._tokenize_rows(dataset, processing_class, args, dataset_name, count=False)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [c for c in OUR_COLUMNS if c not in self._signature_columns]
+        ours = (*OUR_COLUMNS, *TEXT_COLUMNS)
+        self._signature_columns += [c for c in ours if c not in self._signature_columns]
 
     def _extend_collator(self) -> None:
-        if not isinstance(self.data_collator, PbKDCollator):
+        if not self.imitates_alone and not isinstance(self.data_collator, PbKDCollator):
             self.data_collator = PbKDCollator(self.data_collator, self._reader)
 
     def _make_dual(self, args: PbKDConfig) -> DualVariable:
@@ -248,8 +278,7 @@ optimizers, quantization_config, peft_config:
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            labels = ((batch["preference"], batch["teacher_side"]) for batch in batches)
-            self._window = Window.over(labels, self.accelerator)
+            self._window = self._window_over(batches)
         return batches, num_items
 
     def training_step(self, *args, **kwargs):
@@ -265,144 +294,10 @@ optimizers, quantization_config, peft_config:
             self._window = None
         return loss
 
-    def _compute_loss(self, model, inputs, return_outputs):
-        inputs = dict(inputs)  # the labels must not reach the model's forward
-        preference_B, side_B = inputs.pop("preference"), inputs.pop("teacher_side")
-        own_2BT = inputs.pop("own_mask", inputs["completion_mask"])[:, 1:]
-        training = self.model.training
-        if training and self._window is not None:
-            window = self._window
-        else:
-            window = Window.over([(preference_B, side_B)], self.accelerator)
-        known_B, preference_B = ~preference_B.isnan(), preference_B.nan_to_num(1.0)
-        if self._streams:
-            check_labels(self.args, soft=bool((preference_B != 1).any()), null=window.null > 0, name="streamed")
-
-        reference, reference_2BT = self._reference_logps(inputs)
-        inputs |= reference
-        forward = CapturingForward(model, self.teacher, side_B, known_B, own_2BT, detach=window.null > 0)
-        loss, outputs = self._trl_loss(forward, inputs, return_outputs)
-
-        mask_2BT = inputs["completion_mask"][:, 1:]
-        margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
-        preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
-        logps_2B, own_2B = forward.logps_2BT.sum(1), (forward.logps_2BT * own_2BT).sum(1)
-        imitation = sequence_imitation(own_2B, side_B).sum() if self.teacher is None else forward.divergence
-        auxiliary = self._auxiliary_loss(forward.output)
-        weight = self.args.imitation_weight * self.beta
-        loss = self.dual.value * preference_loss + auxiliary + weight * window.mean(imitation, window.teacher)
-
-        if self.ld_alpha is not None and reference_2BT is not None:  # the constraint is on the unweighted log-ratios
-            with torch.no_grad():
-                plain = reference_2BT.sum(1).chunk(2)
-                margin_B = self._margin(logps_2B.chunk(2), plain)
-        excess_B = bradley_terry_nll(margin_B.detach(), preference_B) - label_entropy(preference_B)
-        window.add(
-            preference=preference_loss * (window.known / window.micro_batches),
-            auxiliary=torch.as_tensor(auxiliary, device=loss.device),
-            imitation=imitation,
-            teacher_logps=-sequence_imitation(own_2B.detach(), side_B).sum(),
-            preference_nll=(excess_B * known_B).sum(),
-        )
-        if not training and self._evaluation is not None:
-            self._evaluation.append(window)
-        elif not training:
-            self._log_window(window)
-        return (loss, outputs) if return_outputs else loss
-
-    def _reference_logps(self, inputs) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """The reference's log-probabilities as TRL's loss takes them, `[B]`, and by token, `[2B, T]`, if made here."""
-        names = ("ref_chosen_logps", "ref_rejected_logps")
-        if self.precompute_ref_logps:
-            return {name: inputs[name] for name in names}, None
-        model = self.ref_model if self.ref_model is not None else self.model
-        captured = []
-
-        def forward(**kwargs):
-            captured.append(model(**kwargs))
-            return captured[0]
-
-        logps = self.compute_ref_log_probs(forward, inputs)
-        return dict(zip(names, logps, strict=True)), captured[0].log_probs
-
-    def _precompute_ref_logps(self, *args, **kwargs):
-        keep_gradients(self.model)  # this is within TRL's `__init__`, before ours goes on
-        self._extend_collator()
-        return super()._precompute_ref_logps(*args, **kwargs)
-
-    def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in BATCH_KEYS})
-
-    def _trl_loss(self, forward, inputs, return_outputs=False):
-        """TRL's loss with the reference's log-probabilities read from `inputs`, so that they are computed once."""
-        precomputed = self.precompute_ref_logps
-        self.precompute_ref_logps = True
-        try:
-            result = super()._compute_loss(forward, inputs, return_outputs)
-        finally:
-            self.precompute_ref_logps = precomputed
-        return result if return_outputs else (result, None)
-
-    def _rewards(self, logps, reference_logps) -> tuple[torch.Tensor, torch.Tensor]:
-        """The implicit rewards β·log π/π_ref of chosen and rejected, each `[B]`."""
-        chosen_B, rejected_B = (self.beta * (ours - ref) for ours, ref in zip(logps, reference_logps, strict=True))
-        return chosen_B, rejected_B
-
-    def _margin(self, logps, reference_logps) -> torch.Tensor:
-        chosen_B, rejected_B = self._rewards(logps, reference_logps)
-        return chosen_B - rejected_B
-
-    def _auxiliary_loss(self, output) -> torch.Tensor | float:
-        return self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
-
-    def _preference_loss(self, loss, forward, inputs, margin_B, preference_B, known_B, window) -> torch.Tensor:
-        """TRL's loss without the router's, made right for soft labels (p ≠ 1) and for rows without a known preference."""
-        loss = loss - self._auxiliary_loss(forward.output)
-        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
-        # −p·log σ(z) − (1−p)·log σ(−z) = −log σ(z) + (1−p)·z, of which TRL's mean has the first term
-        loss = loss + weights.get("sigmoid", 0.0) * ((1 - preference_B) * margin_B).mean()
-        if window.null == 0:
-            return loss
-        if self.loss_types == ["sigmoid"] and self.f_divergence_type == "reverse_kl" and not self.use_weighting:
-            null_total = weights["sigmoid"] * (bradley_terry_nll(margin_B.detach(), preference_B) * ~known_B).sum()
-        else:
-            null_total = self._null_total(forward, inputs, known_B)
-        self._correct_rewards(inputs, forward, known_B)
-        return window.mean(loss * len(known_B) - null_total, window.known)
-
-    def _null_total(self, forward, inputs, known_B) -> torch.Tensor:
-        metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in metrics}  # a replay is no step
-        try:
-            return null_rows_total(lambda *replayed: self._trl_loss(*replayed)[0], forward.output, inputs, known_B)
-        finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
-
-    def _correct_rewards(self, inputs, forward, known_B) -> None:
-        """Leaves the rows without a known preference out of TRL's `rewards/*`."""
-        logps = sequence_logps(forward.logps_2BT.detach(), inputs["completion_mask"][:, 1:], self.ld_alpha)
-        chosen_B, rejected_B = self._rewards(logps, (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]))
-        values = {
-            "chosen": chosen_B,
-            "rejected": rejected_B,
-            "accuracies": (chosen_B > rejected_B).float(),
-            "margins": chosen_B - rejected_B,
-        }
-        sums = torch.stack([*((value * known_B).sum() for value in values.values()), known_B.sum().float()])
-        *sums, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, total in zip(values, sums, strict=True):
-            history = metrics[f"rewards/{name}"]
-            history.pop()
-            if count:
-                history.append(total / count)
-            if not history:
-                del metrics[f"rewards/{name}"]
-
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        windows: list[Window] = []
+        windows: list[GlobalBatch] = []
         self._evaluation = windows
         try:
             output = super().evaluation_loop(
@@ -411,35 +306,19 @@ optimizers, quantization_config, peft_config:
         finally:
             self._evaluation = None
         if windows:
-            whole = Window.joined(windows)
+            whole = type(windows[0]).joined(windows)
             self._log_window(whole)
-            # A mean over all rows, which `Trainer` takes, weighs batches by their rows, not by what is known of them
-            if whole.null or whole.teacher < whole.rows:
+            # A mean over all rows, which `Trainer` takes, weighs batches by their rows, not by what counts of them
+            if whole.is_uneven:
                 output.metrics[f"{metric_key_prefix}_loss"] = self._mean_loss(whole, whole.reduce(self.accelerator))
         return output
 
-    def _mean_loss(self, window: Window, sums: dict[str, float]) -> float:
-        """The loss of a whole window."""
-        preference = sums["preference"] / max(window.known, 1)
-        imitation = sums["imitation"] / max(window.teacher, 1)
-        auxiliary = sums["auxiliary"] / window.micro_batches
-        return self.dual.value * preference + auxiliary + self.args.imitation_weight * self.beta * imitation
 
-    def _log_window(self, window: Window) -> float | None:
-        """Records our metrics of a global batch; returns the constraint's violation, if a preference is known."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        sums = window.reduce(self.accelerator)
-        metrics["pbkd/dual"].append(self.dual.value)
-        metrics["pbkd/known_preferences"].append(float(window.known))
-        slack = self.dual.target + self.dual.radius
-        metrics["pbkd/lagrangian"].append(self._mean_loss(window, sums) - self.dual.value * slack)
-        if window.teacher:
-            metrics["pbkd/imitation"].append(sums["imitation"] / window.teacher)
-            metrics["pbkd/teacher_logps"].append(sums["teacher_logps"] / window.teacher)
-        if not window.known:
-            return None
-        nll = sums["preference_nll"] / window.known
-        violation = self.dual.violation(nll)
-        metrics["pbkd/preference_nll"].append(nll)
-        metrics["pbkd/violation"].append(violation)
-        return violation
+def refuse_for_preferences(**given: Any) -> None:
+    """Raises a `ValueError` for an argument that only the preference term would use, where that is off."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is given, which only the preference term uses, and that is off, since `dual_init` and "
+                f"`dual_learning_rate` are 0: drop `{name}`, or set `dual_init` above 0."
+            )

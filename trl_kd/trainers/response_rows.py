@@ -15,6 +15,7 @@ from trl_kd._trl import prepare_preference_dataset
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import (
+    OWN,
     CannotRender,
     Rendering,
     common_prefix,
@@ -278,6 +279,12 @@ class ResponseReader:
         if row["failed"]:
             logger.warning_once(f"A row of the {self.name} dataset is left out: {row['failed']}. This is said once.")
         return not row["failed"]
+
+    def count_own(self, row: dict[str, Any]) -> int:
+        """How many tokens of the chosen response are the model's own, tokenized apart from its prompt."""
+        rendered = self.render({**row, "tools": None}, "chosen")
+        kinds = text_kinds(self.processing_class, rendered, common_prefix(rendered.opening, rendered.text))
+        return sum(kind == OWN for kind in kinds)
 
     def kinds_alone(self, row: dict[str, Any]) -> list[list[int] | None]:
         """Kinds of the two responses of a row with images, which TRL's collator tokenizes apart from their prompt, and

@@ -1,6 +1,6 @@
 """The white-box teacher: its weights give a distribution at each token, which the student imitates or is matched to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
-from trl_kd.trainers.output_heads import head_logits, is_split, output_head, output_layer
+from trl_kd.trainers.output_heads import head_logits, is_split, output_head, output_layer, whole
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
@@ -266,11 +266,38 @@ class Teacher:
             The student's output, and Σ over rows and tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)) on the teacher's own tokens, in
             nats. Its gradient is that of the cross-entropy −⟨μ, log π_θ⟩.
         """
-        length = kwargs["input_ids"].size(1)
         mask_BT = teacher_rows(own_2BT.bool(), side_B) & (side_B != NO_TEACHER).unsqueeze(1)
-        teacher_BTH = self.hidden_states(
-            teacher_rows(kwargs["input_ids"], side_B), teacher_rows(kwargs["attention_mask"], side_B)
-        )[:, :-1]
+        return self._student_forward(model, lambda values_2B: teacher_rows(values_2B, side_B), mask_BT, None, kwargs)
+
+    def weighted_forward(self, model: Any, weight_B: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
+        """
+        As [`student_forward`], on B texts of the teacher's, each with a weight.
+
+        Args:
+            model (`torch.nn.Module`):
+                The student as wrapped for training.
+            weight_B (`torch.Tensor` of shape `[B]`):
+                The weights.
+            **kwargs:
+                What the student is given: `input_ids`, `attention_mask`, `labels` of shape `[B, T]`.
+
+        Returns:
+            The student's output, and Σ over rows of weight × Σ over tokens with a label of KL(μ(·|s_t) ‖ π_θ(·|s_t)), nats.
+        """
+        mask_BT = kwargs["labels"][:, 1:] != -100
+        weight_N = weight_B.unsqueeze(1).expand_as(mask_BT)[mask_BT]
+        return self._student_forward(model, lambda values_B: values_B, mask_BT, weight_N, kwargs)
+
+    def _student_forward(
+        self,
+        model: Any,
+        choose: Callable[[torch.Tensor], torch.Tensor],
+        mask_BT: torch.Tensor,
+        weight_N: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, torch.Tensor]:
+        length = kwargs["input_ids"].size(1)
+        teacher_BTH = self.hidden_states(choose(kwargs["input_ids"]), choose(kwargs["attention_mask"]))[:, :-1]
         student = self._accelerator.unwrap_model(model)
 
         def forward(**kwargs):
@@ -283,22 +310,28 @@ class Teacher:
             finally:
                 hook.remove()
             # Prompt learning puts virtual tokens in front
-            student_BTH = teacher_rows(captured[0][:, -length:][:, :-1], side_B)
-            divergence = self._divergence(student, student_BTH[mask_BT], teacher_BTH[mask_BT])
+            student_BTH = choose(captured[0][:, -length:][:, :-1])
+            divergence = self._divergence(student, student_BTH[mask_BT], teacher_BTH[mask_BT], weight_N)
             # A tuple: DDP rebuilds a dataclass from its own fields
             return tuple(output.keys()), tuple(output.values()), divergence
 
         names, values, divergence = self._redirect(model, student, forward, **kwargs)
         return _trl.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
 
-    def _divergence(self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor) -> torch.Tensor:
+    def _divergence(
+        self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor, weight_N: torch.Tensor | None
+    ) -> torch.Tensor:
         teacher = self._accelerator.unwrap_model(self.model)
-        if self.own is not None:
-            # TRL's loss takes hidden states and a matrix
+        if self.own is not None or weight_N is not None:
+            # TRL's loss takes hidden states and a matrix, and has one weight for all tokens
             with self._accelerator.autocast():
                 theirs = self.head(teacher_NH)
             ours = output_head(student, student_NH)
-            return moment_matching(ours, theirs, beta=0.0, vocab_size=self.shared_tokens).divergence_N.sum()
+            layers = [p for m in (student, teacher) for p in m.get_output_embeddings().parameters()]
+            matched = moment_matching(
+                ours, theirs, beta=0.0, vocab_size=self.shared_tokens, gather=lambda: whole(layers)
+            )
+            return matched.divergence_N.sum() if weight_N is None else (weight_N * matched.divergence_N).sum()
         settings: dict[str, Any] = {}
         for who, model in (("student", student), ("teacher", teacher)):
             head = model.get_output_embeddings()

@@ -1,0 +1,405 @@
+"""The teacher's texts of a dataset of pairs: how much each is imitated, and how they become rows of one text.
+
+Where the preference term is off, `PbKDTrainer` trains on these alone. Pairs with one and the same teacher's text for one
+prompt become one row, and texts whose weight is 0 leave the training data before batches are made.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
+from trl import extract_prompt
+
+from trl_kd.losses.confidence import imitation_advantage
+from trl_kd.responses.rendering import OWN
+from trl_kd.sampling.nulls import without_nulls
+from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
+from trl_kd.trainers.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
+
+
+logger = get_logger(__name__)
+
+ADVANTAGE, COMPARED = "imitation_advantage", "imitation_compared"
+"""Columns of a row: a(p, ζ), null where neither text is the teacher's; and whether the text was compared with another."""
+TEXT_COLUMNS = ("input_ids", "labels", ADVANTAGE, COMPARED)
+_IMAGES = ("image", "images")
+_OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
+_IGNORED = -100
+
+
+@dataclass
+class TextCounts:
+    """
+    What becomes of the rows of a dataset.
+
+    Args:
+        rows (`int`):
+            Rows in all, in which a third `teacher` text is one.
+        used (`int`):
+            Rows whose teacher's text has a weight above 0.
+        lost (`int`):
+            Rows whose teacher's text has the weight 0.
+        texts (`int`):
+            Different texts of the teacher's, for different prompts, among those used.
+        scored (`bool`):
+            Whether scores decided, beside labels.
+    """
+
+    rows: int
+    used: int
+    lost: int
+    texts: int
+    scored: bool = False
+
+    @property
+    def told(self) -> str:
+        """One sentence without its full stop."""
+        why = "the teacher did not win" + (", or scores less than `imitation_min_score`" if self.scored else "")
+        without = self.rows - self.used - self.lost
+        left_out = [f"{self.lost:,} left out: {why}"] if self.lost else []
+        left_out += [f"{without:,} left out: no text of the teacher's"] if without else []
+        merged = f" ({self.texts:,} different texts)" if self.texts < self.used else ""
+        return "; ".join([f"{self.used:,} of {self.rows:,} rows teach{merged}", *left_out])
+
+    def check(self, name: str, args: PbKDConfig) -> None:
+        """Raises a `ValueError` if no row is left to train on."""
+        if not self.used:
+            raise nothing_teaches(name, args, f": {self.told}")
+
+
+def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> ValueError:
+    """What to say of training data in which every teacher's text has the weight 0."""
+    score = "" if args.imitation_min_score is None else ", or lower `imitation_min_score`"
+    return ValueError(
+        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{told}. Raise it ('inf' "
+        f"imitates all of the teacher's responses){score}."
+    )
+
+
+@dataclass
+class _Text:
+    """One text of the teacher's for one prompt, and what is known of it from all of its pairs."""
+
+    preferences: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    compared: bool = False
+
+    def advantage(self, args: PbKDConfig, radius: float) -> float:
+        if args.imitation_min_score is not None and self.scores:
+            return float(sum(self.scores) / len(self.scores) >= args.imitation_min_score)
+        known = self.preferences
+        return imitation_advantage(sum(known) / len(known) if known else None, radius)
+
+    def add(self, row: dict[str, Any]) -> None:
+        side = _side(row)
+        score = _known(row.get(f"score_{side}"))
+        if score is not None:
+            self.scores.append(score)
+        if row["chosen"] == row["rejected"]:
+            return  # a label of equal texts says nothing
+        self.compared = True
+        preference = _known(row.get("preference", 1.0))
+        if preference is not None:
+            self.preferences.append(preference if side == "chosen" else 1 - preference)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _side(row: dict[str, Any]) -> str | None:
+    return row.get("teacher_side", "chosen")
+
+
+def _key(row: dict[str, Any]) -> bytes:
+    """What two rows have in common whose teacher's texts are one text to imitate."""
+    side = _side(row)
+    assert side is not None
+    parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *_IMAGES)]
+    text = json.dumps([*parts, row[side]], sort_keys=True, default=_digest)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _digest(value: Any) -> str:
+    """Stands for what JSON cannot hold: the bytes of an image."""
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
+
+
+def weigh_texts(
+    dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, radius: float, *, training: bool
+) -> tuple[Dataset | IterableDataset, TextCounts | None]:
+    """
+    Adds the columns [`ADVANTAGE`] and [`COMPARED`]. For training it merges pairs that have one text of the teacher's for one
+    prompt into one row, and leaves out rows that teach nothing.
+
+    The probability p of a text is the mean over its pairs with a known preference and different texts. Rows of a stream are
+    taken each for itself.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Pairs, as [`~trl_kd.trainers.pbkd_data.prepare_rows`] returns them.
+        name (`str`):
+            Name of the dataset in messages.
+        args (`PbKDConfig`):
+            Settings.
+        radius (`float`):
+            ζ in [0, ∞], nats per pair.
+        training (`bool`):
+            Whether rows may be merged and left out. An evaluation keeps all of them.
+
+    Returns:
+        The dataset, with a `prompt` column, and its `TextCounts` (`None` for a stream).
+
+    Raises:
+        `ValueError`: no row of training data is left, or there are no scores for `imitation_min_score`.
+    """
+    first: dict[str, Any] = next(iter(dataset))
+    if args.imitation_min_score is not None and not any(column in first for column in SCORE_COLUMNS):
+        raise ValueError(
+            f"`imitation_min_score` is {args.imitation_min_score}, but the {name} dataset has no column `score_chosen` or "
+            "`score_rejected`: give the scores, or drop the setting."
+        )
+    if "prompt" not in first:
+        dataset = dataset.map(extract_prompt)
+    if not isinstance(dataset, Dataset):
+        return _weigh_stream(dataset, name, args, radius, training), None
+    texts: dict[bytes, _Text] = {}
+    keys: list[bytes | None] = []
+    for row in _read(dataset):
+        key = None if _side(row) is None else _key(row)
+        if key is not None:
+            texts.setdefault(key, _Text()).add(row)
+        keys.append(key)
+    weights = {key: text.advantage(args, radius) for key, text in texts.items()}
+    advantages = [None if key is None else weights[key] for key in keys]
+    compared = [key is not None and texts[key].compared for key in keys]
+    counts = TextCounts(
+        rows=len(keys),
+        used=sum(bool(advantage) for advantage in advantages),
+        lost=sum(advantage == 0 for advantage in advantages),
+        texts=sum(weight > 0 for weight in weights.values()),
+        scored=args.imitation_min_score is not None,
+    )
+    dataset = dataset.add_column(ADVANTAGE, advantages, feature=Value("float64"))  # type: ignore[arg-type]
+    dataset = dataset.add_column(COMPARED, compared)  # type: ignore[arg-type]
+    if training:
+        counts.check(name, args)
+        seen: set[bytes] = set()
+        kept = []
+        for index, key in enumerate(keys):
+            if key is not None and weights[key] > 0 and key not in seen:
+                seen.add(key)
+                kept.append(index)
+        if len(kept) < len(keys):
+            dataset = dataset.select(kept)
+            logger.warning(f"Of the {name} dataset {counts.told}.")
+    elif not counts.used:
+        logger.warning(f"Of the {name} dataset {counts.told}: its loss will be 0.")
+    return dataset, counts
+
+
+def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The columns that matter of each row, images as they are stored."""
+    wanted = {*_OF_PROMPT, *_IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side"}
+    dataset = dataset.select_columns([column for column in dataset.column_names if column in wanted]).with_format(None)
+    for column in _IMAGES:
+        kind = dataset.features.get(column)
+        if isinstance(kind, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(kind, "feature", None), Image):
+            dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
+    for batch in dataset.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _weigh_stream(
+    dataset: IterableDataset, name: str, args: PbKDConfig, radius: float, training: bool
+) -> IterableDataset:
+    def weigh(row: dict[str, Any]) -> dict[str, Any]:
+        if _side(row) is None:
+            return {ADVANTAGE: None, COMPARED: False}
+        text = _Text()
+        text.add(row)
+        return {ADVANTAGE: text.advantage(args, radius), COMPARED: text.compared}
+
+    dataset = dataset.map(weigh)
+    if not training:
+        return dataset
+    dataset = dataset.filter(lambda row: bool(row[ADVANTAGE]))
+    if next(iter(dataset), None) is None:
+        raise nothing_teaches(name, args)
+    return dataset
+
+
+# ---- Rows of one text --------------------------------------------------------------------------------------------------
+
+
+def only_teachers_text(row: dict[str, Any]) -> dict[str, Any]:
+    """What to change in a pair so that both of its texts are the teacher's. One without such a text keeps the chosen one."""
+    side = _side(row) or "chosen"
+    changed = {"chosen": row[side], "rejected": row[side]}
+    reason = f"{side}_finish_reason"
+    if any(f"{other}_finish_reason" in row for other in changed):
+        changed |= dict.fromkeys(("chosen_finish_reason", "rejected_finish_reason"), row.get(reason))
+    return changed
+
+
+def tokenize_texts(
+    dataset: Dataset | IterableDataset, processing_class: Any, args: PbKDConfig, name: str, *, training: bool
+) -> Dataset | IterableDataset:
+    """
+    Tokenizes the teacher's texts, as `DPOTrainer` tokenizes a pair, into `input_ids` and `labels`.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Pairs with their weights, from [`weigh_texts`].
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The student's.
+        args (`PbKDConfig`):
+            Settings.
+        name (`str`):
+            Name of the dataset in messages.
+        training (`bool`):
+            Whether texts that have no token of the model's own within `max_length` are left out.
+
+    Returns:
+        The dataset. A label is the token itself where it is one of the model's own in a text of the teacher's, else −100.
+
+    Raises:
+        `ValueError`: as [`~trl_kd.trainers.response_rows.tokenize_rows`].
+    """
+    desc = {"desc": f"Taking the teacher's texts of the {name} dataset"} if isinstance(dataset, Dataset) else {}
+    dataset = dataset.map(only_teachers_text, **desc)
+    dataset = tokenize_rows(dataset, processing_class, args, name)
+    whole = slice(None)
+    if args.max_length is not None:
+        whole = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+
+    def label(row: dict[str, Any]) -> dict[str, list[int]]:
+        prompt, response = row["prompt_ids"], row["chosen_ids"]
+        kinds = row.get(KIND_COLUMNS[0]) or [OWN] * len(response)
+        if row[ADVANTAGE] is None:
+            kinds = [None] * len(response)
+        own = [token if kind == OWN else _IGNORED for token, kind in zip(response, kinds, strict=True)]
+        return {"input_ids": (prompt + response)[whole], "labels": ([_IGNORED] * len(prompt) + own)[whole]}
+
+    written = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    if not isinstance(dataset, Dataset):
+        dataset = dataset.map(label, remove_columns=written)
+        return dataset.filter(lambda row: count_labels(row["labels"]) > 0) if training else dataset
+    written += [column for column in KIND_COLUMNS if column in dataset.column_names]
+    ids = {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))}
+    kept = {column: kind for column, kind in dataset.features.items() if column not in written}
+    dataset = dataset.map(
+        label,
+        remove_columns=written,
+        features=Features({**kept, **ids}),
+        desc=f"Labelling the tokens of the {name} dataset",
+    )
+    return _with_labels(dataset, name) if training else dataset
+
+
+def _with_labels(dataset: Dataset, name: str) -> Dataset:
+    kept = [index for index, labels in enumerate(_labels(dataset)) if count_labels(labels)]
+    if len(kept) == len(dataset):
+        return dataset
+    said = f"{len(dataset) - len(kept)} of {len(dataset)} texts of the {name} dataset have no token of the model's own"
+    if not kept:
+        raise ValueError(f"{said} within `max_length`: raise it, or check the texts.")
+    logger.warning(f"{said} within `max_length`, and are left out.")
+    return dataset.select(kept)
+
+
+def _labels(dataset: Dataset) -> Iterator[list[int]]:
+    for batch in dataset.select_columns(["labels"]).with_format(None).iter(batch_size=1000):
+        yield from batch["labels"]
+
+
+def count_labels(labels: list[int]) -> int:
+    """|y|: how many tokens are predicted. The first one of a sequence is not."""
+    return sum(label != _IGNORED for label in labels[1:])
+
+
+def mean_advantage(dataset: Dataset | IterableDataset, reader: ResponseReader | None = None) -> float:
+    """
+    ā, the mean of the training rows' weights, each as often as its text has tokens. 1 for a stream.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Training rows, all of which have a weight above 0.
+        reader (`ResponseReader`, *optional*):
+            Counts the tokens of rows with images, which are not tokenized yet (whatever `max_length` is).
+    """
+    if not isinstance(dataset, Dataset):
+        return 1.0
+    advantages = dataset[ADVANTAGE]
+    if reader is None:
+        lengths = [count_labels(labels) for labels in _labels(dataset)]
+    else:
+        lengths = [reader.count_own({**row, **only_teachers_text(row)}) for row in _without_images(dataset)]
+    return math.fsum(a * n for a, n in zip(advantages, lengths, strict=True)) / max(sum(lengths), 1)
+
+
+def _without_images(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns([column for column in _IMAGES if column in dataset.column_names])
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImitationCollator:
+    """
+    Makes a batch of B texts of the teacher's with one of TRL's collators for `SFTTrainer`, and adds
+
+    - `advantage`, `[B]`, float32, a(p, ζ), 0 where there is no text of the teacher's;
+    - `compared`, `[B]`, bool, whether the text was compared with another one.
+
+    `labels`, `[B, T]`, are −100 but for the model's own tokens in the teacher's texts.
+
+    Parameters:
+        inner (`Callable`): TRL's collator.
+        reader (`ResponseReader`, *optional*): Reads examples with images, which TRL's collator tokenizes.
+    """
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    reader: ResponseReader | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        advantages = [example[ADVANTAGE] for example in examples]
+        compared = [example[COMPARED] for example in examples]
+        if self.reader is None:
+            batch = self.inner([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
+        else:
+            batch = self._with_images(self.reader, examples)
+        batch["advantage"] = torch.tensor([advantage or 0.0 for advantage in advantages], dtype=torch.float32)
+        batch["compared"] = torch.tensor(compared, dtype=torch.bool)
+        return batch
+
+    def _with_images(self, reader: ResponseReader, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [{**example, **only_teachers_text(example)} for example in examples]
+        kinds = [reader.kinds_alone(row)[0] for row in rows]
+        batch = self.inner([self._theirs(row) for row in rows])
+        labels_BT = batch["labels"]
+        for row, of_row in enumerate(kinds):
+            if rows[row][ADVANTAGE] is None:
+                labels_BT[row] = _IGNORED
+            elif of_row is not None:
+                places = (labels_BT[row] != _IGNORED).nonzero().squeeze(1)  # `max_length` may have taken some
+                labels_BT[row, places[torch.tensor(of_row[: len(places)]) != OWN]] = _IGNORED
+        return batch
+
+    @staticmethod
+    def _theirs(row: dict[str, Any]) -> dict[str, Any]:
+        kept = {column: row[column] for column in ("prompt", *_IMAGES, "tools") if column in row}
+        if "chat_template_kwargs" in row:
+            kept["chat_template_kwargs"] = without_nulls(row["chat_template_kwargs"] or {})
+        return kept | {"completion": row["chosen"]}
