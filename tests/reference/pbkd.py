@@ -104,3 +104,48 @@ def pbkd_loss(
         z = margin(model, reference, row, beta, ld_alpha)
         loss = loss + dual * preference_loss(z, row.preference) / len(known)
     return loss
+
+
+# ---- Without the preference term ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """A text of the teacher's for a prompt, and the known P(it ≻ another) of its pairs."""
+
+    prompt: list[int]
+    response: list[int]
+    preferences: list[float]
+
+
+def advantage(text: Text, radius: float, steps: int = 100_000) -> float:
+    """a = (2·p̂ − 1)₊ with p̂ = max{s : KL(p ‖ s) ≤ ζ}, by trying every s of a fine grid."""
+    if not text.preferences or radius == math.inf:
+        return 1.0
+    p = sum(text.preferences) / len(text.preferences)
+    largest = p
+    for step in range(1, steps):
+        s = p + (1 - p) * step / steps
+        divergence = sum(x * math.log(x / y) for x, y in ((p, s), (1 - p, 1 - s)) if x > 0)
+        if divergence <= radius:
+            largest = s
+    return max(0.0, 2 * largest - 1)
+
+
+def texts_loss(
+    model, texts: list[Text], *, radius: float, q: float, ends: tuple[int, ...], weight: float = 1.0, teacher=None
+) -> torch.Tensor:
+    """w·Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā·Σ_{a_i>0} |y_i|), all texts being one batch and the whole dataset."""
+    advantages = [advantage(text, radius) for text in texts]
+    used = [len(text.response) for text, a in zip(texts, advantages, strict=True) if a > 0]
+    mean = sum(a * len(text.response) for text, a in zip(texts, advantages, strict=True)) / sum(used)
+    total = torch.zeros((), dtype=torch.float64)
+    for text, a in zip(texts, advantages, strict=True):
+        if teacher is not None:
+            row = Row(text.prompt, text.response, text.response)
+            total = total + a * imitation(model, row, teacher)
+            continue
+        for token, logp in zip(text.response, sequence_logps(model, text.prompt, text.response), strict=True):
+            pi = torch.exp(logp)
+            total = total + a * (-logp if q == 0 or token in ends else (1 - pi**q) / q)
+    return weight * total / (mean * sum(used))

@@ -92,7 +92,7 @@ def test_gradients_of_rows_that_are_no_token_are_zero(tmp_path, settings):
 @pytest.mark.parametrize(("ours", "theirs"), SIZES[:2])
 def test_token_imitation_of_pbkd_is_one_of_the_shared_tokens(ours, theirs, tmp_path, pairs, settings, caplog):
     student, teacher = folder(tmp_path, "student", ours), folder(tmp_path, "teacher", theirs, seed=1, hidden_size=24)
-    options = {"imitation": "token", "teacher_model_name_or_path": teacher, "dual_init": 0.0, "learning_rate": 0.0}
+    options = {"imitation": "token", "teacher_model_name_or_path": teacher, "dual_init": 1e-12, "learning_rate": 0.0}
     args = PbKDConfig(**{**settings, **options, "max_steps": 1, "per_device_train_batch_size": 8})
     with caplog.at_level(logging.INFO):
         trainer = PbKDTrainer(model=student, args=args, train_dataset=Dataset.from_list(pairs))

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import make_model, make_tokenizer, save_tiny
 from tests.sampling.test_own_logits import OTHERS, make_other, with_head_adapter
 from tests.trainers.mm_cases import PAIRS, ROWS, equal, logs_of, make, weights_of
-from tests.trainers.test_pbkd_heads import LABELS, naive_loss
+from tests.trainers.test_pbkd_heads import LABELS, TERMS, naive_loss
 from trl_kd import MMPbKDConfig, MMPbKDTrainer, OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDTrainer
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
@@ -37,13 +37,14 @@ def student_dir(tmp_path_factory) -> str:
 # ---- A teacher's own logits -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("kind", TEACHERS)
-def test_tokens_imitate_the_teachers_own_distribution(kind, student_dir, pairs, settings):
+def test_tokens_imitate_the_teachers_own_distribution(kind, terms, student_dir, pairs, settings):
     rows = [{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, LABELS, strict=False)]
     teacher = TEACHERS[kind]()
     trainer = PbKDTrainer(
         model=student_dir,
-        args=PbKDConfig(**settings, imitation="token", dual_init=0.0),
+        args=PbKDConfig(**settings, imitation="token", **TERMS[terms]),
         train_dataset=Dataset.from_list(rows),
         teacher_model=teacher,
     )

@@ -63,24 +63,33 @@ def logits(model, batch, raw: bool = False) -> torch.Tensor:
     return whole[:, :-1, :TOKENS]
 
 
+TERMS = {"with the preference term": {"dual_init": 1e-12}, "without": {"dual_init": 0.0, "imitation_radius": "inf"}}
+"""Settings whose loss is the imitation term's, in either mode."""
+
+
 def naive_loss(student_logits, teacher_logits, batch, beta: float) -> torch.Tensor:
-    """β times the mean over the teacher's responses of Σ_t KL(teacher ‖ student), by whole log-softmaxes."""
+    """β times the mean over the teacher's responses of Σ_t KL(teacher ‖ student), by whole log-softmaxes; without the
+    preference term the mean over their tokens."""
     log_pi, log_mu = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    kl_2B = ((log_mu.exp() * (log_mu - log_pi)).sum(-1) * batch["completion_mask"][:, 1:]).sum(-1)
+    kl_BT = (log_mu.exp() * (log_mu - log_pi)).sum(-1)
+    if "labels" in batch:
+        return kl_BT[batch["labels"][:, 1:] != -100].mean()
+    kl_2B = (kl_BT * batch["completion_mask"][:, 1:]).sum(-1)
     of_side = dict(zip(("chosen", "rejected"), kl_2B.chunk(2), strict=True))
     taught = [of_side[side][row] for row, (_, side) in enumerate(LABELS) if side]
     return beta * sum(taught) / len(taught)
 
 
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_family_does_to_its_logits_is_done(name, tmp_path, pairs, settings):
+def test_what_a_family_does_to_its_logits_is_done(name, terms, tmp_path, pairs, settings):
     config_class, of_student, of_teacher = FAMILIES[name]
     student_dir = save_family(tmp_path / "student", config_class, 0, **of_student)
     teacher_dir = save_family(tmp_path / "teacher", config_class, 1, **{**of_student, **of_teacher})
     rows = [{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, LABELS, strict=False)]
     trainer = PbKDTrainer(
         model=student_dir,
-        args=PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher_dir, dual_init=0.0),
+        args=PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher_dir, **TERMS[terms]),
         train_dataset=Dataset.from_list(rows),
     )
     batch = trainer.data_collator(list(trainer.train_dataset))

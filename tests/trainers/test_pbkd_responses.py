@@ -151,7 +151,7 @@ def test_imitation_leaves_turns_of_others_out_and_dpo_does_not(tmp_path, setting
 def test_the_imitation_loss_is_on_own_words_alone(tmp_path, settings):
     folder = student(tmp_path, TOOLS)
     rows = turns()[:1]
-    trainer = make(folder, settings, rows, train=True, dual_init=0.0, learning_rate=0.0)
+    trainer = make(folder, settings, rows, train=True, dual_init=1e-12, learning_rate=0.0)
     batch, model = batch_of(trainer), AutoModelForCausalLM.from_pretrained(folder).double()
     logps = model(input_ids=batch["input_ids"][:1]).logits[0, :-1].log_softmax(-1)
     logps = logps.gather(1, batch["input_ids"][0, 1:, None]).squeeze(1)
@@ -164,7 +164,7 @@ def test_token_imitation_reads_the_same_tokens(tmp_path, settings):
     folder = student(tmp_path, TOOLS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     teacher = save_tiny(tmp_path / "teacher", tokenizer, vocab_size=len(tokenizer), seed=1)
-    options = {"imitation": "token", "teacher_model_name_or_path": teacher, "dual_init": 0.0, "learning_rate": 0.0}
+    options = {"imitation": "token", "teacher_model_name_or_path": teacher, "dual_init": 1e-12, "learning_rate": 0.0}
     trainer = make(folder, settings, turns()[:1], train=True, **options)
     batch = batch_of(trainer)
     pi, mu = (

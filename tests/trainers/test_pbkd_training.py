@@ -150,7 +150,7 @@ def test_prompt_learning_scores_the_responses_themselves(tiny_dir, teacher_dir, 
     """With virtual tokens in front, the imitation term still reads the positions of the teacher's response."""
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     trainer = make(
-        tiny_dir, rows, settings, config, imitation="token", teacher_model_name_or_path=teacher_dir, dual_init=0.0
+        tiny_dir, rows, settings, config, imitation="token", teacher_model_name_or_path=teacher_dir, dual_init=1e-12
     )
     batch = trainer.data_collator(list(trainer.train_dataset.select(range(2))))
     loss = trainer.compute_loss(trainer.model, dict(batch))

@@ -50,6 +50,8 @@ class TextCounts:
             Different texts of the teacher's, for different prompts, among those used.
         scored (`bool`):
             Whether scores decided, beside labels.
+        training (`bool`):
+            Whether rows that teach nothing are left out. An evaluation keeps them.
     """
 
     rows: int
@@ -57,19 +59,26 @@ class TextCounts:
     lost: int
     texts: int
     scored: bool = False
+    training: bool = True
 
     @property
     def told(self) -> str:
         """One sentence without its full stop."""
         why = "the teacher did not win" + (", or scores less than `imitation_min_score`" if self.scored else "")
         without = self.rows - self.used - self.lost
-        left_out = [f"{self.lost:,} left out: {why}"] if self.lost else []
-        left_out += [f"{without:,} left out: no text of the teacher's"] if without else []
+        fate = "left out" if self.training else "of weight 0"
+        left_out = [f"{self.lost:,} {fate}: {why}"] if self.lost else []
+        left_out += [f"{without:,} {fate}: no text of the teacher's"] if without else []
         merged = f" ({self.texts:,} different texts)" if self.texts < self.used else ""
         return "; ".join([f"{self.used:,} of {self.rows:,} rows teach{merged}", *left_out])
 
     def check(self, name: str, args: PbKDConfig) -> None:
         """Raises a `ValueError` if no row is left to train on."""
+        if not self.used and not self.lost:
+            raise ValueError(
+                f"The {name} dataset has no text of the teacher's, and nothing else is learnt from, since `dual_init` and "
+                "`dual_learning_rate` are 0: say who wrote what in `teacher_side`, or set `dual_init` above 0."
+            )
         if not self.used:
             raise nothing_teaches(name, args, f": {self.told}")
 
@@ -186,6 +195,7 @@ def weigh_texts(
         lost=sum(advantage == 0 for advantage in advantages),
         texts=sum(weight > 0 for weight in weights.values()),
         scored=args.imitation_min_score is not None,
+        training=training,
     )
     dataset = dataset.add_column(ADVANTAGE, advantages, feature=Value("float64"))  # type: ignore[arg-type]
     dataset = dataset.add_column(COMPARED, compared)  # type: ignore[arg-type]

@@ -51,6 +51,20 @@ _PBKD_SETTINGS = (
     "max_length",
     "seed",
 )
+_IMITATION_SETTINGS = (
+    "imitation_weight",
+    "imitation",
+    "imitation_radius",
+    "imitation_q",
+    "imitation_q_warmup",
+    "imitation_min_score",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+)
+"""Of a run without the preference term."""
 _MM_PBKD_SETTINGS = (
     "lmbda",
     "beta",
@@ -99,7 +113,8 @@ _ONLINE_SETTINGS = (
 
 def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     """Adds to the card that TRL wrote at `path`: teacher, preference data, settings, results and versions."""
-    _add_sections(path, trainer, _pbkd_data(trainer), _PBKD_SETTINGS)
+    settings = _IMITATION_SETTINGS if trainer.imitates_alone else _PBKD_SETTINGS
+    _add_sections(path, trainer, _pbkd_data(trainer), settings)
 
 
 def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
@@ -216,6 +231,8 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
             f"preference known for {counts.known} ({counts.soft} soft labels or ties), unknown for {counts.null}.",
             "",
         ]
+    for name, texts in trainer.text_counts.items():
+        lines += [f"Of the {name} data {texts.told}.", ""]
     if trainer.unnamed_teacher and trainer.args.imitation_weight:
         told = " and ".join(trainer.unnamed_teacher)
         lines += [
@@ -229,9 +246,17 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
     lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
+    if getattr(trainer, "imitates_alone", False):
+        lines += [
+            f"| ζ (radius of each pair's confidence set) | {trainer.imitation_radius:.6g} |",
+            f"| ā (mean weight of the teacher's responses) | {trainer.mean_advantage:.6g} |",
+        ]
+    else:
+        lines += [
+            f"| λ (dual variable), last value | {dual.value:.6g} |",
+            f"| ζ (radius of the confidence set) | {dual.radius:.6g} |",
+        ]
     lines += [
-        f"| λ (dual variable), last value | {dual.value:.6g} |",
-        f"| ζ (radius of the confidence set) | {dual.radius:.6g} |",
         f"| optimizer steps | {trainer.state.global_step} |",
         "",
         "## Results",
