@@ -25,10 +25,18 @@ MOVING = {"dual_learning_rate": 0.5, "preference_nll_target": 0.1}
 def jobs(tiny_dir, teacher_dir, pairs, settings, tmp_path) -> list[dict]:
     rows = [{**pairs[i % len(pairs)], "preference": p, "teacher_side": s} for i, (p, s) in enumerate(LABELS * 2)]
     settings = {**settings, **EXACT, **MOVING}
-    token = {**settings, "imitation": "token", "teacher_model_name_or_path": teacher_dir}
+    token = {"imitation": "token", "teacher_model_name_or_path": teacher_dir}
+    # Without the preference term: weights of the teacher's texts that differ, and half of them for each rank
+    alone = {**settings, "dual_init": 0.0, "dual_learning_rate": 0.0, "preference_nll_target": None}
+    texts = [{**row, "prompt": f"{i}{row['prompt']}"} for i, row in enumerate(rows)]
+    texts = [
+        {**row, "teacher_side": "chosen", "preference": p}
+        for row, p in zip(texts, [1.0, 0.6, None, 0.5] * 3, strict=True)
+    ]
+    given = [(rows, settings), (rows, settings | token), (texts, alone), (texts, alone | token)]
     return [
-        {"model": tiny_dir, "rows": rows, "settings": s, "out": str(tmp_path / f"{i}.pt")}
-        for i, s in enumerate((settings, token))
+        {"model": tiny_dir, "rows": data, "settings": s, "out": str(tmp_path / f"{i}.pt")}
+        for i, (data, s) in enumerate(given)
     ]
 
 
