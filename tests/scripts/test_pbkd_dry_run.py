@@ -151,3 +151,18 @@ class TestMemory:
 
     def test_readable(self):
         assert [memory.readable(n) for n in (2048, 3 * 2**20, 5 * 2**30)] == ["2.0 KiB", "3.0 MiB", "5.0 GiB"]
+
+
+def test_without_the_preference_term_it_says_which_rows_teach(dry, jsonl, pairs):
+    labels = [(1.0, "chosen"), (0.0, "chosen"), (0.5, None), (None, "rejected")]
+    jsonl([{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, labels, strict=False)])
+    text = dry("--dual_init", "0")
+    said = "2 of 4 rows teach; 1 left out: the teacher did not win; 1 left out: no text of the teacher's"
+    assert line(text, "train imitation") == said
+    assert line(text, "row 0") == "4 prompt + 2 imitated tokens"
+    assert line(text, "end token") == "'<eos>' ends the teacher's response in 2 of 2 rows"
+    assert line(dry("--dual_init", "0", "--max_steps", "-1", "--num_train_epochs", "1"), "steps").startswith(
+        "1, 4 rows"
+    )
+    assert "reference" not in line(text, "memory")
+    assert "4 of 4" not in dry("--dual_init", "0", "--dataset_streaming", "true")

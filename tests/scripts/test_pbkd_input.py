@@ -103,6 +103,8 @@ def test_bad_yaml(trl_kd, base, tmp_path, text, said):
         (["--imitation_weight", "nan"], ["`imitation_weight` is nan"]),
         (["--dual_init", "-1"], ["`dual_init` is -1.0"]),
         (["--dual_init", "20"], ["`dual_init` is 20", "`dual_max`"]),
+        (["--dual_init", "0", "--beta", "0.2"], ["`beta` is 0.2, which only the preference term reads"]),
+        (["--dual_init", "0", "--imitation_radius", "wide"], ["`imitation_radius` is 'wide'"]),
         (["--confidence_radius", "wide"], ["`confidence_radius` is 'wide'", "'theory'"]),
         (["--dual_learning_rate", "0.1"], ["`preference_nll_target` is not set"]),
         (["--imitation", "token"], ["`imitation='token'`", "`teacher_model_name_or_path`"]),

@@ -22,6 +22,8 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
+from trl_kd.trainers.imitation_config import imitation_radius
+from trl_kd.trainers.imitation_texts import only_teachers_text, weigh_texts
 from trl_kd.trainers.pbkd_data import (
     RowCounts,
     check_tokenizer,
@@ -55,12 +57,17 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
     table = describe_output(training_args)
     datasets = load_datasets(script_args, mixture, with_eval=training_args.eval_strategy != "no")
     table.append(("dataset", dataset_name(script_args, mixture)))
-    rows = {}
+    rows: dict[str, Any] = {}
+    known = None
     for name, dataset in zip(("train", "eval"), datasets, strict=True):
         if dataset is not None:
             is_named = names_teacher(next(iter(dataset), {}))
             rows[name], counts = prepare_rows(dataset, name, training_args)
             table += _describe_rows(name, rows[name], counts, is_named)
+            if not training_args.has_preference_term:
+                known = counts.known if name == "train" and counts is not None else known
+                rows[name], said = _weigh(name, rows[name], training_args, known)
+                table += said
             if not is_named:
                 follows = "every chosen answer is taken as the teacher's"
                 if not training_args.imitation_weight:
@@ -69,6 +76,12 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
     table += _describe_tokens(rows, training_args, model_args)
     table += describe_steps(_epoch_steps(rows["train"], training_args, processes), training_args, processes)
     return table + _describe_memory(training_args, model_args)
+
+
+def _weigh(name: str, dataset: Any, args: Any, known: int | None) -> tuple[Any, Table]:
+    """The rows that are trained on without the preference term, and how many they are."""
+    dataset, counts = weigh_texts(dataset, name, args, imitation_radius(args, known), training=name == "train")
+    return dataset, [] if counts is None else [(f"{name} imitation", counts.told)]
 
 
 def _describe_rows(name: str, dataset: Any, counts: RowCounts | None, is_named: bool) -> Table:
@@ -100,7 +113,10 @@ def _describe_tokens(rows: dict[str, Any], training_args: Any, model_args: Any) 
 
 def _describe_first_rows(dataset: Any, processor: Any, tokenizer: Any, training_args: Any) -> Table:
     sample = first_rows(dataset)
-    tokens = tokenize_rows(Dataset.from_list(sample), processor, training_args, "train")
+    rows = Dataset.from_list(sample)
+    if not training_args.has_preference_term:
+        rows = rows.map(only_teachers_text)
+    tokens = tokenize_rows(rows, processor, training_args, "train")
     table, longest, ended = [], 0, 0
     for index, row in enumerate(tokens):
         prompt, chosen, rejected = (len(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
@@ -108,14 +124,18 @@ def _describe_first_rows(dataset: Any, processor: Any, tokenizer: Any, training_
         # Some templates end a turn with a line break behind the end token
         ended += all(tokenizer.eos_token_id in row[f"{side}_ids"][-3:] for side in ("chosen", "rejected"))
         if index < SHOWN:
-            table.append((f"row {index}", f"{prompt} prompt + {chosen} chosen, {rejected} rejected tokens"))
+            texts = (
+                f"{chosen} chosen, {rejected} rejected" if training_args.has_preference_term else f"{chosen} imitated"
+            )
+            table.append((f"row {index}", f"{prompt} prompt + {texts} tokens"))
     limit = training_args.max_length
     long = [row for row in tokens if limit and len(row["prompt_ids"]) + _longer(row) > limit]
     table.append(
         (f"first {len(sample)} rows", f"longest {longest} tokens, {len(long)} truncated to `max_length` = {limit}, "
          f"{len(sample) - len(tokens)} left out"),
     )  # fmt: skip
-    table.append(("end token", f"{tokenizer.eos_token!r} ends both responses in {ended} of {len(tokens)} rows"))
+    what = "both responses" if training_args.has_preference_term else "the teacher's response"
+    table.append(("end token", f"{tokenizer.eos_token!r} ends {what} in {ended} of {len(tokens)} rows"))
     return table
 
 
@@ -132,7 +152,7 @@ def _epoch_steps(dataset: Any, args: Any, processes: int) -> int | None:
 
 def _describe_memory(args: Any, model_args: Any) -> Table:
     _, size, trained, parts = student_memory(args, model_args)
-    if not model_args.use_peft and not args.precompute_ref_log_probs:
+    if args.has_preference_term and not model_args.use_peft and not args.precompute_ref_log_probs:
         parts["reference"] = size.bytes
     if args.teacher_model_name_or_path is not None:
         parts["teacher"] = teacher_memory(args)

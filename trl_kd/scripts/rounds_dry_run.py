@@ -122,7 +122,7 @@ def _describe_steps(sizes: list[int], args: Any, processes: int) -> Table:
 
 def _describe_memory(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelConfig) -> Table:
     _, size, trained, parts = student_memory(args, model_args)
-    if not model_args.use_peft or rounds.reference == "previous":
+    if args.has_preference_term and (not model_args.use_peft or rounds.reference == "previous"):
         parts["reference"] = size.bytes
     if args.teacher_model_name_or_path is not None:
         parts["teacher"] = teacher_memory(args)

@@ -252,8 +252,9 @@ class PbKDRounds:
         return trainer
 
     def _full_trainer(self, student: str, is_first: bool, given: dict[str, Any]) -> RoundTrainer:
-        reference = student if self.reference == "previous" else self.model
-        ref_model = load_reference(reference, self.args, is_start=reference == self.model)
+        reference, ref_model = student if self.reference == "previous" else self.model, None
+        if self.args.has_preference_term:
+            ref_model = load_reference(reference, self.args, is_start=reference == self.model)
         trainer = RoundTrainer(student, ref_model, **given)
         trainer.model.config._name_or_path = self.model  # what its card is to call its base model
         return trainer

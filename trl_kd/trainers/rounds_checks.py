@@ -127,6 +127,11 @@ def _check_model(rounds: Any) -> None:
     args = rounds.args
     if args.eval_strategy != "no" and rounds.eval_dataset is None:
         raise ValueError(f"`eval_strategy` is {args.eval_strategy.value!r}, but `eval_dataset` is not given: give it.")
+    if rounds.reference == "previous" and not args.has_preference_term:
+        raise ValueError(
+            "`reference` is 'previous', which only the preference term uses, and that is off, since `dual_init` and "
+            "`dual_learning_rate` are 0: drop `reference`, or set `dual_init` above 0."
+        )
     if not isinstance(check_schedule(args), LambdaLR) and rounds.schedule == "all":
         raise ValueError(
             f"`schedule` is 'all', but `lr_scheduler_type` is {args.lr_scheduler_type.value!r}, which is not of such a kind "

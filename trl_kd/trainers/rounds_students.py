@@ -74,7 +74,8 @@ def load_adapter(model: Any, folder: str) -> None:
 
 class RoundTrainer(PbKDTrainer):
     """
-    Trains one of several rounds with its part of one learning-rate schedule: as if each had as many steps as this one.
+    Trains one of several rounds with its part of one learning-rate schedule, and of one warm-up of q: as if each had as many
+    steps as this one.
 
     Attributes:
         number, rounds (`int`):
@@ -82,6 +83,9 @@ class RoundTrainer(PbKDTrainer):
     """
 
     number, rounds = 1, 1
+
+    def _progress(self):
+        return (self.number - 1 + super()._progress()) / self.rounds
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.rounds == 1 or self.lr_scheduler is not None:
