@@ -162,7 +162,7 @@ def test_without_the_preference_term_it_says_which_rows_teach(dry, jsonl, pairs)
     assert line(text, "row 0") == "4 prompt + 2 imitated tokens"
     assert line(text, "end token") == "'<eos>' ends the teacher's response in 2 of 2 rows"
     assert line(dry("--dual_init", "0", "--max_steps", "-1", "--num_train_epochs", "1"), "steps").startswith(
-        "1, 4 rows"
+        "1 in 1 epochs"
     )
     assert "reference" not in line(text, "memory")
     assert "4 of 4" not in dry("--dual_init", "0", "--dataset_streaming", "true")

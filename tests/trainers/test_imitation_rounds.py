@@ -1,4 +1,4 @@
-"""Rounds without the preference term: no reference, one warm-up of q over all of them, a report without what is not there."""
+"""Rounds without the preference term: no reference, one warm-up of q over all, a report without what is not there."""
 
 import json
 
@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.trainers.rounds_cases import make
-from trl_kd.evaluation.rounds_report import make_page
 from trl_kd.evaluation.report import render
+from trl_kd.evaluation.rounds_report import make_page
 from trl_kd.trainers import rounds as rounds_module
 
 

@@ -208,11 +208,11 @@ class ImitationStep:
         metrics = self._metrics["train" if self.model.training else "eval"]
         entropy_BT, is_top1_BT = (x[:, -mask_BT.size(1) :] * mask_BT for x in (output.entropy, output.is_top1))
         sums = torch.stack([entropy_BT.sum(), is_top1_BT.sum(), mask_BT.sum(), inputs["attention_mask"].sum()])
-        entropy, right, count, tokens = self.accelerator.reduce(sums.double(), reduction="sum").tolist()
+        entropy, right, count, tokens = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
         metrics["entropy"].append(entropy / max(count, 1))
         metrics["mean_token_accuracy"].append(right / max(count, 1))
         if self.model.training:
-            self._total_train_tokens += tokens // self._tp_size
+            self._total_train_tokens += int(tokens) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(self.accelerator.gather(output.aux_loss).mean().item())
