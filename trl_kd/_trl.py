@@ -68,9 +68,12 @@ DPO_SEAMS = (
     *("get_batch_samples", "training_step", "evaluation_loop", "_save"),
     *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
 )
-"""Methods that `PbKDTrainer` overrides. Of the attributes it uses `_metrics`, `_total_train_tokens`, `_signature_columns`
-and `_tokenizer`."""
+"""Methods that `PbKDTrainer` overrides. Of the attributes it uses `_metrics`, `_total_train_tokens`, `_signature_columns`,
+`_tokenizer`, `_is_vision_dataset` and `_tp_size`."""
 require_methods(DPOTrainer, DPO_SEAMS)
+
+TextCollator = require("trl.trainer.sft_trainer", "DataCollatorForLanguageModeling")
+VisionCollator = require("trl.trainer.sft_trainer", "DataCollatorForVisionLanguageModeling")
 
 
 DISTILLATION_SEAMS = (

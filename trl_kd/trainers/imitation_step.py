@@ -17,12 +17,13 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from trl_kd import _trl
 from trl_kd.losses.imitation import imitation_losses
 from trl_kd.responses.ends import turn_end
 from trl_kd.trainers.dual_checkpoints import DUAL_FILE
-from trl_kd.trainers.imitation_texts import ImitationCollator, mean_advantage
+from trl_kd.trainers.imitation_collator import ImitationCollator
+from trl_kd.trainers.imitation_texts import mean_advantage
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.pbkd_step import GlobalBatch
@@ -124,9 +125,9 @@ class ImitationStep:
             )
         multiple: Any = args.pad_to_multiple_of
         if self._reader is None:
-            inner: Any = DataCollatorForLanguageModeling(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+            inner: Any = _trl.TextCollator(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
         else:
-            inner = DataCollatorForVisionLanguageModeling(
+            inner = _trl.VisionCollator(
                 processing_class, args.max_length, completion_only_loss=True, pad_to_multiple_of=multiple
             )
         return ImitationCollator(inner, self._reader)

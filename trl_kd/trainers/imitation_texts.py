@@ -7,11 +7,10 @@ prompt become one row, and texts whose weight is 0 leave the training data befor
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
 from trl import extract_prompt
@@ -29,9 +28,10 @@ logger = get_logger(__name__)
 ADVANTAGE, COMPARED = "imitation_advantage", "imitation_compared"
 """Columns of a row: a(p, ζ), null where neither text is the teacher's; and whether the text was compared with another."""
 TEXT_COLUMNS = ("input_ids", "labels", ADVANTAGE, COMPARED)
-_IMAGES = ("image", "images")
+IMAGES = ("image", "images")
 _OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
-_IGNORED = -100
+IGNORED = -100
+"""Label of a token that is not predicted."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _key(row: dict[str, Any]) -> bytes:
     """What two rows have in common whose teacher's texts are one text to imitate."""
     side = _side(row)
     assert side is not None
-    parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *_IMAGES)]
+    parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *IMAGES)]
     text = json.dumps([*parts, row[side]], sort_keys=True, default=_digest)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -217,9 +217,9 @@ def weigh_texts(
 
 def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The columns that matter of each row, images as they are stored."""
-    wanted = {*_OF_PROMPT, *_IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side"}
+    wanted = {*_OF_PROMPT, *IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side"}
     dataset = dataset.select_columns([column for column in dataset.column_names if column in wanted]).with_format(None)
-    for column in _IMAGES:
+    for column in IMAGES:
         kind = dataset.features.get(column)
         if isinstance(kind, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
@@ -298,8 +298,8 @@ def tokenize_texts(
         kinds = row.get(KIND_COLUMNS[0]) or [OWN] * len(response)
         if row[ADVANTAGE] is None:
             kinds = [None] * len(response)
-        own = [token if kind == OWN else _IGNORED for token, kind in zip(response, kinds, strict=True)]
-        return {"input_ids": (prompt + response)[whole], "labels": ([_IGNORED] * len(prompt) + own)[whole]}
+        own = [token if kind == OWN else IGNORED for token, kind in zip(response, kinds, strict=True)]
+        return {"input_ids": (prompt + response)[whole], "labels": ([IGNORED] * len(prompt) + own)[whole]}
 
     written = ["prompt_ids", "chosen_ids", "rejected_ids"]
     if not isinstance(dataset, Dataset):
@@ -335,7 +335,7 @@ def _labels(dataset: Dataset) -> Iterator[list[int]]:
 
 def count_labels(labels: list[int]) -> int:
     """|y|: how many tokens are predicted. The first one of a sequence is not."""
-    return sum(label != _IGNORED for label in labels[1:])
+    return sum(label != IGNORED for label in labels[1:])
 
 
 def mean_advantage(dataset: Dataset | IterableDataset, reader: ResponseReader | None = None) -> float:
@@ -359,57 +359,4 @@ def mean_advantage(dataset: Dataset | IterableDataset, reader: ResponseReader | 
 
 
 def _without_images(dataset: Dataset) -> Dataset:
-    return dataset.remove_columns([column for column in _IMAGES if column in dataset.column_names])
-
-
-# ---- Batches -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ImitationCollator:
-    """
-    Makes a batch of B texts of the teacher's with one of TRL's collators for `SFTTrainer`, and adds
-
-    - `advantage`, `[B]`, float32, a(p, ζ), 0 where there is no text of the teacher's;
-    - `compared`, `[B]`, bool, whether the text was compared with another one.
-
-    `labels`, `[B, T]`, are −100 but for the model's own tokens in the teacher's texts.
-
-    Parameters:
-        inner (`Callable`): TRL's collator.
-        reader (`ResponseReader`, *optional*): Reads examples with images, which TRL's collator tokenizes.
-    """
-
-    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    reader: ResponseReader | None = None
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        advantages = [example[ADVANTAGE] for example in examples]
-        compared = [example[COMPARED] for example in examples]
-        if self.reader is None:
-            batch = self.inner([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
-        else:
-            batch = self._with_images(self.reader, examples)
-        batch["advantage"] = torch.tensor([advantage or 0.0 for advantage in advantages], dtype=torch.float32)
-        batch["compared"] = torch.tensor(compared, dtype=torch.bool)
-        return batch
-
-    def _with_images(self, reader: ResponseReader, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [{**example, **only_teachers_text(example)} for example in examples]
-        kinds = [reader.kinds_alone(row)[0] for row in rows]
-        batch = self.inner([self._theirs(row) for row in rows])
-        labels_BT = batch["labels"]
-        for row, of_row in enumerate(kinds):
-            if rows[row][ADVANTAGE] is None:
-                labels_BT[row] = _IGNORED
-            elif of_row is not None:
-                places = (labels_BT[row] != _IGNORED).nonzero().squeeze(1)  # `max_length` may have taken some
-                labels_BT[row, places[torch.tensor(of_row[: len(places)]) != OWN]] = _IGNORED
-        return batch
-
-    @staticmethod
-    def _theirs(row: dict[str, Any]) -> dict[str, Any]:
-        kept = {column: row[column] for column in ("prompt", *_IMAGES, "tools") if column in row}
-        if "chat_template_kwargs" in row:
-            kept["chat_template_kwargs"] = without_nulls(row["chat_template_kwargs"] or {})
-        return kept | {"completion": row["chosen"]}
+    return dataset.remove_columns([column for column in IMAGES if column in dataset.column_names])
