@@ -333,7 +333,7 @@ class ServerSampler:
         if isinstance(tools, str):
             tools = json.loads(tools)
         body |= {"messages": messages, "tools": without_nulls(tools) or None}
-        template = self.chat_template_kwargs | (request.columns.get("chat_template_kwargs") or {})
+        template = self.chat_template_kwargs | without_nulls(request.columns.get("chat_template_kwargs") or {})
         return body | {"chat_template_kwargs": template or None}
 
     def _read(self, prompt: Text, choice: dict[str, Any], tokens: int | None) -> Answer:
