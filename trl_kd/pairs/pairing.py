@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from trl_kd.pairs.rows import pair_row
 from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.reasoning import has_reasoning, stripped
 from trl_kd.responses.rendering import REASONING
 from trl_kd.sampling import Answer, Text
-from trl_kd.sampling.nulls import without_nulls
 
 
 Policy = Literal["teacher_vs_student", "best_vs_worst", "all"]

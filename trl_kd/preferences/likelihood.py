@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from trl_kd import _trl
 from trl_kd.preferences.batches import ModelPreference
 from trl_kd.preferences.tokens import template_options
-from trl_kd.responses.ends import turn_end
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.rendering import REASONING
+from trl_kd.responses.special_tokens import turn_end
 from trl_kd.sampling import Text
 from trl_kd.sampling.causal import check_causality, check_kind
 from trl_kd.sampling.own_logits import OwnLogits, not_own, probe

@@ -7,9 +7,8 @@ from typing import Any
 
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.reasoning import stripped
-from trl_kd.responses.rendering import Encoded, encode
+from trl_kd.responses.rendering import Encoded, encode, row_options
 from trl_kd.sampling import Text
-from trl_kd.sampling.prompts import row_options
 
 
 logger = logging.getLogger(__name__)

@@ -4,16 +4,16 @@
 end of an answer that was cut off, for turns that a user or a tool wrote, and for templates that change what the model said.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
-from transformers import ProcessorMixin
+from trl_kd.responses.nulls import without_nulls
 
 
 Messages = list[dict[str, Any]]
-Reasoning = Literal["keep", "strip", "error"]
 REASONING: tuple[str | None, ...] = (None, "keep", "strip", "error")
 """What a setting `reasoning` may be."""
 
@@ -227,6 +227,14 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
 
 
+def row_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns `tools` and `chat_template_kwargs` of a row tell the chat template. Fields that are null are left
+    out: Arrow adds them where other rows have them."""
+    tools = row.get("tools")
+    tools = without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None
+    return {"tools": tools, **without_nulls(row.get("chat_template_kwargs") or {})}
+
+
 # ---- Templates ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +242,8 @@ class _Template:
     """A chat template with its options, as a function from messages to text."""
 
     def __init__(self, processing_class: Any, options: Mapping[str, Any]):
+        from transformers import ProcessorMixin  # building pairs reads this module's names, and needs no model
+
         self._processing_class, self._options = processing_class, options
         self._is_processor = isinstance(processing_class, ProcessorMixin)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient, backoff
-from trl_kd.sampling.nulls import without_nulls
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text, as_counted
 from trl_kd.sampling.server_errors import (
     MALFORMED,

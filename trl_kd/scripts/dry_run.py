@@ -10,7 +10,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from transformers import AutoProcessor, AutoTokenizer
 from trl import ModelConfig, get_peft_config, is_conversational
 
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (
     ModelSize,
@@ -165,7 +165,7 @@ def student_memory(args: Any, model_args: ModelConfig) -> tuple[Any, ModelSize, 
 def model_memory(field: str, name: str, options: dict[str, Any], args: Any) -> float:
     """Bytes of the weights of another model that `field` names, which is not trained."""
     quantization = next((kind for kind in ("load_in_4bit", "load_in_8bit") if options.get(kind)), None)
-    return model_size(_empty(field, name, None, args), options.get("dtype"), quantization).bytes
+    return model_size(_empty(field, name, None, args, causal=False), options.get("dtype"), quantization).bytes
 
 
 def pairs_memory(pairs: PairsArguments, args: Any) -> dict[str, float]:
@@ -205,10 +205,10 @@ def teacher_memory(args: Any) -> float:
     return model_size(model, options.get("dtype", "float32"), quantization).bytes
 
 
-def _empty(field: str, name: str, revision: str | None, args: Any) -> Any:
+def _empty(field: str, name: str, revision: str | None, args: Any, causal: bool = True) -> Any:
     try:
         check_model_source(field, name)
-        return empty_model(name, args.trust_remote_code, revision)
+        return empty_model(name, args.trust_remote_code, revision, causal)
     except (OSError, ValueError) as error:
         raise model_error(field, name, error) from error
 

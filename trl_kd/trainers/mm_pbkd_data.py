@@ -15,8 +15,7 @@ from torch.utils.data import Sampler
 
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.reasoning import stripped
-from trl_kd.responses.rendering import OWN, encode
-from trl_kd.sampling.prompts import row_options
+from trl_kd.responses.rendering import OWN, encode, row_options
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows
 from trl_kd.trainers.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows

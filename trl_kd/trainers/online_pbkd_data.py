@@ -17,11 +17,11 @@ from trl_kd.pairs.checks import check_parts as check_source
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import as_rows

@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from trl_kd.pairs.dataset import PairWriter, load_pairs
 from trl_kd.pairs.prompts import prompt_key
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling import Text
-from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import MOST_HELD_OUT
 
 

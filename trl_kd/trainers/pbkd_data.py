@@ -23,9 +23,9 @@ from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.rendering import LEFT_OUT, OWN
-from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.prompts import begins_twice
+from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
 

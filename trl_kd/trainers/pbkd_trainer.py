@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import sequence_imitation
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token

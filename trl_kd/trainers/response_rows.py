@@ -13,6 +13,7 @@ from trl import extract_prompt, is_conversational
 
 from trl_kd._trl import prepare_preference_dataset
 from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import (
     CannotRender,
@@ -21,10 +22,9 @@ from trl_kd.responses.rendering import (
     pair_ids,
     render,
     response_kinds,
+    row_options,
     text_kinds,
 )
-from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.prompts import row_options
 
 
 logger = get_logger(__name__)
@@ -153,7 +153,8 @@ class ResponseReader:
         )
         altered = [(i, why) for i, why in enumerate(looked["altered"]) if why]
         if altered:
-            self._tell_altered(altered[0][1], f"row {altered[0][0]}", f"{len(altered)} of {len(dataset)} rows")
+            row, why = altered[0]
+            logger.warning(self._altered(why, f"row {row}", f"{len(altered)} of {len(dataset)} rows"))
         return self._leave_out(dataset, looked["failed"])
 
     def _look_at(self, row: dict[str, Any]) -> dict[str, str]:
@@ -171,14 +172,19 @@ class ResponseReader:
         if found["failed"]:
             logger.warning_once(f"A row of the {self.name} dataset is left out: {found['failed']}. This is said once.")
         elif found["altered"]:
-            self._tell_altered(found["altered"], "the first such row", "some rows")
+            logger.warning_once(self._altered(found["altered"], "the first such row", "some rows"))
         return not found["failed"]
 
-    def _tell_altered(self, why: str, where: str, count: str) -> None:
+    def _altered(self, why: str, where: str, count: str) -> str:
+        """What is said of rows that the template changes.
+
+        Raises:
+            `ValueError`: `reasoning` is 'error'.
+        """
         said = f"In {count} of the {self.name} dataset what is learnt is not what is sampled. In {where} {why}."
         if self.reasoning == "error":
             raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
-        logger.warning_once(f"{said} {_ADVICE.get(self.reasoning, '')}".strip())
+        return f"{said} {_ADVICE.get(self.reasoning, '')}".strip()
 
     def _leave_out(self, dataset: Dataset, failed: list[str]) -> Dataset:
         if not any(failed):

@@ -3,8 +3,8 @@ from transformers import GenerationConfig
 
 from tests.conftest import make_tokenizer
 from tests.responses.templates import CHATML, R1, TRIMMED, tokenizer_with
-from trl_kd.responses.ends import end_tokens, set_end_token, turn_end, unlearnable_end
 from trl_kd.responses.reasoning import has_reasoning, strip_reasoning, stripped
+from trl_kd.responses.special_tokens import end_tokens, set_end_token, turn_end, unlearnable_end
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMED, R1])
