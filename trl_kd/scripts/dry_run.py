@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 from trl import ModelConfig, get_peft_config, is_conversational
 
-from trl_kd.responses.special_tokens import set_end_token
+from trl_kd.responses.special_tokens import set_end_token, unlearnable_end
 from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (
     ModelSize,
@@ -117,6 +117,19 @@ def describe_tokenizer(processor: Any) -> Table:
         ("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, end {tokenizer.eos_token!r}"),
         ("chat template", "yes" if getattr(processor, "chat_template", None) else "no"),
     ]
+
+
+def describe_end(processor: Any, row: dict[str, Any], args: Any, model_args: ModelConfig) -> Table:
+    """Whether the student can learn to stop where its chat template ends turns."""
+    if args.eos_token is not None or not is_conversational(row):
+        return []
+    name, options = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    try:
+        config = GenerationConfig.from_pretrained(name, **options)
+    except OSError:  # it is made of the model's config, then
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+    said = unlearnable_end(processor, config)
+    return [] if said is None else [("end of turns", said)]
 
 
 def describe_teacher(tokenizer: Any, args: Any, model_args: ModelConfig) -> Table:

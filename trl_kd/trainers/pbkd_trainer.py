@@ -45,7 +45,7 @@ from trl_kd.trainers.pbkd_data import (
     prepare_rows,
 )
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
-from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
+from trl_kd.trainers.response_rows import PairReader, tokenize_rows
 from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
 
@@ -143,7 +143,7 @@ optimizers, quantization_config, peft_config:
         self._window: Window | None = None  # of the optimizer step under way
         self._evaluation: list[Window] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
-        self._reader: ResponseReader | None = None  # of rows with images
+        self._reader: PairReader | None = None  # of rows with images
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         teacher = Teacher.from_args(args, teacher_model)
@@ -209,7 +209,7 @@ optimizers, quantization_config, peft_config:
 
     def _tokenize_rows(self, dataset, processing_class, args, name, count=True):
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
-            self._reader = ResponseReader(processing_class, args, name)
+            self._reader = PairReader(processing_class, args, name)
             return self._reader.look(dataset)
         check_tokenizer(self._tokenizer, dataset, name)
         dataset = tokenize_rows(dataset, processing_class, args, name)
