@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 OLDEST = (
-    *("pairs/", "preferences/test_judge.py", "sampling/test_server.py", "test_house.py"),
+    *("compat/test_pairs.py", "compat/test_trainings.py", "pairs/", "preferences/test_judge.py", "responses/"),
+    *("sampling/test_server.py", "test_house.py", "trainers/test_pbkd_responses.py"),
     *("trainers/test_pbkd_data.py", "trainers/test_mm_pbkd_input.py", "trainers/test_online_pbkd_input.py"),
     *("trainers/test_pbkd_equals_dpo.py", "trainers/test_mm_pbkd_equals.py", "trainers/test_online_pbkd_equals.py"),
     *("trainers/test_bf16.py", "trainers/test_rounds_parts.py"),

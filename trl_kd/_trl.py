@@ -58,6 +58,7 @@ create_model_from_path = require("trl.trainer.utils", "create_model_from_path")
 get_config_model_id = require("trl.trainer.utils", "get_config_model_id")
 prepare_deepspeed = require("trl.models", "prepare_deepspeed")
 prepare_fsdp = require("trl.models", "prepare_fsdp")
+main_first = require("trl.trainer.utils", "global_then_local_main_first")
 FusedCausalLMOutput = require("trl.trainer.utils", "FusedCausalLMOutput")
 ForwardRedirection = require("trl.models.utils", "_ForwardRedirection")
 

@@ -197,7 +197,7 @@ def read_pairs(output_dir: str) -> dict[str, Any]:
 
     summary = json.loads(Path(output_dir, "summary.json").read_text(encoding="utf-8"))
     usage = {who: [of["requests"], of["completion_tokens"]] for who, of in summary.get("usage", {}).items()}
-    return {"rows": load_pairs(output_dir).to_list(), "usage": usage}
+    return {"rows": list(load_pairs(output_dir)), "usage": usage}
 
 
 def read_training(output_dir: str) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def test_cut_answers_can_be_dropped_afterwards():
 def test_shards_are_merged():
     run(["pairs", "--merge", "shard-0", "shard-1", "--output_dir", "merged"])
     whole = EXPECTED["finished"] | {"usage": None}
-    check({"rows": load_pairs("merged").to_list(), "usage": None}, whole)
-    check({"rows": merge_shards(["shard-1", "shard-0"], "again").to_list(), "usage": None}, whole)
+    check({"rows": list(load_pairs("merged")), "usage": None}, whole)
+    check({"rows": list(merge_shards(["shard-1", "shard-0"], "again")), "usage": None}, whole)
 
 
 def test_more_answers_are_asked_for():

@@ -10,6 +10,7 @@ from tests.pairs.fakes import Longer, Source
 from trl_kd.pairs import build_pairs
 from trl_kd.pairs.pairing import PairingSettings, make_candidates
 from trl_kd.sampling import Answer, SamplingSettings
+from trl_kd.sampling.column import ColumnSampler
 from trl_kd.sampling.local import LocalSampler
 
 
@@ -66,6 +67,20 @@ def test_error_stops_before_more_is_asked_and_keeps_what_was_answered(tmp_path):
     assert len(log.read_text().splitlines()) == 1
     assert len(build(tmp_path / "pairs", teacher=Thinking("teacher", log=str(log), window=1))) == 3
     assert len(log.read_text().splitlines()) == 3
+
+
+def test_error_looks_at_answers_that_are_there_already(tmp_path):
+    """Of a column, and of an earlier run: nothing is asked."""
+    rows = [{"prompt": f"{i}+1=", "ours": "<think>hm</think>2" if i == 2 else "2"} for i in range(3)]
+    log = tmp_path / "log"
+    student = Source("student", log=str(log))
+    parts = {"teacher": ColumnSampler("ours"), "student": student, "preference": Seen(), "show_progress": False}
+    with pytest.raises(ValueError, match="the teacher's answer to the prompt '2.1=' holds a `<think>` block"):
+        build_pairs(Dataset.from_list(rows), output_dir=tmp_path / "column", reasoning="error", **parts)
+    assert not log.exists()
+    build(tmp_path / "stored")
+    with pytest.raises(ValueError, match="the teacher's answer to the prompt '0.1=' holds a `<think>` block"):
+        build(tmp_path / "stored", reasoning="error")
 
 
 def test_messages_and_calls_of_tools():

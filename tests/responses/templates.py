@@ -33,6 +33,12 @@ QWEN3 = (
 )
 """Qwen3's: the last turn alone keeps its reasoning."""
 
+PHI3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+"""Phi-3's: the end of the conversation has another token behind that of the turn."""
+
 TOOLS = (
     "{% for m in messages %}[{{ m['role'][0] }}]{% if m.get('tool_calls') %}call "
     "{{ m['tool_calls'][0]['function']['name'] }}{% else %}{{ m['content'] }}{% endif %}"
@@ -55,6 +61,6 @@ def says(role: str, content: str, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
-def calls(name: str) -> dict:
+def calls(name: str, content: str = "") -> dict:
     function = {"name": name, "arguments": {"a": 1}}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}

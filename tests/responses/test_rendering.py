@@ -5,22 +5,23 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer
-from tests.responses.templates import CHATML, QWEN3, R1, TOOLS, TRIMMED, calls, says, tokenizer_with
+from tests.responses.templates import CHATML, PHI3, QWEN3, R1, TOOLS, TRIMMED, calls, says, tokenizer_with
 from trl_kd._trl import prepare_preference_dataset
-from trl_kd.responses.rendering import (
-    LEFT_OUT,
-    OTHERS,
-    OWN,
-    CannotRender,
-    encode,
-    pair_ids,
-    render,
-    response_kinds,
-    text_kinds,
-)
+from trl_kd.responses.rendering import CannotRender, render
+from trl_kd.responses.tokens import LEFT_OUT, OTHERS, OWN, encode, pair_ids, response_kinds, text_kinds
 
 
 USER = [says("user", "1+1=")]
+QWEN3_TOOLS = QWEN3.replace(
+    "{{ content }}", "{{ content }}{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}{% endif %}"
+)
+TOOLS_WITHIN = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{% else %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
+    "{% if not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+    "[{{ messages[loop.index0 + 1].content }}]{% endif %}{% endif %}"
+    "{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PLAIN = {"own": CHAT_TEMPLATE, "chatml": CHATML, "trimmed": TRIMMED}
 
 
@@ -101,7 +102,7 @@ def test_turns_of_others_are_not_the_models_own(name):
     assert tokenizer.decode(learnt) == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED, QWEN3])
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, QWEN3, PHI3])
 def test_each_turn_is_learnt_with_its_end(template):
     tokenizer = tokenizer_with(template)
     response = [says("assistant", "two"), says("user", "sure?"), says("assistant", "yes")]
@@ -125,6 +126,58 @@ def test_an_earlier_turn_whose_reasoning_the_template_drops():
     assert learnt.startswith("two<|im_end|>\n")
     assert "hm" not in learnt
     assert encoded.altered == "the chat template leaves a part of the response out"
+
+
+def test_a_call_of_a_tool_before_other_turns_is_found_where_the_template_drops_its_reasoning():
+    tokenizer = tokenizer_with(QWEN3_TOOLS)
+    response = [calls("add"), says("tool", "it is 2"), says("assistant", "2")]
+    encoded = encode(tokenizer, USER, response)
+    assert spoken(tokenizer, encoded) == "call add<|im_end|>\n<think>\n\n</think>\n\n2<|im_end|>\n"
+
+
+def test_a_turn_that_holds_the_results_of_its_tools_is_not_imitated():
+    """As Gemma 4's: the call, its result, and then what the model says, are one turn."""
+    tokenizer = tokenizer_with(TOOLS_WITHIN)
+    response = [calls("add", "let me look"), says("tool", "secret"), says("assistant", "it is 2")]
+    encoded = encode(tokenizer, USER, response)
+    assert "secret" in tokenizer.decode(encoded.ids)
+    assert spoken(tokenizer, encoded) == "it is 2<|im_end|>"
+    assert "its end cannot be found" in encoded.altered
+
+
+def test_a_call_that_the_template_leaves_out_is_told_of():
+    assert "a call of a tool out" in render(tokenizer_with(CHATML), USER, [calls("add")]).altered
+    assert render(tokenizer_with(TOOLS), USER, [calls("add")]).altered is None
+
+
+def test_an_answer_that_repeats_what_the_generation_prompt_opens_is_whole():
+    """As with Qwen3.5: its template renders the reasoning behind the very words that its generation prompt ends in."""
+    tokenizer = tokenizer_with(R1.replace("{% set content = content.split('</think>')[-1] %}", ""))
+    rendering = render(tokenizer, USER, [says("assistant", "<think>\nhm\n</think>\n\n2")])
+    assert rendering.altered is None
+
+
+def test_reasoning_beside_the_text_is_not_lost_by_keep():
+    tokenizer = tokenizer_with(QWEN3)
+    apart = [says("assistant", "2", reasoning_content="hm")]
+    kept, plain = (encode(tokenizer, USER, apart, reasoning=reasoning) for reasoning in ("keep", None))
+    assert kept == plain  # the template's own way
+
+
+def test_many_turns_are_tokenized_a_few_times_only():
+    tokenizer = tokenizer_with(CHATML)
+    texts = []
+    whole = tokenizer.__class__.__call__
+
+    class Counting(tokenizer.__class__):
+        def __call__(self, text, **options):
+            texts.append(text)
+            return whole(self, text, **options)
+
+    tokenizer.__class__ = Counting
+    response = [says("user" if i % 2 else "assistant", f"turn {i}") for i in range(21)]
+    encode(tokenizer, USER, response)
+    assert len(texts) <= 3
 
 
 def test_templates_that_change_the_response_are_found():

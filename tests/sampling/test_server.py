@@ -89,7 +89,7 @@ def test_a_text_prompt_takes_no_tools():
 
 
 def test_variables_of_the_chat_template_go_with_every_request():
-    columns = {"chat_template_kwargs": {"b": 3}}
+    columns = {"chat_template_kwargs": {"b": 3, "c": None}}
     with FaultServer(echo) as server:
         ask(server, chat_template_kwargs={"a": 1, "b": 2})
         ask(server, chat_template_kwargs={"a": 1, "b": 2}, columns=columns)

@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from datasets.fingerprint import Hasher
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from tests.conftest import make_tokenizer, save_tiny
 from tests.reference.pbkd import Row, pbkd_loss
@@ -13,6 +15,7 @@ from tests.responses.templates import CHATML, R1, TOOLS, calls, says, tokenizer_
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.local import LocalSampler
+from trl_kd.trainers.response_rows import PairReader
 
 
 USER = [says("user", "1+1=")]
@@ -120,6 +123,39 @@ def test_a_third_text_of_the_teachers_has_a_reason_of_its_own(tiny_dir, settings
     complete = {**row, "teacher": "one", "teacher_finish_reason": "stop"}
     trainer = make(tiny_dir, settings, [row, complete])
     assert sorted(texts(trainer)) == sorted(["2<eos>", "3"] * 2 + ["first we"] * 2 + ["one<eos>"] * 2)
+
+
+def test_a_reason_of_the_teachers_text_alone(tiny_dir, settings):
+    """Whether it is a third text or one of the two."""
+    row = {"prompt": "1+1=", "chosen": "2", "rejected": "3", "teacher": "first we", "teacher_finish_reason": "length"}
+    trainer = make(tiny_dir, settings, [row, {**row, "teacher": "2"}])
+    assert sorted(texts(trainer)) == sorted(["2<eos>", "3<eos>", "first we", "first we", "2", "3<eos>"])
+
+
+@pytest.mark.parametrize("reason", ["error", "content_filter"])
+def test_no_end_token_behind_an_answer_that_broke_off_or_was_refused(tiny_dir, settings, reason):
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3", "chosen_finish_reason": reason}]
+    assert texts(make(tiny_dir, settings, rows)) == ["2", "3<eos>"]
+
+
+def test_what_has_no_token_left_is_left_out_with_a_count(tiny_dir, settings, caplog):
+    cut = {"prompt": "1+1=", "chosen": "", "rejected": "3", "chosen_finish_reason": "length"}
+    thought = {**cut, "chosen": "<think>hm", "chosen_finish_reason": "stop"}
+    whole = {**cut, "chosen": "<think>hm</think>2", "chosen_finish_reason": "stop"}
+    with caplog.at_level(logging.WARNING):
+        trainer = make(tiny_dir, settings, [cut, thought, whole], reasoning="strip")
+    assert texts(trainer) == ["2<eos>", "3<eos>"]
+    assert "2 of 3 rows of the train dataset cannot be learnt from" in caplog.text
+    assert "The first is row 0: `chosen` was cut off before it said anything" in caplog.text
+
+
+@pytest.mark.parametrize("value", [3, 1.5, True, ["stop"]])
+def test_a_reason_that_is_no_text_is_refused_before_weights_load(tiny_dir, settings, value):
+    rows = [{"prompt": "1+1=", "chosen": "2", "rejected": "3", "chosen_finish_reason": value}]
+    with pytest.raises(
+        ValueError, match="Row 0 of the train dataset: `chosen_finish_reason` is .*: it must be a text"
+    ):
+        make(tiny_dir, settings, rows)
 
 
 def test_unknown_reasons_keep_the_text(tiny_dir, settings):
@@ -308,6 +344,32 @@ def test_a_base_model_that_cannot_stop_is_told_of_and_eos_token_mends_it(tmp_pat
     assert (answer.text, answer.finish_reason) == ("2", "stop")
     with pytest.raises(ValueError, match="`eos_token` is '<end>', which is not in the vocabulary"):
         make(folder, settings, rows, eos_token="<end>")
+
+
+def test_an_adapter_keeps_the_end_token_beside_it(tmp_path, settings):
+    rows = [{"prompt": USER, "chosen": [says("assistant", "2")], "rejected": [says("assistant", "3")]}] * 8
+    out = str(tmp_path / "out")
+    args = PbKDConfig(**{**settings, "max_steps": 1, "eos_token": "<|im_end|>", "output_dir": out})
+    trainer = PbKDTrainer(
+        model=student(tmp_path, CHATML),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.save_model()
+    end = trainer._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [end, 1]
+
+
+def test_settings_that_do_not_matter_leave_the_cache_alone(tmp_path, settings):
+    """What the new passes compute is found again under another output folder."""
+    folder = student(tmp_path, CHATML)
+    prints = []
+    for out in ("a", "b"):
+        args = PbKDConfig(**{**settings, "output_dir": str(tmp_path / out)})
+        reader = PairReader(AutoTokenizer.from_pretrained(folder), args, "train")
+        prints.append(Hasher.hash({k: v for k, v in vars(reader).items() if k != "processing_class"}))
+    assert prints[0] == prints[1]
 
 
 def test_a_second_bos_token_is_told_of_with_a_count(tmp_path, settings, caplog):

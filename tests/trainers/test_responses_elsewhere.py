@@ -166,6 +166,34 @@ def test_online_imitation_learns_own_words_alone(tmp_path, settings, text, reaso
     assert trainer._tokenizer.decode([token for token in labels if token >= 0]) == imitated
 
 
+def test_online_leaves_out_what_cannot_be_rendered(tmp_path, settings, caplog):
+    template = "{% if 'no' in messages[-1]['content'] %}{{ raise_exception('not this') }}{% endif %}" + TOOLS
+    student = folder(tmp_path / "student", template, max_position_embeddings=256)
+    prompts = [{"prompt": [says("user", f"{i}+1=")], "completion": "no" if i == 1 else "2"} for i in range(5)]
+    pairs = [{"prompt": USER, "chosen": PLAIN, "rejected": [says("assistant", text)]} for text in ("3", "no")] * 3
+    options = {"adversary": "mle", "imitation_weight": 1.0, "max_steps": 1, "pairs": pairs}
+    with caplog.at_level(logging.WARNING):
+        trainer = online_cases.make(student, settings, prompts, **options)
+    assert "1 of 5 rows of the train dataset cannot be learnt from" in caplog.text
+    assert "3 of 6 rows of the preference dataset cannot be learnt from" in caplog.text
+    trainer.train()
+    silent = {"adversary": "mle", "imitation_weight": 1.0, "max_steps": 1, "teacher": Says("no", "stop")}
+    asked = online_cases.make(
+        student, settings, [{"prompt": USER}] * 4, preference_function=online_cases.digits, **silent
+    )
+    with caplog.at_level(logging.WARNING):
+        asked.train()
+    assert "is not used: the chat template cannot render it: not this" in caplog.text
+
+
+def test_online_refuses_reasoning_before_anything_is_trained(tmp_path, settings):
+    student = folder(tmp_path / "student", R1)
+    rows = [{"prompt": USER, "completion": "so\n</think>\n\n2"}] * 4
+    options = {"adversary": "mle", "preference_function": online_cases.digits, "imitation_weight": 1.0}
+    with pytest.raises(ValueError, match="In 4 of 4 rows of the train dataset what is learnt is not what is sampled"):
+        online_cases.make(student, settings, rows, reasoning="error", **options)
+
+
 def test_a_column_of_answers_says_why_they_ended():
     sampler = ColumnSampler("completion")
     columns = {"completion": ["2", "3"], "completion_finish_reason": ["length", "stop"]}

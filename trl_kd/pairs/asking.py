@@ -11,7 +11,7 @@ from trl_kd.pairs.prompts import PromptRow, read_prompts
 from trl_kd.pairs.store import AnswerStore, Causes
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling import Answer, Request, Sampler
-from trl_kd.sampling.server import beginning
+from trl_kd.sampling.sampler import beginning
 from trl_kd.sampling.server_errors import REFUSALS, ServerError
 
 

@@ -17,10 +17,10 @@ from trl_kd.pairs.pairing import (
     PairingSettings,
     Policy,
     PromptPairs,
-    answer_reasons,
     choose_pairs,
     make_candidates,
     make_rows,
+    refuse_reasoning,
 )
 from trl_kd.pairs.progress import Bar, rare_collection, show_cost
 from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
@@ -31,7 +31,6 @@ from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.sampler import as_counted
-from trl_kd.sampling.server import beginning
 
 
 def build_pairs(
@@ -144,6 +143,8 @@ def build_pairs(
         settings["prompts"] = dict(prompts_from or {})
         settings |= place
         build = _Build(prompts, sources, preference, pairing, store, shard, show_progress)
+        if pairing.reasoning == "error":
+            build.refuse_given_reasoning()
         for source in sources:
             build.ask(source)
         if not getattr(preference, "is_lookup", False):
@@ -185,6 +186,22 @@ class _Build:
         if name in self.usages:
             self.store.count_usage(name, self.usages[name])
 
+    def refuse_given_reasoning(self) -> None:
+        """Raises a `ValueError` for an answer with reasoning that is there already, before anything is asked."""
+        for rows in read_prompts(self.prompts, self.shard):
+            for source, (sampler, samples) in self.sources.items():
+                if sampler.is_lookup:
+                    requests = [
+                        Request(f"{r.key}/{r.index}", r.prompt, tuple(range(samples)), r.columns) for r in rows
+                    ]
+                    given = look_up(source, sampler, samples, requests)
+                else:
+                    stored = self.store.answers(source, [row.key for row in rows], samples)
+                    given = [list(stored[row.key].values()) for row in rows]
+                for row, answers in zip(rows, given, strict=True):
+                    for answer in answers:
+                        refuse_reasoning(source, row.prompt, answer.text)
+
     def ask(self, source: str) -> None:
         """Asks a source for every answer that is not stored."""
         sampler, samples = self.sources[source]
@@ -202,21 +219,13 @@ class _Build:
                     self.store.add_answers(source, [(r.key, sample, answer) for r, sample, answer in answers], causes)
                     for request, sample, answer in answers:
                         requests.answered(request.key, sample)
-                        self._check_reasoning(source, request, answer)
+                        if self.pairing.reasoning == "error":
+                            refuse_reasoning(source, request.prompt, answer.text)
                     bar.update(len(answers))
                     show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
                 _free(sampler)
-
-    def _check_reasoning(self, source: str, request: Request, answer: Answer) -> None:
-        """Before more is asked: the answers so far are stored."""
-        if self.pairing.reasoning == "error" and answer.text is not None and answer_reasons(answer.text):
-            raise ValueError(
-                f"`reasoning` is 'error', and the {source}'s answer to the prompt {beginning(request.prompt)!r} holds a "
-                "`<think>` block: turn reasoning off there, or set `reasoning` to 'strip' or 'keep'. What was answered is "
-                "stored."
-            )
 
     def label(self, batch_size: int) -> None:
         """Asks the preference for every label or score that is not stored."""

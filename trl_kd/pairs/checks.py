@@ -11,8 +11,9 @@ from trl_kd.pairs.labels import Labeller
 from trl_kd.pairs.pairing import make_candidates
 from trl_kd.pairs.prompts import PromptRow, read_prompts
 from trl_kd.preferences import Preference
+from trl_kd.responses.rendering import CannotRender
+from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.sampling import Request, Sampler, Text
-from trl_kd.sampling.prompts import begins_twice
 
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _check_preference(rows: list[PromptRow], preference: Preference) -> None:
 
 def _is_of_template(error: Exception) -> bool:
     """Whether a chat template has refused a conversation; jinja2 is imported by whoever rendered it."""
-    return type(error).__module__.startswith("jinja2.")
+    return isinstance(error, CannotRender) or type(error).__module__.startswith("jinja2.")
 
 
 def _refused_by_template(row: PromptRow, error: Exception) -> str:

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from trl_kd.pairs.rows import pair_row
 from trl_kd.responses.finish_reasons import ending
-from trl_kd.responses.reasoning import has_reasoning, stripped
-from trl_kd.responses.rendering import REASONING
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.reasoning import REASONING, answer_reasons, says_something, stripped
 from trl_kd.sampling import Answer, Text
-from trl_kd.sampling.nulls import without_nulls
+from trl_kd.sampling.sampler import beginning
 
 
 Policy = Literal["teacher_vs_student", "best_vs_worst", "all"]
@@ -121,9 +121,11 @@ def make_candidates(
             text = answer.text
             if text is None or (truncated == "drop" and ending(answer.finish_reason) == "cut"):
                 continue
-            if reasoning == "strip":
-                text = without_reasoning(text)
-                if text is None:
+            if reasoning == "error":
+                refuse_reasoning(source, prompt, text)
+            if reasoning == "strip" and answer_reasons(text):
+                text = stripped(text)
+                if not says_something(text):
                     continue
             if is_messages and isinstance(text, str):
                 text = [{"role": "assistant", "content": text}]
@@ -138,20 +140,14 @@ def make_candidates(
     return candidates
 
 
-def without_reasoning(text: Text) -> Text | None:
-    """An answer without its `<think>` blocks; `None` if there was nothing else."""
-    if not answer_reasons(text):
-        return text
-    left = stripped(text)
-    said = left if isinstance(left, str) else any(m.get("content") or m.get("tool_calls") for m in left)
-    return left if said else None
-
-
-def answer_reasons(text: Text) -> bool:
-    """Whether there is reasoning in an answer."""
-    if isinstance(text, str):
-        return has_reasoning(text)
-    return any(isinstance(message.get("content"), str) and has_reasoning(message["content"]) for message in text)
+def refuse_reasoning(source: str, prompt: Text, answer: Text | None) -> None:
+    """Raises a `ValueError` for an answer that holds reasoning."""
+    if answer is not None and answer_reasons(answer):
+        raise ValueError(
+            f"`reasoning` is 'error', and the {source}'s answer to the prompt {beginning(prompt)!r} holds a `<think>` "
+            "block: turn reasoning off where it comes from, or set `reasoning` to 'strip' or 'keep'. What was answered is "
+            "stored."
+        )
 
 
 def choose_pairs(key: str, candidates: list[Candidate], settings: PairingSettings) -> list[Pair]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling import Text
 from trl_kd.sampling.as_json import to_json
-from trl_kd.sampling.nulls import without_nulls
 
 
 BATCH_SIZE = 1000

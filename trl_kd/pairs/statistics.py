@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_kd.pairs.counting import DistinctCounter, Lengths, clustered_interval, wilson_interval
 from trl_kd.responses.finish_reasons import KNOWN, ending
-from trl_kd.responses.reasoning import has_reasoning
+from trl_kd.responses.reasoning import answer_reasons
 from trl_kd.sampling import Answer, Text
 
 
@@ -90,7 +90,7 @@ class PairStatistics:
                 counts[f"{_REASON}{answer.finish_reason or 'null'}"] += 1
             else:
                 counts["characters"] += text_length(answer.text)
-                counts["with_reasoning"] += has_reasoning(whole_text(answer.text))
+                counts["with_reasoning"] += answer_reasons(answer.text)
                 if answer.tokens is not None:
                     counts["with_tokens"] += 1
                     counts["tokens"] += answer.tokens

@@ -189,8 +189,7 @@ class AnswerStore:
                 )
         former = before.get("preference", settings["preference"])
         changes = list(differences(former, settings["preference"], "preference"))
-        is_labelled = self._has_labels(_digest(former)) or former == self._written_preference()
-        if changes and not relabel and is_labelled:
+        if changes and not relabel and self._is_labelled_by(former):
             raise ValueError(
                 f"`{self.path.parent}` holds labels of another preference: set it back, give another `output_dir`, or say "
                 f"`relabel=True` to keep the answers and label them anew. {listed(changes)}."
@@ -288,10 +287,13 @@ class AnswerStore:
         with self._guard():
             return self._connection.execute(query, (self._preference,)).fetchone()[0]
 
-    def _has_labels(self, preference: bytes) -> bool:
-        query = "SELECT 1 FROM labels WHERE preference = ? AND value IS NOT NULL LIMIT 1"
+    def _is_labelled_by(self, preference: Any) -> bool:
+        """Whether a preference has said something that is kept: a label that is not null, or the pairs that a build has
+        written, where labels are not stored."""
+        query = "SELECT MAX(value IS NOT NULL) FROM labels WHERE preference = ?"
         with self._guard():
-            return self._connection.execute(query, (preference,)).fetchone() is not None
+            (known,) = self._connection.execute(query, (_digest(preference),)).fetchone()
+        return preference == self._written_preference() if known is None else bool(known)
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
         """Stores an answer for good. One that is there already stays: it may have been labelled."""

@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
 from trl_kd.preferences.tokens import encode_answer, template_options, tokenize_response
-from trl_kd.responses.rendering import CannotRender, Encoded
+from trl_kd.responses.rendering import CannotRender
+from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import FINDING, load_model
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer

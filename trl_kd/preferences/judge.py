@@ -43,7 +43,7 @@ VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
 """P(first ≻ second) of each letter."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second|mark)\}")
-_DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}]")
+_DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}\"'“”‘’]")
 """What may surround a verdict or its letter: Markdown, LaTeX and brackets, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
 
 _VERDICT = re.compile(

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from trl_kd import _trl
 from trl_kd.preferences.batches import ModelPreference
 from trl_kd.preferences.tokens import template_options
-from trl_kd.responses.ends import turn_end
-from trl_kd.responses.finish_reasons import ending
-from trl_kd.responses.rendering import REASONING
+from trl_kd.responses.finish_reasons import has_end
+from trl_kd.responses.reasoning import REASONING
+from trl_kd.responses.special_tokens import turn_end
 from trl_kd.sampling import Text
 from trl_kd.sampling.causal import check_causality, check_kind
 from trl_kd.sampling.own_logits import OwnLogits, not_own, probe
@@ -144,7 +144,7 @@ class TeacherLikelihood(ModelPreference):
         context, response, own = encoded.prompt_ids, encoded.ids, encoded.own
         ends = {self.tokenizer.eos_token_id} | (set() if isinstance(prompt, str) else {self._turn_end})
         last = max((place for place, token in enumerate(response) if token in ends), default=None)
-        if ending(reason) != "cut" and last is not None:
+        if has_end(reason) and last is not None:
             response = response[: last + 1]
         if self.max_length is not None and len(context) + len(response) > self.max_length:
             self.note_truncation()

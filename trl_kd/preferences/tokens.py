@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.reasoning import stripped
-from trl_kd.responses.rendering import Encoded, encode
+from trl_kd.responses.rendering import row_options
+from trl_kd.responses.tokens import Encoded, encode
 from trl_kd.sampling import Text
-from trl_kd.sampling.prompts import row_options
+from trl_kd.sampling.sampler import beginning
 
 
 logger = logging.getLogger(__name__)
@@ -67,19 +67,27 @@ def encode_answer(
         `CannotRender`: see [`~trl_kd.responses.rendering.render`].
     """
     answer = match_format(prompt, stripped(answer) if reasoning == "strip" else answer)
-    complete = ending(finish_reason) != "cut"
+    complete = has_end(finish_reason)
     encoded = encode(tokenizer, prompt, answer, options, complete=complete, reasoning=reasoning)
     if encoded.altered is not None:
         said = f"What is read of an answer is not what was sampled: {encoded.altered}."
         if reasoning == "error":
             raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
-        _warn_altered(said)
+        _warn_altered(encoded.altered, prompt)
     return encoded
 
 
-@lru_cache(maxsize=256)
-def _warn_altered(said: str) -> None:
-    logger.warning(f"{said} This is said once. See the setting `reasoning`.")
+_told: set[str] = set()
+"""What has been said."""
+
+
+def _warn_altered(why: str, prompt: Text) -> None:
+    if why not in _told:
+        _told.add(why)
+        logger.warning(
+            f"What is read of an answer is not what was sampled: {why}. The first such answer is that to the prompt "
+            f"{beginning(prompt)!r}. This is said once. See the setting `reasoning`."
+        )
 
 
 def tokenize_response(

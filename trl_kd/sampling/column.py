@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trl_kd.sampling.sampler import Answer, Request
+from trl_kd.responses.finish_reasons import check_finish_reason
+from trl_kd.sampling.sampler import Answer, Request, as_counted
 
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class ColumnSampler:
                 )
             reasons = request.columns.get(f"{self.column}_finish_reason")
             reasons = reasons if isinstance(reasons, list) else [reasons] * len(texts)
+            for reason in reasons:
+                check_finish_reason(reason, f"The column '{self.column}_finish_reason' holds a value that")
             for sample in request.samples:
                 text = texts[sample] if sample < len(texts) else None
                 if not (text is None or isinstance(text, str) or _is_messages(text)):
@@ -75,7 +78,8 @@ class ColumnSampler:
                         f"The column {self.column!r} holds {str(text)[:60]!r}: an answer is text, a list of messages with a "
                         "role each, or null."
                     )
-                yield request, sample, Answer(text, reasons[sample] if sample < len(reasons) else None)
+                reason = reasons[sample] if sample < len(reasons) else None
+                yield request, sample, as_counted(request.prompt, Answer(text, reason))
 
 
 def _is_messages(value: Any) -> bool:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_kd import _trl
-from trl_kd.responses.ends import end_tokens, turn_end
+from trl_kd.responses.special_tokens import end_tokens, turn_end
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.decoding import Batch, Prompt, Row
 from trl_kd.sampling.loading import QUANTIZATION, load_model

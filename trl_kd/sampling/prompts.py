@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from trl_kd.responses.rendering import ends_open
-from trl_kd.sampling.nulls import without_nulls
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.rendering import ends_open, row_options
 from trl_kd.sampling.sampler import Request
 
 
@@ -17,14 +16,6 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
     """The tokenizer at `name`; of the options of a model those that a tokenizer shares are used."""
     shared = ("revision", "trust_remote_code", "subfolder", "gguf_file", "token", "cache_dir", "local_files_only")
     return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in shared if key in options})
-
-
-def row_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the columns `tools` and `chat_template_kwargs` of a row tell the chat template. Fields that are null are left
-    out: Arrow adds them where other rows have them."""
-    tools = row.get("tools")
-    tools = without_nulls(json.loads(tools) if isinstance(tools, str) else tools) or None
-    return {"tools": tools, **without_nulls(row.get("chat_template_kwargs") or {})}
 
 
 def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, Any]) -> list[int]:
@@ -66,14 +57,6 @@ def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, 
         return list(ids)
     # A model needs something to go on: an empty text begins like any other
     return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
-
-def begins_twice(tokenizer: Any, prompt: Any) -> bool:
-    """Whether a text prompt begins with the BOS token, and the tokenizer writes another one before it."""
-    bos = tokenizer.bos_token
-    if not isinstance(prompt, str) or not bos or not prompt.startswith(bos):
-        return False
-    return tokenizer(bos)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
 
 
 def decode_answer(tokenizer: Any, request: Request, prompt_ids: list[int], ids: list[int]) -> str:

@@ -111,7 +111,11 @@ def _or_malformed(value: Any, validate: Any) -> _Choice:
         return _Choice(finish_reason=MALFORMED)
 
 
-_Tokens = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS)]
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Tokens = Annotated[StrictInt, Field(ge=0, le=MOST_TOKENS), BeforeValidator(_whole)]
 
 
 class _Usage(BaseModel):

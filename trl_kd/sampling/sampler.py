@@ -93,8 +93,8 @@ def as_counted(prompt: Text, answer: Answer) -> Answer:
     """
     An answer as it counts.
 
-    It has no text where its source broke down midway, where it was cut off before it said anything, and where it calls a
-    tool though the prompt is plain text, so that it would have to be text too.
+    It has no text where its source broke down midway or refused, where it was cut off before it said anything, and where it
+    calls a tool though the prompt is plain text, so that it would have to be text too.
     """
     text = answer.text
     if text is None or (isinstance(text, str) and answer.finish_reason in (None, "stop")):
@@ -102,7 +102,7 @@ def as_counted(prompt: Text, answer: Answer) -> Answer:
     if isinstance(prompt, str) and _calls_tool(text):
         return replace(answer, text=None, finish_reason="tool_calls")
     end = ending(answer.finish_reason)
-    is_nothing = end == "failed" or (end == "cut" and _is_empty(text))
+    is_nothing = end in ("failed", "final") or (end == "cut" and _is_empty(text))
     return replace(answer, text=None) if is_nothing else answer
 
 
@@ -115,6 +115,12 @@ def _is_empty(text: Text) -> bool:
         return not text.strip()
     contents = [message.get("content") or "" for message in text]
     return not _calls_tool(text) and all(isinstance(content, str) and not content.strip() for content in contents)
+
+
+def beginning(prompt: Text) -> str:
+    """The first words of a prompt, or of its last message."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return text[:60]
 
 
 class Sampler(Protocol):

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient, backoff
-from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text, as_counted
+from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text, as_counted, beginning
 from trl_kd.sampling.server_errors import (
     MALFORMED,
     REFUSALS,
@@ -333,7 +333,7 @@ class ServerSampler:
         if isinstance(tools, str):
             tools = json.loads(tools)
         body |= {"messages": messages, "tools": without_nulls(tools) or None}
-        template = self.chat_template_kwargs | (request.columns.get("chat_template_kwargs") or {})
+        template = self.chat_template_kwargs | without_nulls(request.columns.get("chat_template_kwargs") or {})
         return body | {"chat_template_kwargs": template or None}
 
     def _read(self, prompt: Text, choice: dict[str, Any], tokens: int | None) -> Answer:
@@ -384,9 +384,3 @@ def other_words(body: dict[str, Any]) -> dict[str, Any]:
             content = [{**part, "text": _HARMLESS} if "text" in part else part for part in content]
         messages.append({**message, "content": content} if "content" in message else message)
     return body | {"messages": messages}
-
-
-def beginning(prompt: Text) -> str:
-    """The first words of a prompt, or of its last message."""
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
-    return text[:60]

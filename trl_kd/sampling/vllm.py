@@ -8,8 +8,8 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftConfig
 
-from trl_kd.responses.ends import turn_end
 from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.special_tokens import turn_end
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 from trl import ModelConfig, get_peft_config, is_conversational
 
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.special_tokens import set_end_token, unlearnable_end
 from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (
     ModelSize,
@@ -119,6 +119,19 @@ def describe_tokenizer(processor: Any) -> Table:
     ]
 
 
+def describe_end(processor: Any, row: dict[str, Any], args: Any, model_args: ModelConfig) -> Table:
+    """Whether the student can learn to stop where its chat template ends turns."""
+    if args.eos_token is not None or not is_conversational(row):
+        return []
+    name, options = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    try:
+        config = GenerationConfig.from_pretrained(name, **options)
+    except OSError:  # it is made of the model's config, then
+        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+    said = unlearnable_end(processor, config)
+    return [] if said is None else [("end of turns", said)]
+
+
 def describe_teacher(tokenizer: Any, args: Any, model_args: ModelConfig) -> Table:
     """Raises a `ValueError` for a white-box teacher that has another vocabulary than the student."""
     teacher, revision = args.teacher_model_name_or_path, args.teacher_model_revision
@@ -165,7 +178,7 @@ def student_memory(args: Any, model_args: ModelConfig) -> tuple[Any, ModelSize, 
 def model_memory(field: str, name: str, options: dict[str, Any], args: Any) -> float:
     """Bytes of the weights of another model that `field` names, which is not trained."""
     quantization = next((kind for kind in ("load_in_4bit", "load_in_8bit") if options.get(kind)), None)
-    return model_size(_empty(field, name, None, args), options.get("dtype"), quantization).bytes
+    return model_size(_empty(field, name, None, args, causal=False), options.get("dtype"), quantization).bytes
 
 
 def pairs_memory(pairs: PairsArguments, args: Any) -> dict[str, float]:
@@ -205,10 +218,10 @@ def teacher_memory(args: Any) -> float:
     return model_size(model, options.get("dtype", "float32"), quantization).bytes
 
 
-def _empty(field: str, name: str, revision: str | None, args: Any) -> Any:
+def _empty(field: str, name: str, revision: str | None, args: Any, causal: bool = True) -> Any:
     try:
         check_model_source(field, name)
-        return empty_model(name, args.trust_remote_code, revision)
+        return empty_model(name, args.trust_remote_code, revision, causal)
     except (OSError, ValueError) as error:
         raise model_error(field, name, error) from error
 

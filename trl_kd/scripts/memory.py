@@ -31,10 +31,14 @@ class ModelSize:
     bytes: float
 
 
-def empty_model(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
-    """The causal language model that `name` describes, on the meta device: shapes, no weights."""
+def empty_model(
+    name: str, trust_remote_code: bool = False, revision: str | None = None, causal: bool = True
+) -> PreTrainedModel:
+    """The model that `name` describes, on the meta device: shapes, no weights. Unless told otherwise it must be a causal
+    language model."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    check_kind(config, config.architectures or [], f"The model {name!r}")
+    if causal:
+        check_kind(config, config.architectures or [], f"The model {name!r}")
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with init_empty_weights():
         if architecture is None:

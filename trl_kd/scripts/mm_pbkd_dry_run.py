@@ -14,6 +14,7 @@ from trl_kd.scripts.dry_run import (
     as_text,
     columns,
     dataset_name,
+    describe_end,
     describe_memory,
     describe_output,
     describe_steps,
@@ -70,6 +71,7 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
         if dataset is not None:
             table += _describe_prompts(name, dataset, processor, training_args)
     train_dataset = datasets[0]
+    table += describe_end(processor, next(iter(train_dataset)), training_args, model_args)
     check_prompt_count(train_dataset, training_args, processes)
     table += _describe_states(next(iter(train_dataset)), training_args)
     pairs = load_preferences(script_args)

@@ -10,6 +10,7 @@ from trl_kd.scripts.dry_run import (
     as_text,
     columns,
     dataset_name,
+    describe_end,
     describe_memory,
     describe_output,
     describe_steps,
@@ -59,6 +60,7 @@ def _describe(script_args: Any, args: Any, model_args: Any, mixture: Any, proces
     online = OnlineParts(args, parts.teacher, parts.preference_function, parts.preference_dataset, parts.reward_model)
     table.append(("dataset", dataset_name(script_args, mixture)))
     check_student_template(model_args.model_name_or_path, processor, parts.train_dataset, args)
+    table += describe_end(processor, next(iter(parts.train_dataset)), args, model_args)
     for name, dataset in (("train", parts.train_dataset), ("eval", parts.eval_dataset)):
         if dataset is not None:
             check_parts(online, parts.reward_funcs, dataset, name)
@@ -67,7 +69,7 @@ def _describe(script_args: Any, args: Any, model_args: Any, mixture: Any, proces
     table += _describe_batch(args, processes)
     table += _describe_teacher(parts, online, args)
     if args.adversary != "off":
-        table += _describe_pairs(parts, online, args, processes)
+        table += _describe_pairs(parts, online, processor, args, processes)
     table.append(("student climbs", _climbed(args, script_args.reward_funcs or [])))
     table += describe_steps(_epoch_steps(parts.train_dataset, args, processes), args, processes)
     return table + _describe_memory(parts, args, model_args)
@@ -144,11 +146,11 @@ def _given(dataset: Any, column: str) -> str:
     return f", given for {sum(answer is not None for answer in dataset[column]):,}"
 
 
-def _describe_pairs(parts: Parts, online: OnlineParts, args: Any, processes: int) -> Table:
+def _describe_pairs(parts: Parts, online: OnlineParts, processor: Any, args: Any, processes: int) -> Table:
     if not args.uses_preferences:
         return [("D", "not used"), ("reward model", _steps(args, ""))]
     pool = PairPool(args.rm_held_out, args.seed)
-    pool.add(online.given_pairs())
+    pool.add(online.given_pairs(processor))
     grows = parts.preference_function is not None
     told = "empty at the start" if not len(pool) else f"{len(pool):,} known pairs at the start"
     told += f", {len(pool.held_out)} held out ({len(pool.strict)} strict)" if len(pool) else ""

@@ -12,6 +12,7 @@ from trl_kd.scripts.dry_run import (
     as_text,
     columns,
     dataset_name,
+    describe_end,
     describe_memory,
     describe_output,
     describe_steps,
@@ -100,6 +101,7 @@ def _describe_tokens(rows: dict[str, Any], training_args: Any, model_args: Any) 
     processor = load_student_processor(training_args, model_args)
     tokenizer = getattr(processor, "tokenizer", processor)
     table = describe_tokenizer(processor)
+    table += describe_end(processor, next(iter(rows["train"])), training_args, model_args)
     if has_images(next(iter(rows["train"]))):
         table.append(("first rows", "images: tokenized batch by batch, not here"))
     else:

@@ -11,6 +11,7 @@ from trl_kd.pairs.prompts import read_prompts
 from trl_kd.scripts.dry_run import (
     Table,
     as_text,
+    describe_end,
     describe_memory,
     describe_output,
     describe_teacher,
@@ -69,6 +70,7 @@ def _describe(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelCo
     )
     tokenizer = load_student_processor(args, model_args)
     table += describe_tokenizer(tokenizer)
+    table += describe_end(tokenizer, rounds.prompts[0], args, model_args)
     if args.teacher_model_name_or_path is not None:
         table += describe_teacher(getattr(tokenizer, "tokenizer", tokenizer), args, model_args)
     table += _describe_steps(sizes, args, processes)

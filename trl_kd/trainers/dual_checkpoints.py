@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.fields import without_tokens
@@ -36,6 +37,7 @@ class DualCheckpoints:
 
     dual: DualVariable
     args: Any
+    model: Any
     is_world_process_zero: Any
     _add_card_sections: Callable[[str, Any], None]
 
@@ -74,3 +76,5 @@ class DualCheckpoints:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
             vars(self.args).update(given)
+        if self.args.eos_token is not None and is_peft_model(self.model):  # an adapter is saved without it
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)

@@ -14,8 +14,8 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
-from trl_kd.responses.ends import set_end_token, stop_at_end_token, unlearnable_end
-from trl_kd.responses.rendering import REASONING
+from trl_kd.responses.reasoning import REASONING
+from trl_kd.responses.special_tokens import set_end_token, stop_at_end_token, unlearnable_end
 
 
 REASONING_METADATA: dict[str, Any] = {

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from trl_kd.responses.rendering import OWN
-from trl_kd.sampling.nulls import without_nulls
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.imitation_texts import ADVANTAGE, COMPARED, IGNORED, IMAGES, only_teachers_text
-from trl_kd.trainers.response_rows import ResponseReader
+from trl_kd.trainers.response_rows import PairReader
 
 
 @dataclass
@@ -24,11 +24,11 @@ class ImitationCollator:
 
     Parameters:
         inner (`Callable`): TRL's collator.
-        reader (`ResponseReader`, *optional*): Reads examples with images, which TRL's collator tokenizes.
+        reader (`PairReader`, *optional*): Reads examples with images, which TRL's collator tokenizes.
     """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    reader: ResponseReader | None = None
+    reader: PairReader | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         advantages = [example[ADVANTAGE] for example in examples]
@@ -41,7 +41,7 @@ class ImitationCollator:
         batch["compared"] = torch.tensor(compared, dtype=torch.bool)
         return batch
 
-    def _with_images(self, reader: ResponseReader, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def _with_images(self, reader: PairReader, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [{**example, **only_teachers_text(example)} for example in examples]
         kinds = [reader.kinds_alone(row)[0] for row in rows]
         batch = self.inner([self._theirs(row) for row in rows])

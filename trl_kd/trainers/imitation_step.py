@@ -20,14 +20,14 @@ from transformers import PreTrainedConfig
 
 from trl_kd import _trl
 from trl_kd.losses.imitation import imitation_losses
-from trl_kd.responses.ends import turn_end
+from trl_kd.responses.special_tokens import turn_end
 from trl_kd.trainers.dual_checkpoints import DUAL_FILE
 from trl_kd.trainers.imitation_collator import ImitationCollator
 from trl_kd.trainers.imitation_texts import mean_advantage
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.pbkd_step import GlobalBatch
-from trl_kd.trainers.response_rows import ResponseReader
+from trl_kd.trainers.response_rows import PairReader
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -101,7 +101,7 @@ class ImitationStep:
     _metrics: dict[str, defaultdict[str, list[float]]]
     _total_train_tokens: float
     _is_vision_dataset: bool
-    _reader: ResponseReader | None
+    _reader: PairReader | None
     _window_of: Any
     _keep_window: Any
     _auxiliary_loss: Any

@@ -16,11 +16,11 @@ from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
 from trl import extract_prompt
 
 from trl_kd.losses.confidence import imitation_advantage
-from trl_kd.responses.rendering import OWN
-from trl_kd.sampling.nulls import without_nulls
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
-from trl_kd.trainers.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
+from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, tokenize_rows
 
 
 logger = get_logger(__name__)
@@ -338,14 +338,14 @@ def count_labels(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def mean_advantage(dataset: Dataset | IterableDataset, reader: ResponseReader | None = None) -> float:
+def mean_advantage(dataset: Dataset | IterableDataset, reader: PairReader | None = None) -> float:
     """
     ā, the mean of the training rows' weights, each as often as its text has tokens. 1 for a stream.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
             Training rows, all of which have a weight above 0.
-        reader (`ResponseReader`, *optional*):
+        reader (`PairReader`, *optional*):
             Counts the tokens of rows with images, which are not tokenized yet (whatever `max_length` is).
     """
     if not isinstance(dataset, Dataset):

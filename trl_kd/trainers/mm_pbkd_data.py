@@ -13,10 +13,11 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
-from trl_kd.responses.finish_reasons import ending
+from trl_kd.responses.finish_reasons import check_finish_reason, has_end
 from trl_kd.responses.reasoning import stripped
-from trl_kd.responses.rendering import OWN, encode
-from trl_kd.sampling.prompts import row_options
+from trl_kd.responses.rendering import row_options
+from trl_kd.responses.special_tokens import turn_end
+from trl_kd.responses.tokens import OWN, encode
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 from trl_kd.trainers.pbkd_data import check_text, check_tokenizer, has_images, prepare_rows
 from trl_kd.trainers.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
@@ -74,7 +75,7 @@ def check_prompts(dataset: Any, name: str, lmbda: float = 1.0, tools: Any = None
         logger.info(
             f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
         )
-    read = [column for column in ("prompt", "completion") if column in first]
+    read = [column for column in ("prompt", "completion", "completion_finish_reason") if column in first]
     rows: Iterable[dict[str, Any]] = [first]
     if isinstance(dataset, Dataset):
         batches = dataset.select_columns(read).with_format(None).iter(batch_size=1000)  # much faster than row by row
@@ -120,6 +121,7 @@ def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
     if completion is None:
         return
     check_text(completion, f"{where}: `completion`")
+    check_finish_reason(row.get("completion_finish_reason"), f"{where}: `completion_finish_reason`")
     if isinstance(completion, str) != isinstance(row["prompt"], str):
         kind = "text" if isinstance(row["prompt"], str) else "messages"
         raise ValueError(
@@ -162,7 +164,7 @@ def tokenize_completion(
     """
     check_row(row, "A row of a stream", mixed=True)
     completion = stripped(row["completion"]) if reasoning == "strip" else row["completion"]
-    complete = ending(row.get("completion_finish_reason")) != "cut"
+    complete = has_end(row.get("completion_finish_reason"))
     encoded = encode(
         processing_class,
         row["prompt"],
@@ -180,7 +182,7 @@ def tokenize_completion(
     end = next((place for place, token in enumerate(said, first) if token in ends), None)
     if end is None:
         end = last
-        if complete:
+        if complete and turn_end(processing_class) is None:
             logger.warning_once(
                 "A completion of the teacher's ends without an end token, since the chat template writes none: the student "
                 "will not learn from it where to stop."
@@ -189,6 +191,8 @@ def tokenize_completion(
         logger.warning_once(
             "A completion of the teacher's has an end token within its text. What follows it in that turn is left out."
         )
+    if not ids:
+        raise ValueError("A row of a stream: `completion` was cut off before it said anything. Drop the row.")
     return encoded.prompt_ids, ids[: end + 1], own[: end + 1]
 
 

@@ -21,7 +21,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.adversary import Adversary, Baseline, PairStates

@@ -17,15 +17,19 @@ from trl_kd.pairs.checks import check_parts as check_source
 from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
-from trl_kd.responses.ends import set_end_token
+from trl_kd.preferences.tokens import encode_answer
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.rendering import CannotRender
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.sampling.nulls import without_nulls
+from trl_kd.sampling.sampler import beginning
 from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import as_rows
 from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, load_processing_class
+from trl_kd.trainers.response_rows import ResponseReader
 
 
 logger = get_logger(__name__)
@@ -94,6 +98,31 @@ def fill_groups(groups: list[PromptGroup], asker: BatchPairs) -> None:
         group.pairs = pairs
 
 
+def leave_out_unreadable(groups: list[PromptGroup], tokenizers: list[Any], args: OnlinePbKDConfig) -> None:
+    """Takes the teacher's answer away where a tokenizer cannot render it, with the pairs of it, and says how many."""
+    unreadable = 0
+    for group in groups:
+        answer = group.teacher
+        if answer.text is None:
+            continue
+        try:
+            for tokenizer in tokenizers:
+                encode_answer(
+                    tokenizer,
+                    group.row.prompt,
+                    answer.text,
+                    answer.finish_reason,
+                    args.chat_template_kwargs,  # type: ignore[arg-type]
+                    args.reasoning,
+                )
+        except CannotRender as error:
+            unreadable += 1
+            group.teacher, group.pairs = Answer(None, "cannot_be_rendered"), []
+            said = f"The teacher's answer to the prompt {beginning(group.row.prompt)!r} is not used: {error}"
+    if unreadable:
+        logger.warning(f"{said}. So it is with {unreadable} of {len(groups)} answers of a batch.")
+
+
 @dataclass
 class OnlineParts:
     """
@@ -149,8 +178,21 @@ reward_model (`str` or `PreTrainedModel`):
                 "`preference_function` returns; of equal answers it is not asked."
             )
 
-    def given_pairs(self) -> list[dict[str, Any]]:
-        """D at the start.
+    def look_at_answers(self, dataset: Any, processing_class: Any) -> Any:
+        """What the chat template makes of the teacher's answers, where a column holds them: see
+        [`~trl_kd.trainers.response_rows.ResponseReader.look`]. Without the rows that cannot be rendered."""
+        column = self.args.teacher_column
+        if self.teacher is not None or not self.needs_teacher:
+            return dataset
+        answer = next(iter(dataset)).get(column)
+        if isinstance(answer, list) and not isinstance(answer[0], dict):  # several answers a row
+            return dataset
+        return ResponseReader(processing_class, self.args, "train", (column,), self.args.chat_template_kwargs).look(
+            dataset
+        )
+
+    def given_pairs(self, processing_class: Any) -> list[dict[str, Any]]:
+        """D at the start, without the pairs that the reward model's `processing_class` cannot render.
 
         Raises:
             `ValueError`: `preference_dataset` is not what it should be.
@@ -160,6 +202,10 @@ reward_model (`str` or `PreTrainedModel`):
         pairs = read_pairs(self.pairs, self.args.rm_max_length)
         if "prompt" not in pairs.column_names:
             pairs = pairs.map(maybe_extract_prompt)
+        settings: Any = self.args
+        pairs = ResponseReader(processing_class, settings, "preference", options=settings.chat_template_kwargs).look(
+            pairs
+        )
         return as_rows(pairs)
 
 

@@ -42,6 +42,7 @@ from trl_kd.trainers.online_pbkd_data import (
     check_student_template,
     fill_groups,
     group_rows,
+    leave_out_unreadable,
     reward_columns,
 )
 from trl_kd.trainers.pair_pool import PairPool
@@ -163,13 +164,14 @@ optimizers, quantization_config, peft_config:
         check_student(model, args)
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
         processing_class = check_student_template(model, processing_class, train_dataset, args)
-        pool = PairPool(args.rm_held_out, args.seed)
-        pool.add(parts.given_pairs())
-        if args.warms_up:
-            check_held_out(pool, None if parts.preference is None else train_dataset, args)
+        train_dataset = parts.look_at_answers(train_dataset, processing_class)
         functions, classes, tokenizer = reward_columns(args, reward_funcs, reward_processing_classes)
         rows = {"train dataset": train_dataset, "`preference_dataset`": preference_dataset}
         tokenizer = check_reward_model(reward_model, tokenizer, rows, args)
+        pool = PairPool(args.rm_held_out, args.seed)
+        pool.add(parts.given_pairs(tokenizer or processing_class))
+        if args.warms_up:
+            check_held_out(pool, None if parts.preference is None else train_dataset, args)
 
         super().__init__(
             model=model,
@@ -264,6 +266,7 @@ optimizers, quantization_config, peft_config:
         if self._asker is not None:
             try:
                 fill_groups(groups, self._asker)
+                leave_out_unreadable(groups, self._readers(), self.args)
             except Exception as failed:  # whatever it is, nobody must wait for it
                 error = failed
             if not self.is_in_train:
@@ -275,6 +278,11 @@ optimizers, quantization_config, peft_config:
         if error is not None:
             raise error
         return groups
+
+    def _readers(self) -> list[Any]:
+        """Tokenizers that must be able to render the teacher's answers."""
+        readers = [self._tokenizer] if self.args.imitates else []
+        return readers + ([] if self.learner is None else [self.learner.tokenizer])
 
     def _encode_teacher(self, group: PromptGroup) -> list[int]:
         assert self.learner is not None

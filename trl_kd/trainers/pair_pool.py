@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from trl_kd.pairs.dataset import PairWriter, load_pairs
 from trl_kd.pairs.prompts import prompt_key
+from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling import Text
-from trl_kd.sampling.nulls import without_nulls
 from trl_kd.trainers.mm_pbkd_data import MOST_HELD_OUT
 
 
@@ -100,7 +100,7 @@ class PairPool:
                 f"learnt from would be held out, or the reverse. Resume with `rm_held_out={state['held_out']}`, or begin "
                 "anew with D as `preference_dataset`."
             )
-        saved = load_pairs(folder).select_columns(list(KEPT)).to_list() if state["rows"] else []
+        saved = list(load_pairs(folder).select_columns(list(KEPT))) if state["rows"] else []
         self.rows, self.train, self.held_out = [], [], []
         self.add(saved)
         self.fresh = self.train[len(self.train) - state["fresh"] :]
@@ -120,4 +120,4 @@ class PairPool:
 def as_rows(dataset: Dataset) -> list[dict[str, Any]]:
     """Rows of any preference dataset for a [`PairPool`]."""
     names = [name for name in KEPT if name in dataset.column_names]
-    return dataset.select_columns(names).to_list()
+    return list(dataset.select_columns(names))  # `to_list` of older releases leaves JSON as it is

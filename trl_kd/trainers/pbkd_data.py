@@ -23,16 +23,18 @@ from trl import is_conversational
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
-from trl_kd.responses.rendering import LEFT_OUT, OWN
-from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.prompts import begins_twice
+from trl_kd.responses.finish_reasons import check_finish_reason
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.special_tokens import begins_twice
+from trl_kd.responses.tokens import LEFT_OUT, OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, ResponseReader
+from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, PairReader
 
 
 logger = get_logger(__name__)
 
 LABEL_COLUMNS = ("preference", "teacher_side")
+_THIRD_REASON = "teacher_finish_reason"
 OUR_COLUMNS = (*LABEL_COLUMNS, *KIND_COLUMNS, *REASON_COLUMNS)
 """Columns of a row that are read here and unknown to TRL's collators."""
 BATCH_KEYS = (*LABEL_COLUMNS, "own_mask")
@@ -186,6 +188,8 @@ class _RowReader:
                 f"{where}: without a 'prompt' column the prompt is what 'chosen' and 'rejected' have in common, which "
                 "fails for equal texts and for a third one. Give the prompt in a column of its own."
             )
+        for column in (*REASON_COLUMNS, _THIRD_REASON):
+            check_finish_reason(row.get(column), f"{where}: `{column}`")
         preference = self._preference(row.get("preference", 1.0), where)
         side = row.get("teacher_side") if self.has_side else None if self.third else "chosen"
         if side not in SIDES:
@@ -227,7 +231,7 @@ class _RowReader:
 
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
-        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS}
+        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, _THIRD_REASON}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
         batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
         rows = (
@@ -254,6 +258,8 @@ class _RowReader:
             features = features.copy()
             del features["teacher"]
             features |= {"preference": Value("float64"), "teacher_side": Value("string")}
+            if _THIRD_REASON in features:
+                features |= dict.fromkeys(REASON_COLUMNS, Value("string"))
         mapping = {"desc": f"Reading the labels of the {self.name} dataset"} if isinstance(dataset, Dataset) else {}
         return dataset.map(
             self.expand, batched=True, with_indices=True, remove_columns=["teacher"], features=features, **mapping
@@ -265,10 +271,15 @@ class _RowReader:
             row = dict(zip(batch, values, strict=True))
             preference, side, text = self.read(row, index)
             del row["teacher"]
+            reason = row.get(_THIRD_REASON)
+            if _THIRD_REASON in row:
+                row |= {column: row.get(column) for column in REASON_COLUMNS}
+                if text is None and side is not None:  # the teacher's text is one of the two
+                    row[f"{side}_finish_reason"] = row[f"{side}_finish_reason"] or reason
             expanded.append({**row, "preference": preference, "teacher_side": side})
             if text is not None:
                 third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
-                reasons = {column: row.get("teacher_finish_reason") for column in REASON_COLUMNS if column in row}
+                reasons = {column: reason for column in REASON_COLUMNS if column in row}
                 scores = dict.fromkeys(column for column in SCORE_COLUMNS if column in row)  # which are of the others
                 expanded.append({**row, **third, **reasons, **scores})
         return {column: [row[column] for row in expanded] for column in expanded[0]}
@@ -360,11 +371,11 @@ class PbKDCollator:
 
     Parameters:
         inner (`Callable`): The other collator.
-        reader (`ResponseReader`, *optional*): Reads examples with images, which the other collator tokenizes.
+        reader (`PairReader`, *optional*): Reads examples with images, which the other collator tokenizes.
     """
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    reader: ResponseReader | None = None
+    reader: PairReader | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         # Read first: the inner collator may change its examples, and need not know these columns

@@ -23,7 +23,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from trl_kd.losses.dual import DualVariable
-from trl_kd.responses.ends import set_end_token
+from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
@@ -46,7 +46,7 @@ from trl_kd.trainers.pbkd_data import (
 )
 from trl_kd.trainers.pbkd_step import GlobalBatch
 from trl_kd.trainers.preference_step import PreferenceStep
-from trl_kd.trainers.response_rows import ResponseReader, tokenize_rows
+from trl_kd.trainers.response_rows import PairReader, tokenize_rows
 from trl_kd.trainers.student_head import FusedStudent, check_student
 from trl_kd.trainers.teacher import Teacher
 
@@ -150,7 +150,7 @@ optimizers, quantization_config, peft_config:
         self._window: GlobalBatch | None = None  # of the optimizer step under way
         self._evaluation: list[GlobalBatch] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
-        self._reader: ResponseReader | None = None  # of rows with images
+        self._reader: PairReader | None = None  # of rows with images
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         if self.imitates_alone:
@@ -235,7 +235,7 @@ optimizers, quantization_config, peft_config:
             if count and texts is not None:
                 self.text_counts[name] = texts
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
-            self._reader = ResponseReader(processing_class, args, name)
+            self._reader = PairReader(processing_class, args, name)
             return self._reader.look(dataset)
         check_tokenizer(self._tokenizer, dataset, name)
         if self.imitates_alone:

@@ -1,7 +1,7 @@
 """Responses of a dataset of pairs: what the chat template makes of them, their tokens, and which of these count.
 
 `DPOTrainer` tokenizes. What it cannot know stands in columns of its own, `chosen_kinds` and `rejected_kinds`: one kind for
-each token of a response (see `trl_kd.responses.rendering`), or null where every token is the model's own.
+each token of a response (see `trl_kd.responses.tokens`), or null where every token is the model's own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,21 +11,13 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from trl import extract_prompt, is_conversational
 
-from trl_kd._trl import prepare_preference_dataset
-from trl_kd.responses.finish_reasons import ending
-from trl_kd.responses.reasoning import stripped
-from trl_kd.responses.rendering import (
-    OWN,
-    CannotRender,
-    Rendering,
-    common_prefix,
-    pair_ids,
-    render,
-    response_kinds,
-    text_kinds,
-)
-from trl_kd.sampling.nulls import without_nulls
-from trl_kd.sampling.prompts import row_options
+from trl_kd._trl import main_first, prepare_preference_dataset
+from trl_kd.preferences.tokens import match_format
+from trl_kd.responses.finish_reasons import has_end
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.responses.reasoning import says_something, stripped
+from trl_kd.responses.rendering import CannotRender, Rendering, common_prefix, is_plain, render, row_options
+from trl_kd.responses.tokens import OWN, pair_ids, response_kinds, text_kinds
 
 
 logger = get_logger(__name__)
@@ -37,7 +29,8 @@ _OPTIONS = ("tools", "chat_template_kwargs")
 _ADVICE: dict[str | None, str] = {
     None: "`reasoning='keep'` learns the generation prompt with the response as it was sampled, 'strip' takes `<think>` "
     "blocks out, and 'error' stops here.",
-    "keep": "Give the responses with their reasoning, or a chat template whose generation prompt opens none.",
+    "keep": "`reasoning='keep'` is for single messages of text, with the reasoning that the generation prompt opens.",
+    "strip": "The generation prompt asks for reasoning: turn it off by `chat_template_kwargs`, or use another template.",
 }
 _LOOKED = Features({"failed": Value("string"), "altered": Value("string")})
 
@@ -68,7 +61,7 @@ def tokenize_rows(
         `ValueError`: no row can be rendered or has a response token left, or `reasoning` is 'error' and a template changes
             a response.
     """
-    reader = ResponseReader(processing_class, args, name)
+    reader = PairReader(processing_class, args, name)
     dataset = reader.look(dataset)
     before = len(dataset) if isinstance(dataset, Dataset) else None
     if reader.renders_itself(dataset):
@@ -119,21 +112,26 @@ class ResponseReader:
         sides: tuple[str, ...] = SIDES,
         options: Mapping[str, Any] | None = None,
     ):
-        self.processing_class, self.args, self.name = processing_class, args, name
+        # Not `args` itself: what a map function holds tells `datasets` whether its result is in the cache
+        self.processing_class, self.name = processing_class, name
         self.sides, self.options = sides, dict(options or {})
         self.reasons = tuple(f"{side}_finish_reason" for side in sides)
         self.reasoning: str | None = args.reasoning
+        self.processes = getattr(args, "dataset_num_proc", None)
+        self.cuts_end = getattr(args, "truncation_mode", None) == "keep_start"
+        self.max_length = getattr(args, "max_length", None)
 
     def _map(self, dataset: Any, change: Any, doing: str, **options: Any) -> Any:
-        if isinstance(dataset, Dataset):
-            processes = getattr(self.args, "dataset_num_proc", None)
-            options |= {"num_proc": processes, "desc": f"{doing} the {self.name} dataset"}
-        return dataset.map(change, **options)
+        if not isinstance(dataset, Dataset):
+            return dataset.map(change, **options)
+        with main_first():
+            doing = f"{doing} the {self.name} dataset"
+            return dataset.map(change, num_proc=self.processes, desc=doing, **options)
 
     # ---- What the template makes of them -----------------------------------------------------------------------------
 
     def look(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Takes reasoning out if asked to, leaves out rows that cannot be rendered, and says where a template changes a
+        """Takes reasoning out if asked to, leaves out rows that cannot be learnt from, and says where a template changes a
         response. The prompt is in a column of its own afterwards.
 
         Raises:
@@ -142,44 +140,65 @@ class ResponseReader:
         first: dict[str, Any] = next(iter(dataset))
         if "prompt" not in first:
             dataset = self._map(dataset, extract_prompt, "Extracting the prompts of")
-        if self.reasoning == "strip":
-            dataset = self._map(dataset, self._strip, "Taking the reasoning out of")
-        if not is_conversational(first):
+        if not is_conversational(first) and self.reasoning != "strip" and not self._knows_ends(first):
             return dataset
         if not isinstance(dataset, Dataset):
-            return dataset.filter(self._can_be_rendered)
-        read = ["prompt", *self.sides, *(c for c in (*_OPTIONS, *self.reasons) if c in dataset.column_names)]
-        looked = self._map(
-            dataset.select_columns(read), self._look_at, "Rendering", remove_columns=read, features=_LOOKED
-        )
-        altered = [(i, why) for i, why in enumerate(looked["altered"]) if why]
-        if altered:
-            self._tell_altered(altered[0][1], f"row {altered[0][0]}", f"{len(altered)} of {len(dataset)} rows")
-        return self._leave_out(dataset, looked["failed"])
+            dataset = dataset.filter(self._can_be_learnt)
+        else:
+            read = ["prompt", *self.sides, *(c for c in (*_OPTIONS, *self.reasons) if c in dataset.column_names)]
+            rows = dataset.select_columns(read)
+            looked = self._map(rows, self._look_at, "Rendering", remove_columns=read, features=_LOOKED)
+            altered = [(i, why) for i, why in enumerate(looked["altered"]) if why]
+            if altered:
+                row, why = altered[0]
+                logger.warning(self._altered(why, f"row {row}", f"{len(altered)} of {len(dataset)} rows"))
+            dataset = self._leave_out(dataset, looked["failed"])
+        return self._map(dataset, self._strip, "Taking the reasoning out of") if self.reasoning == "strip" else dataset
+
+    def _knows_ends(self, row: dict[str, Any]) -> bool:
+        return any(column in row for column in self.reasons)
 
     def _look_at(self, row: dict[str, Any]) -> dict[str, str]:
-        try:
-            altered = [self.render(row, side).altered for side in self.sides if row[side] is not None]
-        except CannotRender as error:
-            return {"failed": str(error), "altered": ""}
-        return {"failed": "", "altered": next(filter(None, altered), "")}
+        altered = None
+        for side in self.sides:
+            if row[side] is None:
+                continue
+            left = self._strip(row)[side]
+            if says_something(row[side]) and not says_something(left):
+                return {"failed": f"`{side}` is nothing but reasoning", "altered": ""}
+            if not says_something(left) and not has_end(row.get(f"{side}_finish_reason")):
+                return {"failed": f"`{side}` was cut off before it said anything", "altered": ""}
+            try:
+                altered = altered or self.render({**row, side: left}, side).altered
+            except CannotRender as error:
+                return {"failed": str(error), "altered": ""}
+        return {"failed": "", "altered": altered or ""}
 
     def _strip(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {side: stripped(row[side]) for side in self.sides}
+        return {side: stripped(row[side]) if self.reasoning == "strip" else row[side] for side in self.sides}
 
-    def _can_be_rendered(self, row: dict[str, Any]) -> bool:
+    def _response(self, row: dict[str, Any], side: str) -> Any:
+        """A response in the format of its prompt."""
+        return match_format(row["prompt"], row[side])
+
+    def _can_be_learnt(self, row: dict[str, Any]) -> bool:
         found = self._look_at(row)
         if found["failed"]:
             logger.warning_once(f"A row of the {self.name} dataset is left out: {found['failed']}. This is said once.")
         elif found["altered"]:
-            self._tell_altered(found["altered"], "the first such row", "some rows")
+            logger.warning_once(self._altered(found["altered"], "the first such row", "some rows"))
         return not found["failed"]
 
-    def _tell_altered(self, why: str, where: str, count: str) -> None:
+    def _altered(self, why: str, where: str, count: str) -> str:
+        """What is said of rows that the template changes.
+
+        Raises:
+            `ValueError`: `reasoning` is 'error'.
+        """
         said = f"In {count} of the {self.name} dataset what is learnt is not what is sampled. In {where} {why}."
         if self.reasoning == "error":
             raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
-        logger.warning_once(f"{said} {_ADVICE.get(self.reasoning, '')}".strip())
+        return f"{said} {_ADVICE[self.reasoning]}"
 
     def _leave_out(self, dataset: Dataset, failed: list[str]) -> Dataset:
         if not any(failed):
@@ -192,6 +211,12 @@ class ResponseReader:
         logger.warning(f"{said} and are left out. The first is row {row}: {failed[row]}.")
         return dataset.select(kept)
 
+    def keeps(self, row: dict[str, Any]) -> bool:
+        """Whether the responses of a row stand as they were sampled: all of them or none."""
+        return self.reasoning == "keep" and all(
+            row[side] is None or is_plain(self._response(row, side)) for side in self.sides
+        )
+
     def render(self, row: dict[str, Any], side: str) -> Rendering:
         """One response of a row with its prompt.
 
@@ -201,11 +226,15 @@ class ResponseReader:
         return render(
             self.processing_class,
             row["prompt"],
-            row[side],
+            self._response(row, side),
             self.options | row_options(row),
-            complete=ending(row.get(f"{side}_finish_reason")) != "cut",
-            reasoning=self.reasoning,
+            complete=has_end(row.get(f"{side}_finish_reason")),
+            reasoning="keep" if self.keeps(row) else None,
         )
+
+
+class PairReader(ResponseReader):
+    """Reads the responses of a dataset of pairs, and their tokens. See [`ResponseReader`]."""
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
 
@@ -225,50 +254,48 @@ class ResponseReader:
     def tokenize(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """What `DPOTrainer` does, with the row's own options and `reasoning`."""
         dataset = self._map(dataset, self._tokenize, "Tokenizing")
-        limit = self.args.max_length
-        if limit is not None and self.args.truncation_mode == "keep_start":
+        limit = self.max_length
+        if limit is not None and self.cuts_end:
             dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < limit)
         return dataset
 
     def _tokenize(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        chosen, rejected = (self.render(row, side) for side in SIDES)
-        ids = pair_ids(self.processing_class, row["prompt"], chosen, rejected, row_options(row), self.reasoning)
+        chosen, rejected = (self.render(row, side) for side in self.sides)
+        ids = pair_ids(self.processing_class, row["prompt"], chosen, rejected, row_options(row), self.keeps(row))
         return dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
 
     # ---- Kinds of tokens ---------------------------------------------------------------------------------------------
 
     def needs_kinds(self, row: dict[str, Any]) -> bool:
         """Whether some token of a response may not be the model's own."""
-        cut = any(ending(row.get(column)) == "cut" for column in REASON_COLUMNS)
-        return cut or any(not isinstance(row[side], str) and len(row[side]) > 1 for side in SIDES)
+        cut = not all(has_end(row.get(column)) for column in self.reasons)
+        return cut or any(not isinstance(row[side], str) and len(row[side]) > 1 for side in self.sides)
 
     def mark(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Adds [`KIND_COLUMNS`] to tokenized rows, if a row needs them."""
         if not isinstance(dataset, Dataset):
             return dataset.map(self._mark).filter(self._is_marked).remove_columns("failed")
-        read = [column for column in (*SIDES, *REASON_COLUMNS) if column in dataset.column_names]
+        read = [column for column in (*self.sides, *self.reasons) if column in dataset.column_names]
         batches: Iterable[dict[str, list]] = dataset.select_columns(read).with_format(None).iter(batch_size=1000)
         rows = (dict(zip(b, values, strict=True)) for b in batches for values in zip(*b.values(), strict=True))
         if not any(self.needs_kinds(row) for row in rows):
             return dataset
-        kinds = dict.fromkeys(KIND_COLUMNS, Sequence(Value("int8")))
-        dataset = self._map(
-            dataset,
-            self._mark,
-            "Telling the model's own tokens of",
-            features=Features({**dataset.features, **kinds, "failed": Value("string")}),
-        )
-        failed = dataset["failed"]
-        return self._leave_out(dataset.remove_columns("failed"), list(failed))
+        features = {
+            **dataset.features,
+            **dict.fromkeys(KIND_COLUMNS, Sequence(Value("int8"))),
+            "failed": Value("string"),
+        }
+        dataset = self._map(dataset, self._mark, "Telling the model's own tokens of", features=Features(features))
+        return self._leave_out(dataset.remove_columns("failed"), list(dataset["failed"]))
 
     def _mark(self, row: dict[str, Any]) -> dict[str, Any]:
-        nothing: dict[str, Any] = {**dict.fromkeys(KIND_COLUMNS), "failed": ""}
-        if not self.needs_kinds(row):
-            return nothing
-        try:
-            return {f"{side}_kinds": self._kinds(row, side) for side in SIDES} | {"failed": ""}
-        except CannotRender as error:
-            return nothing | {"failed": str(error)}
+        marked: dict[str, Any] = {**dict.fromkeys(KIND_COLUMNS), "failed": ""}
+        if self.needs_kinds(row):
+            try:
+                marked |= {f"{side}_kinds": self._kinds(row, side) for side in self.sides}
+            except CannotRender as error:
+                marked["failed"] = str(error)
+        return marked
 
     def _kinds(self, row: dict[str, Any], side: str) -> list[int]:
         ids, text_format = row[f"{side}_ids"], isinstance(row["prompt"], str)
@@ -292,7 +319,7 @@ class ResponseReader:
         row = {column: value for column, value in row.items() if column != "tools"}
         if not self.needs_kinds(row):
             return [None, None]
-        rendered = [self.render(row, side) for side in SIDES]
+        rendered = [self.render(row, side) for side in self.sides]
         start = min(common_prefix(one.opening, other.text) for one in rendered for other in rendered)
         return [text_kinds(self.processing_class, one, start) for one in rendered]
 

@@ -1,4 +1,4 @@
-"""The token that ends the model's turns, by its chat template, and whether generation stops at it."""
+"""Tokens that begin a text and end a turn: whether the tokenizer writes one too many, and whether generation stops."""
 
 from typing import Any
 
@@ -72,3 +72,11 @@ def stop_at_end_token(model: Any, tokenizer: Any) -> None:
     """Writes the tokenizer's end token into the config and generation config of a model, before those that are there."""
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     model.generation_config.eos_token_id = end_tokens(tokenizer, model.generation_config)
+
+
+def begins_twice(tokenizer: Any, prompt: Any) -> bool:
+    """Whether a text prompt begins with the BOS token, and the tokenizer writes another one before it."""
+    bos = tokenizer.bos_token
+    if not isinstance(prompt, str) or not bos or not prompt.startswith(bos):
+        return False
+    return tokenizer(bos)["input_ids"][:2] == [tokenizer.bos_token_id] * 2

@@ -3,8 +3,8 @@ from transformers import GenerationConfig
 
 from tests.conftest import make_tokenizer
 from tests.responses.templates import CHATML, R1, TRIMMED, tokenizer_with
-from trl_kd.responses.ends import end_tokens, set_end_token, turn_end, unlearnable_end
 from trl_kd.responses.reasoning import has_reasoning, strip_reasoning, stripped
+from trl_kd.responses.special_tokens import end_tokens, set_end_token, turn_end, unlearnable_end
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMED, R1])
@@ -56,7 +56,8 @@ def test_an_end_token_outside_the_vocabulary_is_refused():
         ("hm\n</think>\n\n2", "2"),
         ("<think>hm", ""),
         ("so <think>hm</think>2<think>or 3</think>", "so 2"),
-        ("<think>a</think>1<think>b", "1"),
+        ("The <think> tag is new", "The <think> tag is new"),
+        ("Use </think> to close. Done", "Use </think> to close. Done"),
     ],
 )
 def test_reasoning_is_taken_out(text, left):
@@ -65,3 +66,17 @@ def test_reasoning_is_taken_out(text, left):
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     assert stripped(messages) == [messages[0], {"role": "assistant", "content": left}]
     assert stripped(None) is None
+
+
+def test_reasoning_beside_the_text_and_in_parts_is_taken_out_too():
+    message = {"role": "assistant", "content": "2", "reasoning_content": "hm", "thinking": "hm"}
+    assert stripped([message]) == [{**message, "reasoning_content": None, "thinking": None}]
+    parts = [{"type": "text", "text": "<think>hm</think>2"}, {"type": "image"}]
+    assert stripped([{"role": "assistant", "content": parts}])[0]["content"] == [
+        {"type": "text", "text": "2"},
+        {"type": "image"},
+    ]
+
+
+def test_a_template_that_leaves_the_answer_out_ends_turns_with_nothing_known():
+    assert turn_end(tokenizer_with("{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}")) is None
