@@ -177,13 +177,13 @@ def test_training_data_that_teaches_nothing_is_refused(stream, no_weights, tiny_
 
 
 def test_texts_without_a_token_of_the_models_own_are_left_out(tiny_dir, pairs, settings, caplog):
-    long = {"prompt": "1+1=", "chosen": "", "rejected": "3", "chosen_finish_reason": "length"}
+    empty = {"prompt": "1+1=", "chosen": "", "rejected": "3", "chosen_finish_reason": "length"}
     with caplog.at_level(logging.WARNING):
-        trainer = make(tiny_dir, [long, *pairs], settings)
-    assert "1 of 9 texts of the train dataset have no token of the model's own" in caplog.text
+        trainer = make(tiny_dir, [empty, *pairs], settings)
+    assert "1 of 9 rows of the train dataset cannot be learnt from" in caplog.text
     assert len(trainer.train_dataset) == 8
-    with pytest.raises(ValueError, match="1 of 1 texts of the train dataset have no token"):
-        make(tiny_dir, [long], settings)
+    with pytest.raises(ValueError, match="1 of 1 rows of the train dataset cannot be learnt from"):
+        make(tiny_dir, [empty], settings)
 
 
 # ---- Tokens ------------------------------------------------------------------------------------------------------------
