@@ -142,7 +142,7 @@ def test_a_turn_that_holds_the_results_of_its_tools_is_not_imitated():
     encoded = encode(tokenizer, USER, response)
     assert "secret" in tokenizer.decode(encoded.ids)
     assert spoken(tokenizer, encoded) == "it is 2<|im_end|>"
-    assert "its end cannot be found" in encoded.altered
+    assert "they are not imitated" in encoded.altered
 
 
 def test_a_call_that_the_template_leaves_out_is_told_of():

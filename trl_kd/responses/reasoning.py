@@ -11,7 +11,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message in which servers and data sets keep reasoning apart from the answer."""
 
 _BLOCK = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
-_OPENED_BY_PROMPT = re.compile(rf"\A.*^[ \t]*{CLOSE}[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENED_BY_PROMPT = re.compile(rf"\A.*(?:(?<! ){CLOSE}|{CLOSE}(?! ))", re.DOTALL)  # not within a sentence about it
 _NEVER_ENDED = re.compile(rf"\A\s*{OPEN}.*", re.DOTALL)
 
 
@@ -24,9 +24,9 @@ def strip_reasoning(text: str) -> str:
     """
     A text without its reasoning.
 
-    Blocks `<think>…</think>` are left out. So is everything up to a line of `</think>` alone, whose block the prompt has
-    opened, and everything if the text begins with a `<think>` that nothing ends. Where the tags stand otherwise the text is
-    about them, and stays. A text without reasoning is returned as it is.
+    Blocks `<think>…</think>` are left out. So is everything up to a `</think>` whose block the prompt has opened, and
+    everything if the text begins with a `<think>` that nothing ends. A tag between two spaces stands in a sentence about it,
+    and stays. A text without reasoning is returned as it is.
     """
     left = _OPENED_BY_PROMPT.sub("", _BLOCK.sub("", text))
     left = _NEVER_ENDED.sub("", left)

@@ -161,11 +161,23 @@ class _Template:
 
     def closing(self, messages: Messages) -> str:
         """What the template writes behind an answer to these messages."""
+        failure = CannotRender("the chat template leaves out what the assistant says")
         for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
-            _, found, after = self([*messages, {"role": "assistant", "content": content}]).rpartition(_PROBE)
+            try:
+                _, found, after = self([*messages, {"role": "assistant", "content": content}]).rpartition(_PROBE)
+            except CannotRender as error:  # it may take the other form alone
+                failure = error
+                continue
             if found:
                 return after
-        raise CannotRender("the chat template leaves out what the assistant says")
+        raise failure
+
+    def first_special(self, text: str) -> str | None:
+        """The first special or added token in a text, or its first word if there is none."""
+        tokenizer = getattr(self._processing_class, "tokenizer", self._processing_class)
+        tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        found = [(text.find(token), -len(token), token) for token in tokens if token and token in text]
+        return min(found)[2] if found else next(iter(text.split()), None)
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -198,9 +210,13 @@ def _last_word(template: _Template, prompt: Messages, response: Messages, text: 
     if text.endswith(closing):
         return len(text) - len(closing)
     said = text_of(response[-1]).strip()
-    if not said or said not in text:
+    if said and said in text:
+        return text.rindex(said) + len(said)
+    mark = template.first_special(closing)
+    place = -1 if mark is None else text.rfind(mark)
+    if place < 0:
         raise CannotRender("the chat template renders it so that the end of the response cannot be found")
-    return text.rindex(said) + len(said)
+    return place
 
 
 def _without_opened(opening: str, said: str) -> str:
@@ -212,53 +228,100 @@ def _without_opened(opening: str, said: str) -> str:
 
 # ---- Turns -------------------------------------------------------------------------------------------------------------
 
+_UNCLEAR = (
+    "the chat template renders its turns so that the model's own cannot be told from others, and they are not imitated"
+)
+
 
 def _own_turns(
     template: _Template, prompt: Messages, response: Messages, text: str
 ) -> tuple[tuple[tuple[int, int], ...], str | None]:
     """Where the model's own turns are, and a sentence's end if some cannot be told from what stands around them."""
-    turns, altered = [], None
-    for place, message in enumerate(response):
-        if message.get("role") != "assistant":
-            continue
-        start = 0  # the prompt is not looked at: TRL says where the response begins
-        end: int | None = len(text)
-        if place or len(response) > 1:
-            history = [*prompt, *response[:place]]
-            start = common_prefix(template(history, add_generation_prompt=True), text)
-            if place < len(response) - 1:
-                end = _turn_end(template, history, message, response[place + 1 :], text, start)
-        if end is None or end < start:
-            altered = "the chat template renders a turn so that its end cannot be found, and it is not imitated"
+    others = [place for place, message in enumerate(response) if message.get("role") != "assistant"]
+    if not others:
+        return ((0, len(text)),), None
+    gaps = _gaps(template, prompt, response, others, text)
+    if gaps is None:
+        return (), _UNCLEAR
+    turns, unclear = [], None
+    for number, (begin, end) in enumerate(gaps):
+        first = others[number - 1] + 1 if number else 0
+        last = others[number] if number < len(others) else len(response)
+        if first == last:
+            continue  # no turn of the model's lies between these two
+        history = [*prompt, *response[:first]]
+        start = begin + _opening_in(template, history, text[begin:end]) if number else 0
+        stop: int | None = end
+        if last < len(response):
+            stop = _end_in(template, history, response[last], text, start, end)
+        said = [text_of(message).rpartition(CLOSE)[2].strip() for message in response[first:last]]
+        if stop is None or not all(one in text[start:stop] for one in said):
+            unclear = _UNCLEAR
         else:
-            turns.append((start if place else 0, end))
-    return tuple(turns), altered
+            turns.append((start, stop))
+    return tuple(turns), unclear
 
 
-def _turn_end(
-    template: _Template, history: Messages, message: dict[str, Any], later: Messages, text: str, start: int
+def _gaps(
+    template: _Template, prompt: Messages, response: Messages, others: list[int], text: str
+) -> list[tuple[int, int]] | None:
+    """What lies between the words of the others in the rendered text, before the first and behind the last: one stretch
+    more than there are others. It is found by other words in their place. `None` if the template does more than to repeat
+    them."""
+    marks = {place: f"{_PROBE}{number}_" for number, place in enumerate(others)}
+    marked = template([*prompt, *(_saying(m, marks.get(place)) for place, m in enumerate(response))])
+    pieces = []
+    for mark in marks.values():
+        piece, found, marked = marked.partition(mark)
+        if not found or mark in marked:
+            return None
+        pieces.append(piece)
+    gaps, at = [], 0
+    for place, piece in zip(others, pieces, strict=True):
+        if not text.startswith(piece, at):
+            return None
+        gaps.append((at, at + len(piece)))
+        said = text_of(response[place])
+        at += len(piece)
+        at += len(said if text.startswith(said, at) else said.strip())
+    if text[at:] != marked:
+        return None
+    return [*gaps, (at, len(text))]
+
+
+def _saying(message: dict[str, Any], words: str | None) -> dict[str, Any]:
+    """A message with other words."""
+    if words is None:
+        return message
+    if isinstance(message.get("content"), list):
+        return {**message, "content": [{"type": "text", "text": words}]}
+    return {**message, "content": words}
+
+
+def _opening_in(template: _Template, history: Messages, stretch: str) -> int:
+    """How much of a stretch behind somebody else's words is the template's, before the model speaks."""
+    opened = template([*history[:-1], _saying(history[-1], _PROBE)], add_generation_prompt=True)
+    return common_prefix(opened.rpartition(_PROBE)[2], stretch)
+
+
+def _end_in(
+    template: _Template, history: Messages, following: dict[str, Any], text: str, start: int, end: int
 ) -> int | None:
-    """Where a turn ends that others follow. Templates may render it otherwise than a last one: without its reasoning, or
-    with another end."""
-    alone = template([*history, message])
-    if text.startswith(alone):
-        return len(alone)
-    # It ends with what the template writes behind an answer, before the next turn says something
-    closing = template.closing(history)
-    mark = next(iter(closing.split()), None)
-    if mark is None:
-        return None
-    said = text_of(message).rpartition(CLOSE)[2].strip()
-    shown = text.find(said, start)
-    if shown < 0:
-        return None
-    following = text_of(later[0]).strip()
-    limit = text.find(following, shown + len(said)) if following else len(text)
-    end = text.find(mark, shown + len(said), max(limit, 0))
-    if end < 0:
-        return None
-    end += len(mark)
-    return end + common_prefix(closing.partition(mark)[2], text[end:])
+    """Where in a stretch of a text the model's turn ends, before the template leads over to the next one."""
+    alone = template.closing(history)
+    try:
+        probe = _saying({"role": "assistant", "content": following.get("content")}, _PROBE)
+        between = template([*history, probe, _saying(following, f"{_PROBE}0_")])
+        leading = between.partition(_PROBE)[2].partition(f"{_PROBE}0_")[0]
+    except CannotRender:  # a tool's result that no call stands before, say
+        leading = alone
+    for written in (leading, alone):
+        mark = template.first_special(written)
+        place = -1 if mark is None else text.rfind(mark, start, end)
+        if mark is not None and place >= 0:
+            place += len(mark)
+            return place + common_prefix(alone.partition(mark)[2], text[place:end])
+    return None
 
 
 def _alteration(prompt: Messages, response: Messages, opening: str, text: str) -> str | None:
