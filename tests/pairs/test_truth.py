@@ -189,6 +189,15 @@ def test_fewer_than_twenty_useless_replies_are_answers_without_a_text(tmp_path):
     assert len(server.bodies) == 30
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_of_nothing_but_useless_replies_stores_none(tmp_path, count):
+    with FaultServer(lambda *_: chat(choice("", "length", message={"content": "", "reasoning": "Hmm."}))) as server:
+        with pytest.raises(ServerError, match=rf"^{count} repl.* to the teacher .*{count} × length.*Hmm"):
+            build(tmp_path, server, count)
+        server.script = fine
+        assert len(build(tmp_path, server, count, SamplingSettings(max_new_tokens=2000))) == count
+
+
 def test_refusals_of_single_prompts_stop_nothing(tmp_path):
     with FaultServer(lambda *_: chat(choice(None, "content_filter"))) as server:
         assert len(build(tmp_path, server, 30)) == 0

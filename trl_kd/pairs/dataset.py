@@ -168,7 +168,9 @@ class PairWriter:
             self._close_file()
             inferred = Features.from_arrow_schema(wider)
             in_json = {name for name in TEXTS if name in wider.names and is_json(wider.field(name).type)}
-            features = Features(inferred | {n: f for n, f in self._features.items() if n in wider.names and n not in in_json})
+            features = Features(
+                inferred | {n: f for n, f in self._features.items() if n in wider.names and n not in in_json}
+            )
             self._schema = wider.with_metadata(features.arrow_schema.metadata)
 
     def _flush(self) -> None:
@@ -230,7 +232,9 @@ def _inferred(values: list[Any], name: str) -> pa.Array:
 
 
 def _unify(schemas: list[pa.Schema]) -> pa.Schema:
-    in_json = json_columns(field_.name for schema in schemas for field_ in schema if field_.name in TEXTS and is_json(field_.type))
+    in_json = json_columns(
+        field_.name for schema in schemas for field_ in schema if field_.name in TEXTS and is_json(field_.type)
+    )
     schemas = [
         pa.schema([field_.with_type(JSON_TYPE) if field_.name in in_json else field_ for field_ in schema])
         for schema in schemas
