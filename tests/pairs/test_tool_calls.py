@@ -83,7 +83,7 @@ def test_calls_that_come_late(tmp_path):
     made = build(mix, tmp_path)
     same([row["chosen"] for row in made], [[said(one)] for one in [None] * 1100 + KEPT])
     assert made[0]["rejected"] == [{"role": "assistant", "content": "I cannot."}]
-    assert made.features["chosen"] == made.features["rejected"] == made.features["teacher"]
+    assert made.features["chosen"] == made.features["rejected"]
 
 
 def test_calls_in_the_prompts_of_a_stream(tmp_path):
@@ -114,7 +114,7 @@ def test_pieces_with_and_without_calls(tmp_path):
     build([None] * 12, pieces[0], data, shard=(0, 2))
     second = build([*MIX, *MIX][:12], pieces[1], data, shard=(1, 2))
     with_calls = {row["source_row"]: row["chosen"] for row in second}
-    assert with_calls and len(with_calls) < 12
+    assert 0 < len(with_calls) < 12
     for order in (pieces, pieces[::-1]):
         merged = merge_shards(order, tmp_path / f"merged-{order[0].name}")
         same(

@@ -88,7 +88,8 @@ def together(
             breaking down gives many in a row.
 
     Raises:
-        `ServerError`: 20 replies in a row are of no use, or fewer where all are and no text is stored. The sentence shows one.
+        `ServerError`: 20 replies in a row are of no use, or fewer where all are and no text is stored. The sentence shows
+        one.
     """
     replies = getattr(sampler, "sample_replies", None)
     if not callable(replies):

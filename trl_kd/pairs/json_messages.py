@@ -27,7 +27,7 @@ def have_calls(texts: Iterable[Any]) -> bool:
 
 
 def json_columns(names: Iterable[str]) -> set[str]:
-    """`names` of columns that must be JSON, and those that must be with them: a trainer makes a row's `teacher` a `chosen`."""
+    """`names` of columns that must be JSON, and those that go with them: a trainer makes a row's `teacher` a `chosen`."""
     found = set(names)
     return found | _ANSWERS if found & _ANSWERS else found
 

@@ -68,7 +68,7 @@ def lock_folder(folder: str | Path) -> FolderLock:
     Claims a folder, which exists, until the returned lock is closed or the process ends, however it ends.
 
     Raises:
-        `StoreError`: another process has it, which the message names with its host, it may not be written, or its file system
-        knows no locks.
+        `StoreError`: another process has it, which the message names with its host, or it may not be written,
+        or its file system knows no locks.
     """
     return FolderLock(folder)
