@@ -44,7 +44,7 @@ VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second|mark)\}")
 _DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}\"'“”‘’~]|</?\w+>|^\s*[>+-]\s")
-"""What may surround a verdict or its letter: Markdown, LaTeX, brackets and tags, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
+"""What may surround a verdict: Markdown, LaTeX, brackets and tags, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
 
 _VERDICT = re.compile(
     r"\s*(?:(?:(?:my|the)\s+)?(?:final\s+)?verdict\s*(?:is\s*)?[:\uff1a]\s*)?(?-i:([ABC]))[\s.!\u3002\uff01]*",
