@@ -268,3 +268,20 @@ def test_describe(tmp_path):
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert TeacherLikelihood(model, scale=0.5).describe()["model"] == folder
+
+
+def test_a_score_that_is_no_number_is_refused(tokenizer):
+    model = make_model(seed=3)
+    preference = TeacherLikelihood(model, processing_class=tokenizer)
+    preference.load()  # a short text is well: what is NaN here is another word
+    model.model.embed_tokens.weight.data[tokenizer("9")["input_ids"][0]] = torch.nan
+    with pytest.raises(ValueError, match=r"gives the score nan to a response to '9\*9=': its weights are broken"):
+        preference(["9*9="], ["81"], ["80"])
+
+
+def test_weights_that_are_broken_are_told_without_a_word_of_training(tokenizer):
+    model = make_model(seed=3)
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="gives logits that are NaN or infinite: its weights are broken") as caught:
+        TeacherLikelihood(model, processing_class=tokenizer)(["9*9="], ["81"], ["80"])
+    assert "loss" not in str(caught.value) and "step" not in str(caught.value)
