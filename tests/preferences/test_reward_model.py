@@ -203,5 +203,7 @@ def test_a_score_that_is_no_number_is_refused(broken):
     model = make_reward_model()
     model.score.weight.data[0, 0] = broken
     preference = RewardModelPreference(model, processing_class=make_tokenizer())
-    with pytest.raises(ValueError, match=r"gives the score (nan|inf|-inf) to a response to '1\+1=': its weights are broken"):
+    with pytest.raises(
+        ValueError, match=r"gives the score (nan|inf|-inf) to a response to '1\+1=': its weights are broken"
+    ):
         preference(["1+1="], ["2"], ["3"])

@@ -1,6 +1,8 @@
 """`trl-kd pairs` from the command line: parts by name, bad input, shards, push, and the chain to a student."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +55,17 @@ def test_columns_and_a_verifier(folder, trl_kd):
         assert (row["preference"] is None) == (row["chosen"] == row["rejected"])
     for name in ("pairs.html", "README.md", "summary.json"):
         assert (folder / "pairs" / name).is_file()
+
+
+def test_peft_is_not_imported_where_no_model_runs(folder):
+    """PEFT imports bitsandbytes, which writes to stderr on a machine without its kernels."""
+    words = ["pairs", *BASE, *SOURCES, "--preference", "teacher_wins"]
+    program = (
+        f"import sys; from trl_kd.scripts.cli import main; code = main({words!r}); "
+        "print('loaded:', [m for m in ('peft', 'bitsandbytes') if m in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "loaded: []" in done.stdout
 
 
 @pytest.mark.parametrize("preference", ["teacher_wins", "function:my_rewards.py:shorter", "column:label"])

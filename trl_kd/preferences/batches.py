@@ -17,6 +17,7 @@ from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import FINDING, load_model
+from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 from trl_kd.sampling.sampler import beginning
 
@@ -76,6 +77,7 @@ class ModelPreference(ScoredPreference):
         self.init_kwargs = dict(model_init_kwargs or {})
         finding = {name: self.init_kwargs[name] for name in FINDING if name in self.init_kwargs}
         if isinstance(model, str):
+            check_no_adapter("model", model)
             self.name = model
             self._given = None
             config = AutoConfig.from_pretrained(model, **finding)
