@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import FINDING, load_model
+from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
+from trl_kd.sampling.sampler import beginning
 
 
 logger = logging.getLogger(__name__)
@@ -74,6 +77,7 @@ class ModelPreference(ScoredPreference):
         self.init_kwargs = dict(model_init_kwargs or {})
         finding = {name: self.init_kwargs[name] for name in FINDING if name in self.init_kwargs}
         if isinstance(model, str):
+            check_no_adapter("model", model)
             self.name = model
             self._given = None
             config = AutoConfig.from_pretrained(model, **finding)
@@ -189,11 +193,15 @@ class ModelPreference(ScoredPreference):
         return ids_BT, mask_BT
 
     @torch.no_grad()
-    def in_batches(self, lengths: list[int], run: Callable[[list[int]], list[float | None]]) -> list[float | None]:
+    def in_batches(
+        self, prompts: list[Text], lengths: list[int], run: Callable[[list[int]], list[float | None]]
+    ) -> list[float | None]:
         """
         Runs rows in batches of like length, longest first, so that memory runs out at once or never.
 
         Args:
+            prompts (`list[str]` or `list[list[dict]]`):
+                The rows' prompts, for messages.
             lengths (`list[int]`):
                 Length of each row in tokens. A row of none is not run.
             run (`Callable[[list[int]], list[float | None]]`):
@@ -201,6 +209,9 @@ class ModelPreference(ScoredPreference):
 
         Returns:
             `list[float | None]`: the scores in the order of `lengths`.
+
+        Raises:
+            `ValueError`: a score is NaN or infinite.
         """
         scores: list[float | None] = [None] * len(lengths)
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
@@ -218,6 +229,15 @@ class ModelPreference(ScoredPreference):
                 logger.warning(f"Out of memory: going on with `max_batch_tokens` = {self.max_batch_tokens}.")
                 continue
             for index, value in zip(batch, values, strict=True):
+                self._check_score(prompts[index], value)
                 scores[index] = value
             start += len(batch)
         return scores
+
+    def _check_score(self, prompt: Text, score: float | None) -> None:
+        """A preference function may return NaN for an unknown score; from a model NaN is a fault."""
+        if score is not None and not math.isfinite(score):
+            raise ValueError(
+                f"The model {self.name!r} gives the score {score} to a response to {beginning(prompt)!r}: its weights are "
+                "broken, or too large for its `dtype` (load it in 'bfloat16' or 'float32')."
+            )
