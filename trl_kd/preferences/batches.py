@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
-from trl_kd.preferences.tokens import encode_answer, template_options, tokenize_response
+from trl_kd.preferences.tokens import altered, encode_answer, template_options, tokenize_response
 from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
@@ -54,6 +54,7 @@ class ModelPreference(ScoredPreference):
     Attributes:
         truncated (`int`): Rows that were longer than `max_length`, each time they were scored.
         unrendered (`int`): Rows that the chat template could not render, likewise. They have no score.
+        altered (`int`): Rows of which the template made another response than was sampled, likewise.
     """
 
     reads = ("tools", "chat_template_kwargs")
@@ -101,7 +102,7 @@ class ModelPreference(ScoredPreference):
             )
         self.max_batch_tokens = max_batch_tokens
         self.max_length = max_length or self._longest(config)
-        self.truncated = self.unrendered = 0
+        self.truncated = self.unrendered = self.altered = 0
         self._model: Any = None
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
@@ -140,6 +141,8 @@ class ModelPreference(ScoredPreference):
 
     def close(self) -> None:
         """Gives the memory of the weights back. A later score loads them again."""
+        if self.altered:
+            logger.warning(f"{self.altered} responses that {self.name!r} has read were not as they had been sampled.")
         self._model = None
         clear_device_cache(garbage_collection=True)
 
@@ -174,7 +177,7 @@ class ModelPreference(ScoredPreference):
     ) -> Encoded | None:
         """See [`~trl_kd.preferences.tokens.encode_answer`]; `None` for a row that cannot be rendered."""
         try:
-            return encode_answer(self.tokenizer, prompt, completion, finish_reason, options, reasoning)
+            encoded = encode_answer(self.tokenizer, prompt, completion, finish_reason, options, reasoning)
         except CannotRender as error:
             if not self.unrendered:
                 logger.warning(
@@ -183,6 +186,14 @@ class ModelPreference(ScoredPreference):
                 )
             self.unrendered += 1
             return None
+        if encoded.altered is not None:
+            if not self.altered:
+                logger.warning(
+                    f"{altered(encoded.altered, prompt)} This is said once, `altered` counts such rows, and `reasoning` "
+                    "says what to do with them."
+                )
+            self.altered += 1
+        return encoded
 
     def pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids `[B, T]` and attention mask `[B, T]` of rows, padded on the right, on the model's device."""
