@@ -233,7 +233,7 @@ def test_fields_of_an_answers_messages_are_kept(tmp_path):
     )
     made = build(data, tmp_path, teacher=Column("t"), preference=TeacherWins())
     assert made[1100]["chosen"] == [call]
-    assert made[0]["chosen"] == [{"role": "assistant", "content": "x", "tool_calls": None}]
+    assert made[0]["chosen"] == [{"role": "assistant", "content": "x"}]
 
 
 def test_features_come_through(tmp_path):

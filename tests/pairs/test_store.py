@@ -148,6 +148,15 @@ def test_a_file_system_without_locks_is_refused_and_no_file_left_for_a_lock(tmp_
     AnswerStore(tmp_path).close()
 
 
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(StoreError, match=rf"{tmp_path}` may not be written .*Permission denied.*another `output_dir`"):
+        AnswerStore(tmp_path)
+
+
 def test_another_thread_may_close_the_store(tmp_path):
     store = AnswerStore(tmp_path)
     thread = threading.Thread(target=store.close)

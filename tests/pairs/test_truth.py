@@ -155,8 +155,8 @@ def test_an_answer_without_a_text_is_asked_for_again_when_its_cause_changes(tmp_
 
 def test_nothing_but_answers_without_a_text_binds_to_no_settings(tmp_path):
     with FaultServer(lambda *_: chat(choice("", "length"))) as server:
-        assert len(build(tmp_path, server)) == 0
-        assert "6 truncated, 6 without a text: 6 length" in (tmp_path / "README.md").read_text()
+        with pytest.raises(ServerError, match="6 × length"):
+            build(tmp_path, server)
         server.script = fine
         assert len(build(tmp_path, server, settings=SamplingSettings(max_new_tokens=2000))) == 6
         assert len(server.bodies) == 12
@@ -187,6 +187,15 @@ def test_fewer_than_twenty_useless_replies_are_answers_without_a_text(tmp_path):
     with FaultServer(lambda b, n: chat(choice("", "length") if n < 19 else "fine")) as server:
         assert len(build(tmp_path, server, 30)) == 11
     assert len(server.bodies) == 30
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_of_nothing_but_useless_replies_stores_none(tmp_path, count):
+    with FaultServer(lambda *_: chat(choice("", "length", message={"content": "", "reasoning": "Hmm."}))) as server:
+        with pytest.raises(ServerError, match=rf"^{count} repl.* to the teacher .*{count} × length.*Hmm"):
+            build(tmp_path, server, count)
+        server.script = fine
+        assert len(build(tmp_path, server, count, SamplingSettings(max_new_tokens=2000))) == count
 
 
 def test_refusals_of_single_prompts_stop_nothing(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -268,3 +269,31 @@ def test_describe(tmp_path):
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert TeacherLikelihood(model, scale=0.5).describe()["model"] == folder
+
+
+def test_a_score_that_is_no_number_is_refused(tokenizer):
+    model = make_model(seed=3)
+    preference = TeacherLikelihood(model, processing_class=tokenizer)
+    preference.load()  # a short text is well: what is NaN here is another word
+    model.model.embed_tokens.weight.data[tokenizer("9")["input_ids"][0]] = torch.nan
+    with pytest.raises(ValueError, match=r"gives the score nan to a response to '9\*9=': its weights are broken"):
+        preference(["9*9="], ["81"], ["80"])
+
+
+def test_weights_that_are_broken_are_told_without_a_word_of_training(tokenizer):
+    model = make_model(seed=3)
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="gives logits that are NaN or infinite: its weights are broken") as caught:
+        TeacherLikelihood(model, processing_class=tokenizer)(["9*9="], ["81"], ["80"])
+    assert "loss" not in str(caught.value)
+
+
+def test_an_adapter_is_refused_by_its_folder_and_taken_as_an_object(teacher, tokenizer, tmp_path):
+    model = get_peft_model(make_model(seed=3), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="`model` is '.*', an adapter: merge it into its base model .*`PeftModel` object"
+    ):
+        TeacherLikelihood(str(tmp_path), processing_class=tokenizer)
+    scores = TeacherLikelihood(model, processing_class=tokenizer).score(PROMPTS, COMPLETIONS)
+    assert scores == TeacherLikelihood(teacher, processing_class=tokenizer).score(PROMPTS, COMPLETIONS)

@@ -196,3 +196,14 @@ def test_a_tokenizer_that_cannot_pad_is_refused(model):
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a padding nor an end token"):
         RewardModelPreference(model, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused(broken):
+    model = make_reward_model()
+    model.score.weight.data[0, 0] = broken
+    preference = RewardModelPreference(model, processing_class=make_tokenizer())
+    with pytest.raises(
+        ValueError, match=r"gives the score (nan|inf|-inf) to a response to '1\+1=': its weights are broken"
+    ):
+        preference(["1+1="], ["2"], ["3"])

@@ -231,6 +231,8 @@ WORDINGS = [
     "This model's maximum context length is {context} tokens. However, you requested {count} tokens.",
     "Requested token count exceeds the model's maximum context length of {context} tokens. You requested {count}.",
     "The decoder prompt (length {count}) is longer than the maximum model length of {context}.",
+    "You passed {count} input tokens. However, the model's context length is only {context} tokens.",
+    "The input ({count} tokens) is longer than the model's context length ({context} tokens).",
     "the request exceeds the available context size ({context} tokens), try increasing it",
     "Prompt contains {count} tokens, too large for model with {context} maximum context length",
 ]

@@ -1,6 +1,9 @@
 """`trl-kd pairs` from the command line: parts by name, bad input, shards, push, and the chain to a student."""
 
 import json
+import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 import trl_kd.scripts.pairs as pairs_script
+from tests.conftest import make_tokenizer
+from tests.preferences.test_reward_model import make_reward_model
 from trl_kd.pairs import load_pairs
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_parts import make_preference, make_sampler
@@ -53,6 +58,27 @@ def test_columns_and_a_verifier(folder, trl_kd):
         assert (row["preference"] is None) == (row["chosen"] == row["rejected"])
     for name in ("pairs.html", "README.md", "summary.json"):
         assert (folder / "pairs" / name).is_file()
+
+
+def test_a_reward_model_that_gives_nan_is_bad_input(folder, trl_kd):
+    model = make_reward_model()
+    model.score.weight.data[0, 0] = math.nan
+    model.save_pretrained("broken")
+    make_tokenizer().save_pretrained("broken")
+    done = trl_kd("pairs", *BASE, *SOURCES, "--preference", "reward_model:./broken")
+    assert done.code == 2
+    assert "gives the score nan to a response to '10+1=': its weights are broken" in done.err
+
+
+def test_peft_is_not_imported_where_no_model_runs(folder):
+    """PEFT imports bitsandbytes, which writes to stderr on a machine without its kernels."""
+    words = ["pairs", *BASE, *SOURCES, "--preference", "teacher_wins"]
+    program = (
+        f"import sys; from trl_kd.scripts.cli import main; code = main({words!r}); "
+        "print('loaded:', [m for m in ('peft', 'bitsandbytes') if m in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "loaded: []" in done.stdout
 
 
 @pytest.mark.parametrize("preference", ["teacher_wins", "function:my_rewards.py:shorter", "column:label"])

@@ -129,6 +129,13 @@ def test_a_teacher_that_is_nowhere_is_named(tiny_dir, settings):
         make(tiny_dir, "nosuch/model", settings)
 
 
+def test_a_teacher_that_is_an_adapter_is_refused(tiny_dir, settings, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    message = "`teacher_model_name_or_path` is '.*', an adapter: merge it into its base model .* or pass .*`PeftModel`"
+    with pytest.raises(ValueError, match=message):
+        make(tiny_dir, str(tmp_path), settings)
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 USER, ANSWER = [{"role": "user", "content": "1+1="}], [{"role": "assistant", "content": "2"}]

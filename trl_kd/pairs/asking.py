@@ -88,19 +88,21 @@ def together(
             breaking down gives many in a row.
 
     Raises:
-        `ServerError`: 20 replies in a row are of no use. The sentence shows one.
+        `ServerError`: 20 replies in a row are of no use, or fewer where all are and no text is stored. The sentence shows
+        one.
     """
     replies = getattr(sampler, "sample_replies", None)
     if not callable(replies):
         yield from ([answer] for answer in sampler.sample(requests))
         return
     held: list[list[tuple[Request, int, Answer]]] = []
+    is_useful = has_texts
     try:
         for reply in replies(requests):
             kinds = {_kind(answer) for _, _, answer in reply}
             if kinds & {"text", "refusal"} or (has_texts and kinds != {"failed"}):
                 yield from held
-                held, has_texts = [], has_texts or "text" in kinds
+                held, has_texts, is_useful = [], has_texts or "text" in kinds, True
                 yield reply
             else:
                 held.append(reply)
@@ -110,7 +112,7 @@ def together(
         # What broke off is asked for again
         yield from (reply for reply in held if any(_kind(answer) != "failed" for _, _, answer in reply))
         raise
-    if len(held) == USELESS:
+    if len(held) == USELESS or (held and not is_useful):
         raise ServerError(_useless(held, source))
     yield from held
 

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
+from trl_kd.pairs.json_messages import JSON_TYPE, as_json, have_calls, is_json, json_columns, to_json_array
 from trl_kd.pairs.store import disk_full
 
 
@@ -65,7 +66,8 @@ class PairWriter:
     there before.
 
     Types of the source's own columns are those of `features`. Where these are not known (a stream), and for the fields of
-    messages, they are taken from the values, and widened when later ones need it.
+    messages, they are taken from the values, and widened when later ones need it. Messages that call tools are written as
+    JSON (`datasets.Json`), so that arguments of any shape come back as they were.
 
     Args:
         folder (`str` or `Path`):
@@ -77,7 +79,7 @@ class PairWriter:
     def __init__(self, folder: str | Path, features: dict[str, Any] | None = None):
         self.folder = Path(folder)
         self.rows = 0
-        self._features = features or {}
+        self._features = {name: _writable(feature) for name, feature in (features or {}).items()}
         self._building = self.folder / f"{DATA}.building"
         self._files: list[tuple[Path, pa.Schema]] = []
         self._writer: pq.ParquetWriter | None = None
@@ -139,8 +141,11 @@ class PairWriter:
             if name in FIXED:
                 arrays[name] = pa.array(values, FIXED[name])
             elif name in TEXTS and feature is None:
-                # Messages are not given a type: Arrow would leave out, in silence, the fields that it does not name
-                arrays[name] = pa.array(values, pa.string() if is_plain_text else None)
+                if not is_plain_text and have_calls(values):
+                    arrays[name] = to_json_array(values)
+                else:
+                    # No type is given to messages: Arrow would leave out, in silence, the fields that it does not name
+                    arrays[name] = pa.array(values, pa.string() if is_plain_text else None)
             elif feature is None:
                 arrays[name] = _inferred(values, name)
             elif _is_plain(feature):
@@ -152,18 +157,20 @@ class PairWriter:
 
     def _fit(self, schema: pa.Schema) -> None:
         """Widens the schema to hold another batch; what is written already is rewritten in the end."""
-        schema = schema.remove_metadata()
         if self._schema is None:
             is_messages = pa.types.is_nested(schema.field("chosen").type)
             texts = {name: _MESSAGES for name in TEXTS[1:] if is_messages and name in schema.names}
             wider = _unify([schema, pa.schema(texts)])
         else:
-            wider = _unify([self._schema.remove_metadata(), schema])
+            wider = _unify([self._schema, schema])
         if self._schema is None or not wider.equals(self._schema.remove_metadata()):
             self._flush()
             self._close_file()
             inferred = Features.from_arrow_schema(wider)
-            features = Features({name: self._features.get(name, inferred[name]) for name in wider.names})
+            in_json = {name for name in TEXTS if name in wider.names and is_json(wider.field(name).type)}
+            features = Features(
+                inferred | {n: f for n, f in self._features.items() if n in wider.names and n not in in_json}
+            )
             self._schema = wider.with_metadata(features.arrow_schema.metadata)
 
     def _flush(self) -> None:
@@ -199,6 +206,15 @@ class PairWriter:
         path.unlink()
 
 
+def _writable(feature: Any) -> Any:
+    """A feature with JSON in place of objects without fields, which Parquet cannot hold."""
+    if isinstance(feature, dict):
+        return {name: _writable(inner) for name, inner in feature.items()} or Json()
+    if isinstance(feature, List) and feature.length == -1:
+        return List(_writable(feature.feature))
+    return feature
+
+
 def _is_plain(feature: Any) -> bool:
     """Whether values of a feature are what Arrow makes an array of: no images, classes or JSON."""
     if isinstance(feature, dict):
@@ -216,6 +232,13 @@ def _inferred(values: list[Any], name: str) -> pa.Array:
 
 
 def _unify(schemas: list[pa.Schema]) -> pa.Schema:
+    in_json = json_columns(
+        field_.name for schema in schemas for field_ in schema if field_.name in TEXTS and is_json(field_.type)
+    )
+    schemas = [
+        pa.schema([field_.with_type(JSON_TYPE) if field_.name in in_json else field_ for field_ in schema])
+        for schema in schemas
+    ]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -235,6 +258,8 @@ def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field_ in schema:
         if field_.name in table.column_names:
             column = table[field_.name]
+            if is_json(field_.type) and field_.name in TEXTS:
+                column = as_json(column)
             arrays.append(column if column.type == field_.type else column.cast(field_.type))
         else:
             arrays.append(pa.nulls(len(table), field_.type))
@@ -317,7 +342,7 @@ def join_pairs(folders: Sequence[str | os.PathLike]) -> Dataset:
     parts = [load_pairs(folder) for folder in folders]
     if all(part.features == parts[0].features for part in parts):
         return concatenate_datasets(parts)
-    wider = _unify([part.features.arrow_schema.remove_metadata() for part in parts])
+    wider = _unify([part.features.arrow_schema for part in parts])
     inferred = Features.from_arrow_schema(wider)
     known = {name: feature for name, feature in parts[0].features.items() if not isinstance(feature, List | dict)}
     schema = wider.with_metadata(Features(inferred | known).arrow_schema.metadata)

@@ -26,8 +26,10 @@ class FolderLock:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise self._held(folder) from None
-        except PermissionError:  # of the folder
-            raise
+        except PermissionError as error:
+            raise StoreError(
+                f"`{folder}` may not be written ({error}): give another `output_dir`, or change its permissions."
+            ) from error
         except OSError as error:
             raise StoreError(
                 f"`{folder}` is on a file system that cannot lock files ({error}): use another."
@@ -66,6 +68,7 @@ def lock_folder(folder: str | Path) -> FolderLock:
     Claims a folder, which exists, until the returned lock is closed or the process ends, however it ends.
 
     Raises:
-        `StoreError`: another process has it, which the message names with its host, or its file system knows no locks.
+        `StoreError`: another process has it, which the message names with its host, or it may not be written,
+        or its file system knows no locks.
     """
     return FolderLock(folder)

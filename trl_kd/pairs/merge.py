@@ -12,6 +12,7 @@ from datasets import Dataset, Features
 
 from trl_kd.pairs.dataset import FIXED, TEXTS, PairWriter, data_files, load_pairs
 from trl_kd.pairs.folder import check_folder
+from trl_kd.pairs.json_messages import as_json, is_json, json_columns, rows_of
 from trl_kd.pairs.lock import lock_folder
 from trl_kd.pairs.report import SETTINGS, PairReport
 
@@ -61,7 +62,7 @@ def merge_shards(folders: Sequence[str | Path], output_dir: str | Path) -> Datas
         columns = [name for name in features if name in TEXTS or name in FIXED]
         try:
             for table in _in_order(pieces):
-                report.add_rows(table.select(columns).to_pylist())
+                report.add_rows(rows_of(table.select(columns)))
                 writer.write_table(table)
         except BaseException:
             writer.abandon()
@@ -124,7 +125,11 @@ def _largest(folders: list[Path]) -> str:
 
 def _in_order(folders: list[Path]) -> Iterator[pa.Table]:
     """All rows by `source_row`, some thousands at a time; rows of one prompt stay in the order that they have."""
-    readers = [_tables(folder) for folder in folders]
+    schemas = [pq.read_schema(path) for folder in folders for path in data_files(folder)]
+    in_json = json_columns(
+        field.name for schema in schemas for field in schema if field.name in TEXTS and is_json(field.type)
+    )
+    readers = [_tables(folder, in_json) for folder in folders]
     waiting: list[pa.Table | None] = [next(reader, None) for reader in readers]
     while any(table is not None for table in waiting):
         # Everything up to the first end of what is loaded can be put in order. A prompt lies in one piece, and may go on
@@ -147,8 +152,11 @@ def _in_order(folders: list[Path]) -> Iterator[pa.Table]:
         yield merged.take(order)
 
 
-def _tables(folder: Path) -> Iterator[pa.Table]:
+def _tables(folder: Path, in_json: set[str]) -> Iterator[pa.Table]:
     for path in data_files(folder):
         for batch in pq.ParquetFile(path).iter_batches(_AT_ONCE):
             if len(batch):
-                yield pa.table(batch)
+                table = pa.table(batch)
+                for name in in_json.intersection(table.column_names):
+                    table = table.set_column(table.column_names.index(name), name, as_json(table[name]))
+                yield table

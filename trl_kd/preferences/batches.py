@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
-from trl_kd.preferences.tokens import encode_answer, template_options, tokenize_response
+from trl_kd.preferences.tokens import altered, encode_answer, template_options, tokenize_response
 from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import FINDING, load_model
+from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
+from trl_kd.sampling.sampler import beginning
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class ModelPreference(ScoredPreference):
     Attributes:
         truncated (`int`): Rows that were longer than `max_length`, each time they were scored.
         unrendered (`int`): Rows that the chat template could not render, likewise. They have no score.
+        altered (`int`): Rows of which the template made another response than was sampled, likewise.
     """
 
     reads = ("tools", "chat_template_kwargs")
@@ -74,6 +78,7 @@ class ModelPreference(ScoredPreference):
         self.init_kwargs = dict(model_init_kwargs or {})
         finding = {name: self.init_kwargs[name] for name in FINDING if name in self.init_kwargs}
         if isinstance(model, str):
+            check_no_adapter("model", model)
             self.name = model
             self._given = None
             config = AutoConfig.from_pretrained(model, **finding)
@@ -97,7 +102,7 @@ class ModelPreference(ScoredPreference):
             )
         self.max_batch_tokens = max_batch_tokens
         self.max_length = max_length or self._longest(config)
-        self.truncated = self.unrendered = 0
+        self.truncated = self.unrendered = self.altered = 0
         self._model: Any = None
 
     def check_kind(self, config: Any, architectures: list[str]) -> None:
@@ -136,6 +141,8 @@ class ModelPreference(ScoredPreference):
 
     def close(self) -> None:
         """Gives the memory of the weights back. A later score loads them again."""
+        if self.altered:
+            logger.warning(f"{self.altered} responses that {self.name!r} has read were not as they had been sampled.")
         self._model = None
         clear_device_cache(garbage_collection=True)
 
@@ -170,7 +177,7 @@ class ModelPreference(ScoredPreference):
     ) -> Encoded | None:
         """See [`~trl_kd.preferences.tokens.encode_answer`]; `None` for a row that cannot be rendered."""
         try:
-            return encode_answer(self.tokenizer, prompt, completion, finish_reason, options, reasoning)
+            encoded = encode_answer(self.tokenizer, prompt, completion, finish_reason, options, reasoning)
         except CannotRender as error:
             if not self.unrendered:
                 logger.warning(
@@ -179,6 +186,14 @@ class ModelPreference(ScoredPreference):
                 )
             self.unrendered += 1
             return None
+        if encoded.altered is not None:
+            if not self.altered:
+                logger.warning(
+                    f"{altered(encoded.altered, prompt)} This is said once, `altered` counts such rows, and `reasoning` "
+                    "says what to do with them."
+                )
+            self.altered += 1
+        return encoded
 
     def pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids `[B, T]` and attention mask `[B, T]` of rows, padded on the right, on the model's device."""
@@ -189,11 +204,15 @@ class ModelPreference(ScoredPreference):
         return ids_BT, mask_BT
 
     @torch.no_grad()
-    def in_batches(self, lengths: list[int], run: Callable[[list[int]], list[float | None]]) -> list[float | None]:
+    def in_batches(
+        self, prompts: list[Text], lengths: list[int], run: Callable[[list[int]], list[float | None]]
+    ) -> list[float | None]:
         """
         Runs rows in batches of like length, longest first, so that memory runs out at once or never.
 
         Args:
+            prompts (`list[str]` or `list[list[dict]]`):
+                The rows' prompts, for messages.
             lengths (`list[int]`):
                 Length of each row in tokens. A row of none is not run.
             run (`Callable[[list[int]], list[float | None]]`):
@@ -201,6 +220,9 @@ class ModelPreference(ScoredPreference):
 
         Returns:
             `list[float | None]`: the scores in the order of `lengths`.
+
+        Raises:
+            `ValueError`: a score is NaN or infinite.
         """
         scores: list[float | None] = [None] * len(lengths)
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
@@ -218,6 +240,15 @@ class ModelPreference(ScoredPreference):
                 logger.warning(f"Out of memory: going on with `max_batch_tokens` = {self.max_batch_tokens}.")
                 continue
             for index, value in zip(batch, values, strict=True):
+                self._check_score(prompts[index], value)
                 scores[index] = value
             start += len(batch)
         return scores
+
+    def _check_score(self, prompt: Text, score: float | None) -> None:
+        """A preference function may return NaN for an unknown score; from a model NaN is a fault."""
+        if score is not None and not math.isfinite(score):
+            raise ValueError(
+                f"The model {self.name!r} gives the score {score} to a response to {beginning(prompt)!r}: its weights are "
+                "broken, or too large for its `dtype` (load it in 'bfloat16' or 'float32')."
+            )

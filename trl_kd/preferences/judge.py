@@ -43,11 +43,12 @@ VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5}
 """P(first ≻ second) of each letter."""
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second|mark)\}")
-_DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}\"'“”‘’]")
-"""What may surround a verdict or its letter: Markdown, LaTeX and brackets, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
+_DECORATION = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[*_#`$\\\[\](){}\"'“”‘’~]|</?\w+>|^\s*[>+-]\s")
+"""What may surround a verdict: Markdown, LaTeX, brackets and tags, as in `**Verdict:** [[A]]` or `\\boxed{A}`."""
 
 _VERDICT = re.compile(
-    r"\s*(?:(?:(?:my|the)\s+)?(?:final\s+)?verdict\s*[:\uff1a]\s*)?(?-i:([ABC]))[\s.\u3002]*", re.IGNORECASE
+    r"\s*(?:(?:(?:my|the)\s+)?(?:final\s+)?verdict\s*(?:is\s*)?[:\uff1a]\s*)?(?-i:([ABC]))[\s.!\u3002\uff01]*",
+    re.IGNORECASE,
 )
 _SHOWN_CHARACTERS, _SHOWN_REPLIES = 300, 3
 
@@ -349,7 +350,9 @@ def read_verdict(choice: dict[str, Any]) -> float | None:
     is_whole = reason is None or reason.lower() not in KNOWN or ending(reason) == "complete"
     if not text or not text.strip() or not is_whole:
         return None
-    match = _VERDICT.fullmatch(_DECORATION.sub("", text.strip().splitlines()[-1]))
+    lines = (_DECORATION.sub("", line) for line in reversed(text.splitlines()))
+    # The last line may be the end of a fenced block or of a tag
+    match = _VERDICT.fullmatch(next((line for line in lines if line.strip(" \t-")), ""))
     if match is None:
         return None
     soft = _from_logprobs(choice.get("logprobs"), match[1])
@@ -395,4 +398,4 @@ def _from_logprobs(logprobs: Any, letter: str) -> float | None:
 
 
 def _core(token: dict[str, Any]) -> str:
-    return str(token.get("token")).strip(" \t\r\n*_.:▁Ġ[](){}`$\\\uff1a\u3002")
+    return str(token.get("token")).strip(" \t\r\n*_.!:▁Ġ[](){}`$\\\uff1a\u3002")

@@ -122,6 +122,9 @@ class TeacherLikelihood(ModelPreference):
 
         Returns:
             `list[float | None]`: at most 0; `None` for a completion without tokens, or one that cannot be rendered.
+
+        Raises:
+            `ValueError`: a score is NaN or infinite.
         """
         reasons = columns.get("finish_reason") or [None] * len(prompts)
         rows, own = [], []
@@ -130,6 +133,7 @@ class TeacherLikelihood(ModelPreference):
             rows.append(ids)
             own.append(scored)
         return self.in_batches(
+            prompts,
             [len(row) for row in rows],
             lambda batch: self._run([rows[index] for index in batch], [own[index] for index in batch]),
         )

@@ -53,7 +53,7 @@ class RewardModelPreference(ModelPreference):
             )
 
     def score(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
-        """The reward of each completion."""
+        """The reward of each completion; a `ValueError` for one that is NaN or infinite."""
         rows = []
         for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             encoded = self.encode(prompt, completion, template_options(columns, index))
@@ -63,7 +63,7 @@ class RewardModelPreference(ModelPreference):
             ids_BT, mask_BT = self.pad([rows[index] for index in batch])
             return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float().tolist()
 
-        return self.in_batches([len(row) for row in rows], run)
+        return self.in_batches(prompts, [len(row) for row in rows], run)
 
     def _shorten(self, ids: list[int]) -> list[int]:
         if self.max_length is None or len(ids) <= self.max_length:

@@ -1,6 +1,5 @@
 """A prompt and its response as tokens, by the rules of TRL's `DPOTrainer`."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,6 @@ from trl_kd.responses.rendering import row_options
 from trl_kd.responses.tokens import Encoded, encode
 from trl_kd.sampling import Text
 from trl_kd.sampling.sampler import beginning
-
-
-logger = logging.getLogger(__name__)
 
 
 def match_format(prompt: Text, completion: Text) -> Text:
@@ -47,7 +43,7 @@ def encode_answer(
     reasoning: str | None = None,
 ) -> Encoded:
     """
-    Tokenizes a prompt with an answer to it, and warns once where the chat template changes the answer.
+    Tokenizes a prompt with an answer to it.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -69,25 +65,16 @@ def encode_answer(
     answer = match_format(prompt, stripped(answer) if reasoning == "strip" else answer)
     complete = has_end(finish_reason)
     encoded = encode(tokenizer, prompt, answer, options, complete=complete, reasoning=reasoning)
-    if encoded.altered is not None:
-        said = f"What is read of an answer is not what was sampled: {encoded.altered}."
-        if reasoning == "error":
-            raise ValueError(f"{said} Set `reasoning` to 'keep' or 'strip', or change the chat template.")
-        _warn_altered(encoded.altered, prompt)
+    if encoded.altered is not None and reasoning == "error":
+        raise ValueError(
+            f"{altered(encoded.altered, prompt)} Set `reasoning` to 'keep' or 'strip', or change the chat template."
+        )
     return encoded
 
 
-_told: set[str] = set()
-"""What has been said."""
-
-
-def _warn_altered(why: str, prompt: Text) -> None:
-    if why not in _told:
-        _told.add(why)
-        logger.warning(
-            f"What is read of an answer is not what was sampled: {why}. The first such answer is that to the prompt "
-            f"{beginning(prompt)!r}. This is said once. See the setting `reasoning`."
-        )
+def altered(why: str, prompt: Text) -> str:
+    """A sentence for an answer that the chat template changes."""
+    return f"What is read of the answer to the prompt {beginning(prompt)!r} is not what was sampled: {why}."
 
 
 def tokenize_response(

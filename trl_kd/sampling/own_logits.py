@@ -156,8 +156,8 @@ def check_numbers(logits: torch.Tensor, who: str) -> None:
     """Raises a `ValueError` for logits that are NaN or +∞, or −∞ for every word."""
     if logits.isnan().any() or (logits == math.inf).any() or (logits == -math.inf).all(-1).any():
         raise ValueError(
-            f"{who} gives logits that are NaN or infinite, with which every loss is NaN, at step 1 already: its weights are "
-            "broken, or too large for its `dtype`."
+            f"{who} gives logits that are NaN or infinite: its weights are broken, or too large for its `dtype` (load it in "
+            "'bfloat16' or 'float32')."
         )
 
 

@@ -171,7 +171,7 @@ def refused(
 
 _CONTEXT = re.compile(
     r"(?i)maximum (?:context|model) length(?: (?:is|of) (?P<a>\d[\d,]*))?|context size(?: \((?P<b>\d[\d,]*) tokens?\))"
-    r"|(?P<c>\d[\d,]*) maximum context length"
+    r"|(?P<c>\d[\d,]*) maximum context length|context length(?: is only| is| of| \()\s*(?P<d>\d[\d,]*)"
 )
 
 
@@ -182,7 +182,7 @@ def is_too_long(failure: ServerError) -> bool:
 
 def named_context(said: str) -> int | None:
     """The context, in tokens, that such a refusal names."""
-    found = (match.group("a") or match.group("b") or match.group("c") for match in _CONTEXT.finditer(said))
+    found = (next(filter(None, match.groups()), None) for match in _CONTEXT.finditer(said))
     return next((int(number.replace(",", "")) for number in found if number), None)
 
 

@@ -1,17 +1,20 @@
-"""Checks of a training command that need no dataset and no weights: what is missing, and which paths are not there."""
+"""
+Checks of a training command that need no dataset and no weights: what is missing, and which paths are not there.
+
+What imports PEFT, and with it bitsandbytes, is imported where it is used: `trl-kd pairs` with a server needs neither.
+"""
 
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import ModelConfig
 
+from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.errors import InputError, one_line
 from trl_kd.trainers.checkpoints import last_checkpoint
-from trl_kd.trainers.fields import check_schedule, looks_like_path
 
 
 def check_arguments(
@@ -35,6 +38,8 @@ def check_arguments(
 
 def check_training(training_args: Any, model_args: Any) -> None:
     """Raises for settings of training and model that do not go together, whatever is trained on."""
+    from trl_kd.trainers.fields import check_schedule
+
     if training_args.per_device_train_batch_size < 1:
         raise InputError(
             f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."
@@ -75,6 +80,8 @@ def _check_quantization(model_args: ModelConfig) -> None:
 
 
 def _check_reporting(names: list[str]) -> None:
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
     known = set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"}  # which the function below does not look for
     missing = [name for name in names if name in known and name not in get_available_reporting_integrations()]
     if missing:

@@ -8,8 +8,8 @@ import datasets as hf_datasets
 from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
+from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.errors import InputError, one_line
-from trl_kd.trainers.fields import looks_like_path
 
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -45,11 +45,6 @@ def parse_radius(value: float | str | None, name: str = "confidence_radius", def
     return value
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether `name` cannot be the id of a Hub repository, which is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-
-
 def check_number(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
     """Raises a `ValueError` that names the field, its value and what is `allowed`, unless `holds` of a finite number."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -107,7 +107,7 @@ def leave_out_unreadable(groups: list[PromptGroup], tokenizers: list[Any], args:
             continue
         try:
             for tokenizer in tokenizers:
-                encode_answer(
+                encoded = encode_answer(
                     tokenizer,
                     group.row.prompt,
                     answer.text,
@@ -115,6 +115,11 @@ def leave_out_unreadable(groups: list[PromptGroup], tokenizers: list[Any], args:
                     args.chat_template_kwargs,  # type: ignore[arg-type]
                     args.reasoning,
                 )
+                if encoded.altered is not None:
+                    logger.warning_once(
+                        f"What is learnt of the teacher's answers is not what was sampled: {encoded.altered}. See the "
+                        "setting `reasoning`."
+                    )
         except CannotRender as error:
             unreadable += 1
             group.teacher, group.pairs = Answer(None, "cannot_be_rendered"), []

@@ -18,7 +18,7 @@ from trl_kd._trl import get_config_model_id
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
 from trl_kd.sampling.causal import check_kind
 from trl_kd.sampling.loading import keep_gradients, load_model
-from trl_kd.trainers.fields import looks_like_path
+from trl_kd.sampling.names import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
 

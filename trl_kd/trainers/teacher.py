@@ -15,6 +15,7 @@ from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
 from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
 from trl_kd.trainers.output_heads import head_logits, is_split, output_head, output_layer, whole
 from trl_kd.trainers.pbkd_config import PbKDConfig
@@ -45,6 +46,8 @@ class Teacher:
     """
 
     def __init__(self, args: "PbKDConfig | MMPbKDConfig", model: PreTrainedModel | None = None):
+        if model is None and args.teacher_model_name_or_path is not None:
+            check_no_adapter("teacher_model_name_or_path", args.teacher_model_name_or_path)
         self._args = args
         self.model = model
         self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
