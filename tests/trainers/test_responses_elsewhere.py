@@ -252,7 +252,7 @@ def test_likelihood_of_reasoning():
 
     assert scores("strip")[0] == pytest.approx(scores("strip")[1], abs=1e-6)
     assert scores("keep")[0] != pytest.approx(scores(None)[0], abs=1e-3)
-    with pytest.raises(ValueError, match="What is read of an answer is not what was sampled"):
+    with pytest.raises(ValueError, match="What is read of the answer to the prompt .* is not what was sampled"):
         scores("error")
     with pytest.raises(ValueError, match="`reasoning` is 'drop'"):
         scores("drop")
