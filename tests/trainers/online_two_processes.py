@@ -6,6 +6,7 @@ online_two_processes.py JOBS_JSON
 import json
 import sys
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -28,6 +29,18 @@ class GivenSamples(OnlinePbKDTrainer):
         return completions
 
 
+class Saving(TrainerCallback):
+    """Only the main process writes the reward model: two that write at once break each other's files."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        learner = self.trainer.learner
+        if not self.trainer.accelerator.is_main_process:
+            learner.save_for_use = lambda folder: pytest.fail("a second process writes the reward model")
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int):
         self.step = step
@@ -37,7 +50,7 @@ class StopAt(TrainerCallback):
 
 
 def make(job: dict, teacher: Teacher) -> GivenSamples:
-    return GivenSamples(
+    trainer = GivenSamples(
         model=job["model"],
         args=OnlinePbKDConfig(**job["settings"]),
         train_dataset=Dataset.from_list(job["rows"]),
@@ -45,6 +58,8 @@ def make(job: dict, teacher: Teacher) -> GivenSamples:
         teacher=teacher,
         preference_function=digits,
     )
+    trainer.add_callback(Saving(trainer))
+    return trainer
 
 
 def train(job: dict, world: int) -> None:

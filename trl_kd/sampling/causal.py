@@ -12,7 +12,7 @@ from trl_kd.sampling.own_logits import Probe, evaluating, log_probs, run
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OF_ENCODERS = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining")
 
-_LEAK = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LEAK = {torch.float32: 1e-4, torch.float64: 1e-4}
 _LEAK_16_BIT = 0.05
 """How much of a change of later tokens may be seen at earlier ones: what kernels round otherwise, and no more."""
 

@@ -76,5 +76,6 @@ class DualCheckpoints:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
             vars(self.args).update(given)
-        if self.args.eos_token is not None and is_peft_model(self.model):  # an adapter is saved without it
+        if self.args.should_save and self.args.eos_token is not None and is_peft_model(self.model):
+            # an adapter is saved without it
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)

@@ -397,7 +397,7 @@ optimizers, quantization_config, peft_config:
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if self.learner is not None:
+        if self.learner is not None and self.args.should_save:  # newer transformers call this on every process
             self.learner.save_for_use(os.path.join(output_dir or self.args.output_dir, COMPANIONS))
 
     def _save_optimizer_and_scheduler(self, output_dir):
