@@ -3,12 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
+import trl
+
 from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import row_options
 from trl_kd.responses.tokens import Encoded, encode
 from trl_kd.sampling import Text
 from trl_kd.sampling.sampler import beginning
+
+
+def is_conversational(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt of a row is messages, or its other texts where it has no prompt. TRL's function of this name looks
+    at one column, and Python's hash seed decides which: a text may follow messages."""
+    return trl.is_conversational({"prompt": row["prompt"]} if "prompt" in row else dict(row))
 
 
 def match_format(prompt: Text, completion: Text) -> Text:

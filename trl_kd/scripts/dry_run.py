@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
-from trl import ModelConfig, get_peft_config, is_conversational
+from trl import ModelConfig, get_peft_config
 
+from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.special_tokens import set_end_token, unlearnable_end
 from trl_kd.scripts.checks import check_model_source, model_error
 from trl_kd.scripts.memory import (

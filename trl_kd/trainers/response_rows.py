@@ -9,10 +9,10 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
-from trl import extract_prompt, is_conversational
+from trl import extract_prompt
 
 from trl_kd._trl import main_first, prepare_preference_dataset
-from trl_kd.preferences.tokens import match_format
+from trl_kd.preferences.tokens import is_conversational, match_format
 from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.reasoning import says_something, stripped
