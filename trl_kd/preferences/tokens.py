@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import trl
-
 from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import row_options
@@ -14,9 +12,12 @@ from trl_kd.sampling.sampler import beginning
 
 
 def is_conversational(row: Mapping[str, Any]) -> bool:
-    """Whether the prompt of a row is messages, or its other texts where it has no prompt. TRL's function of this name looks
+    """Whether the prompt of a row is messages, or its first text where it has no prompt. TRL's function of this name looks
     at one column, and Python's hash seed decides which: a text may follow messages."""
-    return trl.is_conversational({"prompt": row["prompt"]} if "prompt" in row else dict(row))
+    text = next(
+        (row[name] for name in ("prompt", "chosen", "rejected", "completion", "messages") if name in row), None
+    )
+    return isinstance(text, list) and bool(text) and isinstance(text[0], Mapping) and "role" in text[0]
 
 
 def match_format(prompt: Text, completion: Text) -> Text:
