@@ -195,8 +195,8 @@ def test_the_fused_layer_that_is_used_is_what_is_compared(temperature, student_d
 
 def test_a_reference_of_such_a_kind_is_refused(student_dir, pairs, settings):
     reference = make_other("a layer before the output layer")
+    args = PbKDConfig(**settings, dual_init=1.0)
     with pytest.raises(ValueError, match="^The reference model '', of the type 'modernbert-decoder'"):
-        args = PbKDConfig(**settings, dual_init=1.0)
         PbKDTrainer(student_dir, reference, args=args, train_dataset=Dataset.from_list(pairs))
 
 
