@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig
 
 from trl_kd import _trl
 from trl_kd.losses.imitation import imitation_losses
-from trl_kd.responses.special_tokens import turn_end
 from trl_kd.trainers.dual_checkpoints import DUAL_FILE
 from trl_kd.trainers.imitation_collator import ImitationCollator
+from trl_kd.trainers.imitation_schedule import ImitationSchedule
 from trl_kd.trainers.imitation_texts import mean_advantage
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import each_dataset
@@ -73,7 +73,7 @@ class NoReference(nn.Module):
         raise RuntimeError("The preference term is off, and something ran its reference model.")
 
 
-class ImitationStep:
+class ImitationStep(ImitationSchedule):
     """
     Mixin before [`~trl_kd.trainers.preference_step.PreferenceStep`], in whose place it steps where the preference term is
     off.
@@ -87,16 +87,11 @@ class ImitationStep:
             ζ of a(p, ζ), nats per pair.
     """
 
-    args: Any
-    model: Any
     accelerator: Any
-    state: Any
-    processing_class: Any
     is_world_process_zero: Any
     teacher: Teacher | None
     aux_loss_enabled: bool
     router_aux_loss_coef: float
-    _tokenizer: Any
     _tp_size: int
     _metrics: dict[str, defaultdict[str, list[float]]]
     _total_train_tokens: float
@@ -109,7 +104,6 @@ class ImitationStep:
     imitates_alone = False
     mean_advantage = 1.0
     imitation_radius = 0.0
-    _end_tokens: torch.Tensor | None = None
 
     # ---- Before the weights load -----------------------------------------------------------------------------------
 
@@ -141,25 +135,6 @@ class ImitationStep:
         )
 
     # ---- A micro-batch ---------------------------------------------------------------------------------------------
-
-    def _progress(self) -> float:
-        """The share of the training steps that are done, in [0, 1]."""
-        return self.state.global_step / max(self.state.max_steps, 1)
-
-    @property
-    def imitation_q(self) -> float:
-        """q of the loss as it is now: a function of the step alone. An evaluation always has its last value, so that its
-        losses can be compared."""
-        share = self.args.imitation_q_warmup
-        if not self.model.training or share == 0:
-            return self.args.final_imitation_q
-        return self.args.final_imitation_q * min(1.0, self._progress() / share)
-
-    def _is_end(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        if self._end_tokens is None or self._end_tokens.device != labels_BT.device:
-            ends = {self._tokenizer.eos_token_id, turn_end(self.processing_class)} - {None}
-            self._end_tokens = torch.tensor(sorted(ends), device=labels_BT.device, dtype=torch.long)
-        return torch.isin(labels_BT, self._end_tokens)
 
     def _window_over(self, batches):
         if not self.imitates_alone:

@@ -194,13 +194,6 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         """Whether the loss has the term λ·L_DPO: λ is above 0, or can come to be."""
         return self.dual_init > 0 or self.dual_learning_rate > 0
 
-    @property
-    def final_imitation_q(self) -> float:
-        """q of ℓ_q after its warm-up."""
-        if self.imitation_q is not None:
-            return self.imitation_q
-        return 0.5 if self.imitation == "sequence" else 0.0
-
     def _check_ranges(self) -> None:
         check_reasoning(self.reasoning)
         if self.imitation not in ("sequence", "token"):
