@@ -49,6 +49,10 @@ class PairWeights:
         args (`ImitationConfig`):
             Settings.
 
+    Attributes:
+        pairs (`int`):
+            How many pairs there are.
+
     Raises:
         `ValueError`: `args` ask for what the pairs do not tell.
     """
@@ -60,8 +64,9 @@ class PairWeights:
                 f"`imitation_min_score` is {args.imitation_min_score}, but there is no `preference_dataset` with a column "
                 "`score_chosen` or `score_rejected`: give the scores, or drop the setting."
             )
+        self.pairs = 0 if pairs is None else len(pairs)
         self._args = args
-        self._radius = imitation_radius(args, 0 if pairs is None else len(pairs))
+        self._radius = imitation_radius(args, self.pairs)
         self._texts: dict[bytes, _Text] = {}
         if pairs is None:
             return

@@ -163,9 +163,10 @@ quantization_config, peft_config, tools:
         train_dataset = None if train_dataset is None else look(train_dataset, "train")
         eval_dataset = each_dataset(eval_dataset, look)
         self.pair_weights = PairWeights(pairs, args) if args.imitation_weight > 0 else None
+        pairs = pairs if args.moment_coef > 0 else None
         if pairs is not None:
+            pairs = tokenize_pairs(pairs, processing_class, args)
             self.preference_rows = len(pairs)
-            pairs = tokenize_pairs(pairs, processing_class, args) if args.moment_coef > 0 else None
 
         super().__init__(
             model=model,

@@ -51,13 +51,11 @@ _PBKD_SETTINGS = (
     "max_length",
     "seed",
 )
+_OF_IMITATION = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
 _IMITATION_SETTINGS = (
     "imitation_weight",
     "imitation",
-    "imitation_radius",
-    "imitation_q",
-    "imitation_q_warmup",
-    "imitation_min_score",
+    *_OF_IMITATION,
     "learning_rate",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -122,7 +120,10 @@ def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     pairs = trainer.preference_rows
     said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
     lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
-    _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS)
+    weights = trainer.pair_weights
+    if weights is not None and weights.pairs:
+        lines += [f"{weights.pairs} preference pairs weighed the teacher's completions, which were imitated.", ""]
+    _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS + (() if weights is None else _OF_IMITATION))
 
 
 def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
@@ -149,7 +150,7 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
         if logged:
             rate = f"{100 * logged[-1]['pbkd/rm_held_out_accuracy']:.1f} %"
             lines += [f"At the last log it ordered {rate} of the newest held-out ones rightly.", ""]
-    _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
+    _add_sections(path, trainer, lines, _ONLINE_SETTINGS + (_OF_IMITATION if trainer.args.imitates else ()))
 
 
 def add_rounds_section(path: str, told: dict[str, Any]) -> None:
