@@ -216,29 +216,38 @@ class CountingForwards(OnlinePbKDTrainer):
 @pytest.mark.parametrize("q", [0.0, 0.6])
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_imitation_is_a_mean_over_the_tokens_of_answers(tiny_dir, settings, q, micro_batches):
-    """The gradient of a whole optimizer step, over micro-batches and rows in random order; and one forward for each. Nothing
-    is known of the answers: all have the weight 1. With q = 0 it is the plain mean of −log π."""
+    """The gradient of a whole optimizer step, over micro-batches and rows in random order; and one forward for each. Where
+    all answers have the weight 1, q = 0 is the plain mean of −log π."""
+    advantages = {} if q == 0 else {ROWS[0]["prompt"]: 0.25, ROWS[1]["prompt"]: 0.0}
+
+    class Weighed(CountingForwards):
+        def _weighed_groups(self):
+            found = super()._weighed_groups()  # nothing is known of the answers
+            assert all(advantage == 1 for _, advantage in found)
+            return [(group, advantages.get(group.row.prompt, 1.0)) for group, _ in found]
+
     rows = [{**row, "completion": row["completion"] if i != 2 else None} for i, row in enumerate(ROWS)]
     settings |= {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
     batch = {"per_device_train_batch_size": 16 // micro_batches, "gradient_accumulation_steps": micro_batches}
     imitated = {"imitation_weight": 0.3, "imitation_q": q, "imitation_q_warmup": 0.0}
     gradients = []
     for own in ({"imitation_weight": 0.0}, imitated):
-        plain = {"adversary": "off", "reward_funcs": length, "trainer": CountingForwards}
+        plain = {"adversary": "off", "reward_funcs": length, "trainer": Weighed}
         trainer = make(tiny_dir, settings, rows, **plain, **batch, **own)
         gradients.append(gradients_of(trainer))
         assert trainer.forwards == micro_batches
     model, tokenizer = make_model(), make_tokenizer()
     total, nll, tokens = torch.zeros(()), 0.0, 0
     for row in rows:
-        if row["completion"] is None:
+        a = advantages.get(row["prompt"], 1.0)
+        if row["completion"] is None or a == 0:
             continue
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = [*prompt, *tokenizer(row["completion"])["input_ids"], 1]
         logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         for t in range(len(prompt), len(ids)):
             logp = logps[t - 1, ids[t]]
-            total = total + (-logp if q == 0 or ids[t] == 1 else (1 - logp.exp() ** q) / q)
+            total = total + a * (-logp if q == 0 or ids[t] == 1 else (1 - logp.exp() ** q) / q)
             nll, tokens = nll - logp.item(), tokens + 1
     (total / tokens).backward()
     for name, p in model.named_parameters():
