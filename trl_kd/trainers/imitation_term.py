@@ -12,8 +12,8 @@ import torch
 from accelerate.logging import get_logger
 
 from trl_kd.losses.imitation import imitation_losses
-from trl_kd.responses.special_tokens import turn_end
 from trl_kd.trainers.dual_checkpoints import DUAL_FILE
+from trl_kd.trainers.imitation_schedule import ImitationSchedule
 from trl_kd.trainers.pbkd_step import ImitationWindow
 
 
@@ -26,7 +26,7 @@ LITTLE_LEFT = 0.1
 """Mean of π^q below which it is said that the student hardly learns."""
 
 
-class ImitationTerm:
+class ImitationTerm(ImitationSchedule):
     """
     Mixin before `DPOTrainer`.
 
@@ -39,46 +39,21 @@ class ImitationTerm:
             ζ of a(p, ζ), nats per pair.
     """
 
-    args: Any
-    model: Any
     accelerator: Any
-    state: Any
-    processing_class: Any
-    _tokenizer: Any
     _metrics: dict[str, defaultdict[str, list[float]]]
 
     imitates_alone = False
     mean_advantage = 1.0
     imitation_radius = 0.0
-    _end_tokens: torch.Tensor | None = None
     _left: list[float]
     """Mean of π^q in each of the first steps."""
 
     # ---- The loss --------------------------------------------------------------------------------------------------
 
-    def _progress(self) -> float:
-        """The share of the training steps that are done, in [0, 1]."""
-        return self.state.global_step / max(self.state.max_steps, 1)
-
-    @property
-    def imitation_q(self) -> float:
-        """q of the loss as it is now: a function of the step alone. An evaluation always has its last value, so that its
-        losses can be compared."""
-        share = self.args.imitation_q_warmup
-        if not self.model.training or share == 0:
-            return self.args.final_imitation_q
-        return self.args.final_imitation_q * min(1.0, self._progress() / share)
-
     def _imitation(self, logps_BT: torch.Tensor, tokens_BT: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
         """Σ weight × Σ_t ℓ_q over texts `[B]`, of whose tokens those that are not imitated have a log-probability of 0."""
         losses_BT = imitation_losses(logps_BT, self._is_end(tokens_BT), self.imitation_q)
         return (weight_B * losses_BT.sum(1)).sum()
-
-    def _is_end(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        if self._end_tokens is None or self._end_tokens.device != tokens_BT.device:
-            ends = {self._tokenizer.eos_token_id, turn_end(self.processing_class)} - {None}
-            self._end_tokens = torch.tensor(sorted(ends), device=tokens_BT.device, dtype=torch.long)
-        return torch.isin(tokens_BT, self._end_tokens)
 
     def _count_imitation(
         self,

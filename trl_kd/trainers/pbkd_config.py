@@ -29,8 +29,6 @@ _OF_PREFERENCE_TERM = (
     *("sync_ref_model", "precompute_ref_log_probs", "preference_nll_target", "confidence_radius"),
 )
 """What nothing but the preference term reads."""
-_OF_IMITATION = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
-"""What nothing but the imitation term reads."""
 
 
 _LEARNING_RATE = 2e-5
@@ -201,13 +199,6 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         """Whether the loss has the term λ·L_DPO: λ is above 0, or can come to be."""
         return self.dual_init > 0 or self.dual_learning_rate > 0
 
-    @property
-    def final_imitation_q(self) -> float:
-        """q of ℓ_q after its warm-up."""
-        if self.imitation_q is not None:
-            return self.imitation_q
-        return 0.5 if self.imitation == "sequence" else 0.0
-
     def _check_ranges(self) -> None:
         check_reasoning(self.reasoning)
         if self.imitation not in ("sequence", "token"):
@@ -284,18 +275,12 @@ class PbKDConfig(DPOConfig, ImitationConfig):
 
     def _check_terms(self) -> None:
         """Refuses fields of a term that is not in the loss."""
-        if self.imitation_weight == 0:
-            if not self.has_preference_term:
-                raise ValueError(
-                    "`imitation_weight` is 0 and so are `dual_init` and `dual_learning_rate`: the loss has no term. Set one "
-                    "of them above 0."
-                )
-            for name in _OF_IMITATION:
-                if is_changed(self, name):
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, which only the imitation term reads, and "
-                        f"`imitation_weight` is 0: drop `{name}`, or set a weight above 0."
-                    )
+        if self.imitation_weight == 0 and not self.has_preference_term:
+            raise ValueError(
+                "`imitation_weight` is 0 and so are `dual_init` and `dual_learning_rate`: the loss has no term. Set one of "
+                "them above 0."
+            )
+        self.refuse_without_weight(self.imitation_weight)
         if not self.has_preference_term:
             for name in _OF_PREFERENCE_TERM:
                 if is_changed(self, name):
