@@ -230,7 +230,7 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
     lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
-    if hasattr(trainer, "mean_advantage"):
+    if hasattr(trainer, "imitation_radius"):
         lines += [
             f"| ζ (radius of each pair's confidence set) | {trainer.imitation_radius:.6g} |",
             f"| ā (mean weight of the teacher's responses) | {trainer.mean_advantage:.6g} |",
