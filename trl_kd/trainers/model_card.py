@@ -228,7 +228,7 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
 
 def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[str]:
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
+    lines += [f"| `{name}` | {_cell(_setting(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
     if hasattr(trainer, "text_counts") and trainer.args.imitation_weight:
         lines += [
@@ -252,6 +252,10 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     else:
         lines += ["No evaluation was run in this training.", ""]
     return lines
+
+
+def _setting(args: Any, name: str) -> Any:
+    return args.final_imitation_q if name == "imitation_q" else getattr(args, name)
 
 
 def _versions() -> str:

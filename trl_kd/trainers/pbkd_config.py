@@ -26,7 +26,14 @@ _LOSS_TYPES = {
 }
 _OF_PREFERENCE_TERM = (
     *("beta", "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting"),
-    *("sync_ref_model", "precompute_ref_log_probs", "preference_nll_target", "confidence_radius"),
+    *("f_alpha_divergence_coef", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    *(
+        "precompute_ref_log_probs",
+        "precompute_ref_batch_size",
+        "preference_nll_target",
+        "confidence_radius",
+        "dual_max",
+    ),
 )
 """What nothing but the preference term reads."""
 
