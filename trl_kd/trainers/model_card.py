@@ -58,6 +58,7 @@ _IMITATION_SETTINGS = (
     "imitation_q",
     "imitation_q_warmup",
     "imitation_min_score",
+    "student_wins",
     "learning_rate",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
