@@ -243,8 +243,8 @@ def test_rows_count_how_often_the_student_gave_their_answer():
     assert counts("tu", "aab", "all", labels=ALWAYS) == [
         ("tu", None),
         ("ta", 2),
-        ("tb", 1),
+        ("bt", 1),
         ("ua", 2),
-        ("ub", 1),
+        ("bu", 1),
         ("ab", None),
     ]

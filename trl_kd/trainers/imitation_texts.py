@@ -90,19 +90,26 @@ class TextCounts:
                 "`dual_learning_rate` are 0: say who wrote what in `teacher_side`, or set `dual_init` above 0."
             )
         if not self.used and not self.student:
-            raise nothing_teaches(name, args, f": {self.told}")
+            raise nothing_teaches(name, args, self.told)
 
 
 class NothingTeaches(ValueError):
-    """Training data in which every text has the weight 0. In rounds it is no error: the student has caught up."""
+    """Training data in which every text has the weight 0. In rounds it is no error: the student has caught up. `told` says
+    how many rows there are, and why they teach nothing."""
+
+    def __init__(self, message: str, told: str):
+        super().__init__(message)
+        self.told = told
 
 
 def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> NothingTeaches:
     """What to say of training data in which every teacher's text has the weight 0."""
     score = "" if args.imitation_min_score is None else ", or lower `imitation_min_score`"
+    why = f": {told}" if told else ""
     return NothingTeaches(
-        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{told}. Raise it ('inf' "
-        f"imitates all of the teacher's responses){score}."
+        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{why}. Raise it ('inf' "
+        f"imitates all of the teacher's responses){score}.",
+        told,
     )
 
 
