@@ -171,7 +171,7 @@ def test_a_round_in_which_nothing_teaches_is_a_success(trl_kd, rounds, out, pair
     done = trl_kd(*words)
     assert done.code == 0, done.err
     assert "After 1 rounds: the student wins 50.0 %" in done.out
-    said = "No row of round 2's data teaches (0 of "
+    said = "No row of the data of round 2 teaches (0 of "
     assert said in done.out
     assert said in (out / "rounds.html").read_text()
     AutoModelForCausalLM.from_pretrained(out)

@@ -143,7 +143,7 @@ def test_a_round_in_which_nothing_teaches_ends_them(adapter, tiny_dir, tmp_path,
     told = make(out, tiny_dir, args=args, preference=Turning(2), **options).run()
     assert [record["stage"] for record in told["rounds"]] == ["trained"] * 2
     assert (told["final"]["round"], told["final"]["stage"], told["final"]["student_win_rate"]) == (3, "ended", 1.0)
-    said = "No row of round 3's data teaches (0 of "
+    said = "No row of the data of round 3 teaches (0 of "
     assert said in told["final"]["ended"]
     assert (
         f"After 2 rounds: the student wins 100.0 % against its teacher where they differ, 0 answers are equal. {said}"
@@ -156,7 +156,7 @@ def test_a_round_in_which_nothing_teaches_ends_them(adapter, tiny_dir, tmp_path,
     last, result = (load_file(folder / name) for folder in (out / "round-2/student", out))
     assert all(torch.equal(weight, result[key]) for key, weight in last.items())
     for text in (render(make_page(told, "student")), (out / "README.md").read_text()):
-        assert "data teaches (0 of " in text
+        assert said in text
     assert make(out, tiny_dir, args=args, preference=Turning(0), **options).run() == told  # it stays so
 
 

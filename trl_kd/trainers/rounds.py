@@ -358,7 +358,7 @@ class PbKDRounds:
         folder = self.folder
         if PartialState().is_main_process:
             said = (
-                f"No row of round {number}'s data teaches ({why}), so that the rounds end: the student stays as it is."
+                f"No row of the data of round {number} teaches ({why}), so that the rounds end: the student stays as it is."
             )
             folder.note(
                 folder.round(number), (folder.record(folder.round(number)) or {}) | {"stage": ENDED, "ended": said}
