@@ -25,10 +25,9 @@ from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
-from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.imitation_texts import NothingTeaches
 from trl_kd.trainers.model_card import add_rounds_section, public_name
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
@@ -159,7 +158,7 @@ class PbKDRounds:
         **pairs_options: Any,
     ):
         self.model = model
-        self.args = as_config(args, model, PbKDConfig, "PbKD")
+        self.args = settle_config(args, model)
         self.prompts = prompts
         self.preference = preference
         self.rounds = rounds
@@ -357,12 +356,9 @@ class PbKDRounds:
         """Writes down that a round has nothing to teach. Its pairs have measured the student, which stays as it is."""
         folder = self.folder
         if PartialState().is_main_process:
-            said = (
-                f"No row of the data of round {number} teaches ({why}), so that the rounds end: the student stays as it is."
-            )
-            folder.note(
-                folder.round(number), (folder.record(folder.round(number)) or {}) | {"stage": ENDED, "ended": said}
-            )
+            said = f"No row of the data of round {number} teaches ({why}), so that the rounds end: the student stays as it is"
+            record = folder.record(folder.round(number)) or {}
+            folder.note(folder.round(number), record | {"stage": ENDED, "ended": f"{said}."})
         wait_until(lambda: folder.stage(number) == ENDED)
 
     def _tidy(self, number: int) -> None:
