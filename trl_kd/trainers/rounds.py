@@ -356,7 +356,9 @@ class PbKDRounds:
         """Writes down that a round has nothing to teach. Its pairs have measured the student, which stays as it is."""
         folder = self.folder
         if PartialState().is_main_process:
-            said = f"No row of the data of round {number} teaches ({why}): the rounds end, and the student stays as it is"
+            said = (
+                f"No row of the data of round {number} teaches ({why}): the rounds end, and the student stays as it is"
+            )
             record = folder.record(folder.round(number)) or {}
             folder.note(folder.round(number), record | {"stage": ENDED, "ended": f"{said}."})
         wait_until(lambda: folder.stage(number) == ENDED)
