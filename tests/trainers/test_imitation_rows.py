@@ -282,3 +282,71 @@ def test_fields_keep_their_places_and_their_kinds(settings):
     assert not read.has_preference_term
     moving = {"dual_learning_rate": 0.1, "preference_nll_target": 0.1}
     assert PbKDConfig(**settings, **OFF, **moving).has_preference_term
+
+
+# ---- Types that Arrow guesses ------------------------------------------------------------------------------------------
+
+
+def test_reasons_and_messages_of_one_side_alone(tmp_path, settings):
+    """A thousand rows and more, so that the types of a written batch are settled before the teacher's side changes."""
+    tokenizer = tokenizer_with(CHATML)
+    folder = save_tiny(tmp_path / "student", tokenizer, vocab_size=len(tokenizer))
+    named = {**says("assistant", "3"), "name": "x"}
+    row = {"prompt": [says("user", "1+1=")], "chosen": [says("assistant", "2")], "rejected": [named]}
+    data = [
+        {**row, "prompt": [says("user", f"{i}=")], "teacher_side": side, "rejected_finish_reason": "length"}
+        for side in ("chosen", "rejected")
+        for i in range(1100)
+    ]
+    trainer = make(folder, data, settings, imitation_radius="inf")
+    assert len(trainer.train_dataset) == 2200
+
+
+def test_nulls_that_arrow_fills_in_make_no_other_text(tmp_path, settings):
+    tokenizer = tokenizer_with(CHATML)
+    folder = save_tiny(tmp_path / "student", tokenizer, vocab_size=len(tokenizer))
+    two, three = ([says("assistant", text)] for text in "23")
+    row = {"prompt": [says("user", "1+1=")], "teacher_side": "chosen"}
+    data = [
+        {**row, "chosen": two, "rejected": three, "preference": 1.0},
+        {**row, "chosen": three, "rejected": two, "preference": 1.0, "teacher_side": "rejected"},
+        {**row, "chosen": two, "rejected": two, "preference": 1.0},
+        {**row, "chosen": [{**says("assistant", "4"), "name": "x"}], "rejected": two, "preference": 1.0},
+    ]
+    trainer = make(folder, data, settings)
+    assert weights(trainer.train_dataset) == pytest.approx([imitation_advantage(0.5, 0.05), 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "said"),
+    [
+        ({"teacher_side": None}, {}, "The train dataset has no text of the teacher's"),
+        (
+            {"preference": None},
+            {"imitation_weight": 0.0, "dual_init": 1.0},
+            "has a known `preference`, and nothing is",
+        ),
+        ({"preference": 0.0}, {}, "No row of the train dataset teaches with `imitation_radius`"),
+    ],
+)
+def test_a_stream_without_anything_to_learn_says_why(changed, options, said, tiny_dir, rows, settings):
+    with pytest.raises(ValueError, match=said):
+        make(
+            tiny_dir, [{**row, "teacher_side": "chosen", **changed} for row in rows], settings, stream=True, **options
+        )
+
+
+def test_that_nothing_is_imitated_is_said(tiny_dir, rows, settings, caplog):
+    lost = [{**row, "teacher_side": "chosen", "preference": 0.0} for row in rows]
+    make(tiny_dir, lost, settings, dual_init=1.0)
+    assert "Of the train dataset 0 of 6 rows are imitated" in caplog.text
+
+
+def test_a_users_column_of_labels_is_left_alone(tiny_dir, rows, settings):
+    trainer = make(tiny_dir, [{**row, "labels": 3} for row in rows], settings, dual_init=1.0)
+    assert 0 < trainer.mean_advantage < 1
+
+
+def test_scores_that_are_no_numbers_are_refused(tiny_dir, rows, settings):
+    with pytest.raises(ValueError, match="Row 0 of the train dataset: `score_chosen` is 'good'; it must be a number"):
+        make(tiny_dir, [{**row, "score_chosen": "good"} for row in rows], settings)

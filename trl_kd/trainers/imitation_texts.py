@@ -126,6 +126,14 @@ def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> NothingTeach
     )
 
 
+def nothing_known(name: str) -> ValueError:
+    """What to say of training data without a known preference where nothing is imitated."""
+    return ValueError(
+        f"No row of the {name} dataset has a known `preference`, and nothing is imitated, since `imitation_weight` is 0: "
+        "label the rows, or set a weight above 0."
+    )
+
+
 @dataclass
 class _Text:
     """One text of the teacher's for one prompt, and what is known of it from all of its pairs: Σ p over the student's
@@ -145,7 +153,7 @@ class _Text:
         score = _known(row.get(f"score_{_side(row)}"))
         if score is not None:
             self.scores.append(score)
-        if row["chosen"] == row["rejected"]:
+        if without_nulls(row["chosen"]) == without_nulls(row["rejected"]):
             return  # a label of equal texts says nothing
         self.compared = True
         preference = _of_teacher(row)
@@ -171,7 +179,7 @@ def _of_teacher(row: dict[str, Any]) -> float | None:
 def _key(row: dict[str, Any], side: str) -> bytes:
     """What two rows have in common whose texts on these sides are one text to imitate."""
     parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *IMAGES)]
-    text = json.dumps([*parts, row[side]], sort_keys=True, default=_digest)
+    text = json.dumps([*parts, without_nulls(row[side])], sort_keys=True, default=_digest)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -266,8 +274,8 @@ def weigh_texts(
         return (_known_alone(dataset, kept, name) if training else dataset), None
     if training:
         counts.check(name, args)
-        if len(kept) < len(keys) or found:
-            dataset = _with_wins(dataset, kept, found)
+        dataset = _with_wins(dataset, kept, found)
+        if len(kept) < len(keys) or found or not counts.used:
             logger.warning(f"Of the {name} dataset {counts.told}.")
     elif not counts.used:
         logger.warning(
@@ -291,7 +299,7 @@ def _with_wins(dataset: Dataset, kept: list[int], found: list[Win]) -> Dataset:
     """Of the rows with their weights those that are kept, and one for each winning answer of the student's."""
     if found and "teacher_side" not in dataset.column_names:
         dataset = dataset.add_column("teacher_side", ["chosen"] * len(dataset))  # type: ignore[arg-type]
-    texts = dataset.select(kept)
+    texts = dataset if len(kept) == len(dataset) else dataset.select(kept)
     if not found:
         return texts
     answers = dataset.select([win.row for win in found])
@@ -308,10 +316,7 @@ def _with_wins(dataset: Dataset, kept: list[int], found: list[Win]) -> Dataset:
 def _known_alone(dataset: Dataset, kept: list[int], name: str) -> Dataset:
     """The rows with a known preference, which alone teach where nothing is imitated."""
     if not kept:
-        raise ValueError(
-            f"No row of the {name} dataset has a known `preference`, and nothing is imitated, since `imitation_weight` is "
-            "0: label the rows, or set a weight above 0."
-        )
+        raise nothing_known(name)
     if len(kept) == len(dataset):
         return dataset
     logger.warning(
@@ -371,10 +376,13 @@ def _weigh_stream(
     dataset = dataset.map(weigh)
     if not training:
         return dataset
-    dataset = dataset.filter(teaches)
-    if next(iter(dataset), None) is None:
-        raise nothing_teaches(name, args)
-    return dataset
+    taught = dataset.filter(teaches)
+    if next(iter(taught), None) is None:
+        if not args.imitation_weight:
+            raise nothing_known(name)
+        lost = sum(row[ADVANTAGE] is not None for row in dataset.take(1000))
+        TextCounts(rows=lost, used=0, lost=lost, texts=0).check(name, args)
+    return taught
 
 
 # ---- Rows of one text --------------------------------------------------------------------------------------------------
@@ -388,6 +396,25 @@ def only_teachers_text(row: dict[str, Any]) -> dict[str, Any]:
     if any(f"{other}_finish_reason" in row for other in changed):
         changed |= dict.fromkeys(("chosen_finish_reason", "rejected_finish_reason"), row.get(reason))
     return changed
+
+
+def _of_both(features: Features) -> Features:
+    """Features of which either response may take the other's place, and its reason."""
+    found = dict(features)
+    found |= dict.fromkeys(("chosen", "rejected"), _union(found["chosen"], found["rejected"]))
+    reasons = ("chosen_finish_reason", "rejected_finish_reason")
+    if any(column in found for column in reasons):
+        found |= dict.fromkeys(reasons, Value("string"))
+    return Features(found)
+
+
+def _union(one: Any, other: Any) -> Any:
+    """A feature that holds what either of two holds."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: _union(one.get(key, other.get(key)), other.get(key, one.get(key))) for key in {**one, **other}}
+    if type(one) is type(other) and hasattr(one, "feature"):
+        return type(one)(_union(one.feature, other.feature))
+    return other if isinstance(one, Value) and one.dtype == "null" else one
 
 
 def tokenize_texts(
@@ -414,8 +441,11 @@ def tokenize_texts(
     Raises:
         `ValueError`: as [`~trl_kd.trainers.response_rows.tokenize_rows`].
     """
-    desc = {"desc": f"Taking the teacher's texts of the {name} dataset"} if isinstance(dataset, Dataset) else {}
-    dataset = dataset.map(only_teachers_text, **desc)
+    if isinstance(dataset, Dataset):
+        doing = f"Taking the teacher's texts of the {name} dataset"
+        dataset = dataset.map(only_teachers_text, features=_of_both(dataset.features), desc=doing)
+    else:
+        dataset = dataset.map(only_teachers_text)
     dataset = tokenize_rows(dataset, processing_class, args, name)
     whole = _slice(args)
 
@@ -493,7 +523,7 @@ def mean_advantage(dataset: Dataset | IterableDataset, args: PbKDConfig, reader:
             reader.count_own({**row, **only_teachers_text(row)}) if a else 0
             for a, row in zip(weights, rows, strict=True)
         )
-    elif "labels" in dataset.column_names:
+    elif not args.has_preference_term:
         counted = (count_labels(labels) for labels in _labels(dataset))
     else:
         counted = (_count_own(row, _slice(args)) for row in _rows(dataset, _TOKENIZED))

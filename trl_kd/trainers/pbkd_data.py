@@ -197,6 +197,11 @@ class _RowReader:
         for column in (*REASON_COLUMNS, _THIRD_REASON):
             check_finish_reason(row.get(column), f"{where}: `{column}`")
         check_count(row.get(COUNT), where)
+        for column in SCORE_COLUMNS:
+            if not isinstance(row.get(column), Real | None):
+                raise ValueError(
+                    f"{where}: `{column}` is {row[column]!r}; it must be a number, or null where unknown."
+                )
         preference = self._preference(row.get("preference", 1.0), where)
         side = row.get("teacher_side") if self.has_side else None if self.third else "chosen"
         if side not in SIDES:
@@ -214,7 +219,7 @@ class _RowReader:
                 f"{where}: without a 'prompt' column `teacher` must be a whole conversation, as `chosen` is, and it begins "
                 "with another message. Put the prompt's messages before it, or give them in a 'prompt' column."
             )
-        sides = [column for column in ("chosen", "rejected") if text == row[column]]
+        sides = [column for column in ("chosen", "rejected") if without_nulls(text) == without_nulls(row[column])]
         if side is not None and side not in sides:
             raise ValueError(
                 f"{where}: `teacher_side` is {side!r} but `teacher` is another text. Give one of the two, or null."
