@@ -21,7 +21,7 @@ from typing import Any
 from trl_kd.scripts.demo import LABEL_FREE
 from trl_kd.scripts.demo import NAMES as DEMO_NAMES
 from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
-from trl_kd.scripts.demo_methods import LABELLED, METHODS, VERIFIED
+from trl_kd.scripts.demo_methods import FLIPPED, METHODS, VERIFIED
 from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, write_json
@@ -35,7 +35,7 @@ MEASURES = {  # what is measured, and whether with flipped labels
     **{measure: (measure, False) for measure in ("sampled", "best", "greedy")},
     **{f"{measure}, flipped labels": (measure, True) for measure in ("sampled", "best", "greedy")},
 }
-OF_LABELS = tuple(method for method in LABELLED if method != "pbkd")
+OF_LABELS = ("sft_chosen", "dpo_sft")
 LEADS = {  # what is compared: the measure, and the rivals, of which the best on average counts
     "over SeqKD": ("sampled", ("seqkd",)),
     "over SeqKD with dft": ("sampled", ("seqkd_dft",)),
@@ -57,7 +57,7 @@ def main() -> None:
         for task in TASKS.values():
             started = time.monotonic()
             print(f"\n{task.name}, seed {seed}")
-            rows += run(task, seed, arguments.cells / task.name)
+            rows += run(task, seed, arguments.cells / task.name, arguments.verified)
             print(f"  {time.monotonic() - started:.0f} s")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"\n{arguments.output}")
 
 
-def run(task, seed: int, folder: Path) -> Rows:
+def run(task, seed: int, folder: Path, verified: bool) -> Rows:
     """The rows of one task and seed."""
     settings = DemoSettings()
     check_settings(folder, fingerprint(task, settings))
@@ -82,11 +82,11 @@ def run(task, seed: int, folder: Path) -> Rows:
     results = Cell(task, seed, settings, folder / f"seed{seed}", BarCallback).run([])
     few = replace(settings, curve_every=settings.steps)
     clean, wrong = (Cell(task, seed, few, folder / f"seed{seed}", BarCallback, flipped) for flipped in (False, True))
-    results |= clean.run([*METHODS, *VERIFIED])
+    results |= clean.run([*METHODS, *(VERIFIED if verified else ())])
     pairs = results["pairs"]
-    rows = [row(task.name, seed, method, False, results[method], pairs) for method in NAMES]
-    found = wrong.run(LABELLED)
-    return rows + [row(task.name, seed, method, True, found[method], pairs) for method in LABELLED]
+    rows = [row(task.name, seed, method, False, results[method], pairs) for method in NAMES if method in results]
+    found = wrong.run(FLIPPED)
+    return rows + [row(task.name, seed, method, True, found[method], pairs) for method in FLIPPED]
 
 
 def row(task: str, seed: int, method: str, flipped: bool, found: dict[str, Any], pairs: dict[str, Any]) -> dict:
@@ -162,6 +162,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--verified", action="store_true", help="two more rows, which read the verifier's scores")
     parser.add_argument("--cells", type=Path, default=Path("runs/bundled_tasks"), help="where the stages are kept")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results" / "bundled_tasks.json", help="results"

@@ -27,7 +27,7 @@ from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
 from trl_kd.scripts.demo_methods import LABELLED, METHODS, Recipe
 from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
-from trl_kd.scripts.demo_stage import check_settings, stage, write_json
+from trl_kd.scripts.demo_stage import MARKER, check_settings, stage, write_json
 from trl_kd.tasks import TASKS
 
 
@@ -51,7 +51,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, 
 }
 RATES = {
     **dict.fromkeys(METHODS, (0.0003, 0.001, 0.003)),
-    "dpo": (1e-6, 3e-6, 1e-5),
+    "dpo": (1e-6, 1e-5, 3e-5, 1e-4),
 }
 MEASURES = ("sampled", "best", "greedy")
 SCALE = 0.1
@@ -76,10 +76,12 @@ class AblationCell(Cell):
         _, _, rate = method.partition(":")
         return float(rate) if rate else super().learning_rate(method)
 
+    def cell_folder(self, method: str) -> Path:
+        return self.stage_folder(method.replace(":", "_"))
+
     def measured(self, method: str) -> dict[str, Any]:
         """The row of one cell; `method` is a setting, or one of the demo's methods and its learning rate."""
-        folder = self.stage_folder(method.replace(":", "_"))
-        return self.row(method, stage(folder, partial(self._distil, method)))
+        return self.row(method, stage(self.cell_folder(method), partial(self._distil, method)))
 
     def row(self, method: str, found: dict[str, Any]) -> dict[str, Any]:
         values = {measure: round(found[measure], 5) for measure in MEASURES}
@@ -102,14 +104,19 @@ def cells(arguments: argparse.Namespace) -> Iterable[AblationCell]:
     """Seed by seed, so that an early end leaves whole seeds; teachers and starts are made where they are missing."""
     for seed in arguments.seeds:
         for task, settings in SIZES.items():
-            if task.name not in arguments.tasks:
-                continue
             folder = arguments.cells / task.name
+            cell = AblationCell(task, seed, settings, folder / f"seed{seed}", split="validation")
+            if task.name not in arguments.tasks or (arguments.finished and not is_finished(cell, "pairs")):
+                continue
             check_settings(folder, fingerprint(task, settings))
             # Pretraining is looked at more often than these curves are, or it would overshoot its goal
             often = replace(settings, curve_every=DemoSettings().curve_every)
-            Cell(task, seed, often, folder / f"seed{seed}", split="validation").run([])
-            yield AblationCell(task, seed, settings, folder / f"seed{seed}", split="validation")
+            Cell(task, seed, often, cell.folder, split="validation").run([])
+            yield cell
+
+
+def is_finished(cell: AblationCell, method: str) -> bool:
+    return (cell.cell_folder(method) / MARKER).is_file()
 
 
 def ablations(arguments: argparse.Namespace) -> None:
@@ -117,9 +124,7 @@ def ablations(arguments: argparse.Namespace) -> None:
     for cell in cells(arguments):
         found = cell.run([])
         rows += [cell.row(name, found[name]) for name in ("teacher", "start")]
-        for name in arguments.settings:
-            rows.append(cell.measured(name))
-            print(*rows[-1].values(), flush=True)
+        rows += rows_of(cell, arguments.settings, arguments.finished)
         what = "share of right answers, or mean score, on validation questions, in [0, 1]: mean and standard deviation"
         seen = {"teacher": "teacher", "start": "student at the start"} | {k: v[0] for k, v in SETTINGS.items()}
         write(arguments.results / "imitation_ablations.json", what, rows, seen)
@@ -130,19 +135,29 @@ def rates(arguments: argparse.Namespace) -> None:
     for clean in cells(arguments):
         flipped = AblationCell(clean.task, clean.seed, clean.settings, clean.folder, flipped=True, split="validation")
         for cell in (clean, flipped):
-            for method in (name for name in arguments.methods if name in LABELLED or not cell.flipped):
-                for rate in RATES[method]:
-                    rows.append(cell.measured(f"{method}:{rate:g}"))
-                    print(*rows[-1].values(), flush=True)
+            methods = [name for name in arguments.methods if name in LABELLED or not cell.flipped]
+            asked = [f"{method}:{rate:g}" for method in methods for rate in RATES[method]]
+            rows += rows_of(cell, asked, arguments.finished)
         what = (
-            "exact match on validation questions by method and learning rate: mean and standard deviation over seeds"
+            "exact match on validation questions, in [0, 1], by method and learning rate: mean and standard deviation"
         )
         write(arguments.results / "learning_rates.json", what, rows, {})
+
+
+def rows_of(cell: AblationCell, methods: Iterable[str], finished: bool) -> list[dict[str, Any]]:
+    """The rows of a cell's methods, of those that are finished or of all."""
+    rows = []
+    for method in methods:
+        if not finished or is_finished(cell, method):
+            rows.append(cell.measured(method))
+            print(*rows[-1].values(), flush=True)
+    return rows
 
 
 def write(path: Path, what: str, rows: list[dict[str, Any]], seen: dict[str, str]) -> None:
     content = {"what": what, "settings seen": seen, "summary": summarise(rows), "rows": rows}
     sizes = {task.name: asdict(settings) for task, settings in SIZES.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content | {"settings": sizes, "environment": environment()})
 
 
@@ -182,6 +197,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--finished", action="store_true", help="write the results of finished cells, and run no others"
+    )
     parser.add_argument("--cells", type=Path, default=Path("runs/imitation_ablations"), help="where stages are kept")
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results"

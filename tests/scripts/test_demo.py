@@ -86,15 +86,15 @@ def interrupted_then_finished(task_file, tmp_path_factory):
 
 def test_goes_on_where_it_stopped(interrupted_then_finished):
     _, _, trained = interrupted_then_finished
-    clean, wrong = ["seqkd", "seqkd_dft", "sft_chosen", "dpo"], ["sft_chosen", "dpo", "dpo_sft", "pbkd"]
+    clean, wrong = ["seqkd", "seqkd_dft", "sft_chosen", "dpo"], ["sft_chosen", "dpo_sft", "pbkd"]
     assert trained == [["teacher"], ["start", *clean], ["dpo_sft", "pbkd", *wrong], []]
 
 
 def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_finished):
     _, results, _ = interrupted_then_finished
     methods = [results[method] for method in demo_methods.METHODS]
-    methods += [results[method]["flipped"] for method in demo_methods.LABELLED]
-    assert [method["steps"] for method in methods] == [TINY.steps] * 10
+    methods += [results[method]["flipped"] for method in demo_methods.FLIPPED]
+    assert [method["steps"] for method in methods] == [TINY.steps] * 9
     curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in methods]
     assert len({curve[0] for curve in curves}) == 1
     assert all(len(curve) == 1 + TINY.steps // TINY.curve_every for curve in curves)
@@ -152,7 +152,7 @@ def test_flipped_labels_change_sides_and_no_texts(interrupted_then_finished, tas
         assert [pair["chosen"], pair["rejected"]] == (texts[::-1] if index in changed else texts)
     cell = demo_experiment.Cell(task, 0, TINY, folder / "size/seed0", flipped=True)
     assert cell.rows() == wrong
-    assert any(results[method]["answers"] != results[method]["flipped"]["answers"] for method in demo_methods.LABELLED)
+    assert any(results[method]["answers"] != results[method]["flipped"]["answers"] for method in demo_methods.FLIPPED)
 
 
 def test_measures_at_the_temperature_that_validation_questions_choose(

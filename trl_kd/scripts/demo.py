@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Trains a tiny teacher and a weak student, builds preference pairs from their answers, and "
         "distils the student six ways from the same start: SeqKD, SeqKD with TRL's dft loss, SFT on the chosen answers, "
-        "DPO, DPO + sft and PbKD; those that read labels again with a fifth of the labels wrong. Some minutes on two "
+        "DPO, DPO + sft and PbKD; three of them again with a fifth of the labels wrong. Some minutes on two "
         "CPU cores. Run again, it goes on where it stopped.",
     )
     parser.add_argument(

@@ -23,7 +23,7 @@ from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
 from trl_kd.scripts.demo_methods import (
-    LABELLED,
+    FLIPPED,
     LEARNING_RATES,
     METHODS,
     VERIFIED,
@@ -142,9 +142,9 @@ class Cell:
         """Runs what the demo shows. What a method learnt from labels of which a share is flipped is in its `flipped`."""
         results = self.run([*METHODS, *(WHITE_BOX if white_box else ())])
         wrong = Cell(self.task, self.seed, self.settings, self.folder, self.make_bar, flipped=True, split=self.split)
-        for method, found in wrong.run(LABELLED).items():
-            if method in LABELLED:
-                results[method]["flipped"] = found
+        found = wrong.run(FLIPPED)
+        for method in FLIPPED:
+            results[method]["flipped"] = found[method]
         return results
 
     def stage_folder(self, name: str) -> Path:

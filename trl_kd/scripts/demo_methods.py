@@ -27,7 +27,10 @@ METHODS = {
 LABELLED = ("sft_chosen", "dpo", "dpo_sft", "pbkd")
 """Those of them that read labels: wrong ones change them."""
 
-LEARNING_RATES = {"dpo": 1e-4, "dpo_sft": 1e-3}
+FLIPPED = ("sft_chosen", "dpo_sft", "pbkd")
+"""Those that learn from flipped labels too. DPO, which is slow, falls below its start with right ones already."""
+
+LEARNING_RATES = {"dpo": 1e-6, "dpo_sft": 1e-3}
 """Peak learning rates of methods that have their own: the best of a grid on validation seeds
 (`benchmarks/imitation_ablations.py --rates`)."""
 
