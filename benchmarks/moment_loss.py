@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked_divergence_loss
 
-from trl_kd._trl import chunked_divergence_loss
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 

@@ -73,7 +73,7 @@ OF_ONLINE = {  # found on validation questions of another seed
     "num_generations": 4,
     "learning_rate": 3e-4,
     "beta": 0.3,
-    "imitation_weight": 0.5,
+    "imitation_weight": 4.0,
     "rm_lora_r": 0,
 }
 RM_LEARNING_RATE = {"running_sums": 1e-3, "addition": 3e-4}  # at the other's neither warm-up ends in time

@@ -86,6 +86,7 @@ def make_trainer(kind: str, student: str, teacher: str, rows: list[dict], option
     if kind == "dpo":
         trainer = DPOTrainer(model=student, args=DPOConfig(**settings), train_dataset=dataset)
     else:
+        settings["dual_init"] = 1.0
         if kind == "token":
             settings |= {"imitation": "token", "teacher_model_name_or_path": teacher}
         trainer = PbKDTrainer(model=student, args=PbKDConfig(**settings), train_dataset=dataset)

@@ -53,7 +53,6 @@ def warn_if_untested(installed: str | None = None) -> None:
 
 warn_if_untested()
 
-chunked_divergence_loss = require("trl.trainer.distillation_trainer", "_chunked_divergence_loss")
 create_model_from_path = require("trl.trainer.utils", "create_model_from_path")
 get_config_model_id = require("trl.trainer.utils", "get_config_model_id")
 prepare_deepspeed = require("trl.models", "prepare_deepspeed")

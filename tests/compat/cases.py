@@ -64,8 +64,8 @@ REFUSED = {"tool-calls": Run("pairs", "tool_calls")}
 """A further one, which the code that wrote it refuses itself: it stores a call of a tool as the answer to a text."""
 
 TRAININGS = {
-    "pbkd": Run("pbkd", "pbkd"),
-    "pbkd_lora": Run("pbkd", "pbkd_lora"),
+    "pbkd": Run("pbkd", "pbkd", ("--dual_init", "1")),
+    "pbkd_lora": Run("pbkd", "pbkd_lora", ("--dual_init", "1")),
     "mm_pbkd": Run("mm-pbkd", "mm_pbkd"),
     "online_pbkd": Run("online-pbkd", "online_pbkd"),
 }
@@ -73,10 +73,15 @@ TRAININGS = {
 
 STEPS, BROKEN_AT = 6, 3
 
+OTHER_LOSS = ("pbkd", "pbkd_lora")
+"""Of these the imitation term has another form since they were written, so that what they learn after that differs."""
+OF_THE_LOSS = {"loss", "grad_norm", "pbkd/imitation", "pbkd/teacher_logps", "pbkd/lagrangian"}
+OF_TRAINED_ROUNDS = {"imitation", "preference_nll", "accuracy", "dual"}
+
 ROUNDS = {
-    "after-one": Run("pbkd", "rounds"),
-    "in-sampling": Run("pbkd", "rounds", dies_at=5),
-    "in-training": Run("pbkd", "rounds"),
+    "after-one": Run("pbkd", "rounds", ("--dual_init", "1")),
+    "in-sampling": Run("pbkd", "rounds", ("--dual_init", "1"), dies_at=5),
+    "in-training": Run("pbkd", "rounds", ("--dual_init", "1")),
 }
 """The folders of the fixture `rounds`: killed after round 1 of 2, and in the sampling and in the training of round 2."""
 
@@ -174,7 +179,8 @@ def lora_rounds(output_dir: str) -> Any:
     from trl_kd.sampling import SamplingSettings
     from trl_kd.sampling.server import ServerSampler
 
-    settings = yaml.safe_load(Path("rounds.yaml").read_text(encoding="utf-8")) | {"output_dir": output_dir}
+    settings = yaml.safe_load(Path("rounds.yaml").read_text(encoding="utf-8"))
+    settings |= {"output_dir": output_dir, "dual_init": 1.0}
     stop = yaml.safe_load(Path("pairs.yaml").read_text(encoding="utf-8"))["student_stop"]
     return PbKDRounds(
         "./start",

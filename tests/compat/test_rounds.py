@@ -1,13 +1,14 @@
-"""Rounds that earlier code has begun go on where they stopped, to the numbers that the earlier code came to."""
+"""Rounds that earlier code has begun go on where they stopped, to the numbers that the earlier code came to.
+
+What the training of round 2 learns is another thing: its imitation term has another form now.
+"""
 
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from torch.testing import assert_close
 
 from tests.compat.cases import (
-    FIXTURES,
+    OF_TRAINED_ROUNDS,
     ROUNDS,
     asked,
     expected,
@@ -16,7 +17,6 @@ from tests.compat.cases import (
     run,
     serving,
     unpack,
-    weights_file,
 )
 
 
@@ -34,11 +34,13 @@ def check(fixture: str, name: str) -> None:
     """Within what another CPU, or another order of sums, may change. Later code may tell more."""
     found, wanted = read_rounds(name), expected(fixture)[name]
     assert len(found["rounds"]) == len(wanted["rounds"]) == 2
-    for record, former in zip([*found["rounds"], found["final"]], [*wanted["rounds"], wanted["final"]], strict=True):
+    for record, former in zip(found["rounds"], wanted["rounds"], strict=True):
+        learnt = OF_TRAINED_ROUNDS if former["round"] == 2 else set()
         for key, value in former.items():
-            assert record[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
-    assert found["regret_coefficient"] == pytest.approx(wanted["regret_coefficient"], rel=1e-4)
-    assert_close(load_file(weights_file(name)), load_file(FIXTURES / f"{fixture}.safetensors"), rtol=0, atol=1e-6)
+            if key not in learnt:
+                assert record[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
+    for key in ("round", "stage", "prompts", "new_pairs"):
+        assert found["final"][key] == wanted["final"][key]
 
 
 @pytest.mark.parametrize("name", ROUNDS)

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked_divergence_loss
 
 from tests.losses.moment_cases import BOUND, SHAPED, Case, Recorder, assert_near
-from trl_kd._trl import chunked_divergence_loss
 from trl_kd.losses.advantages import advantages
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import MomentOutput, moment_matching

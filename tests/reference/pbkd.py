@@ -64,11 +64,9 @@ def bradley_terry(z: torch.Tensor, p: float) -> torch.Tensor:
     return -p * torch.log(sigma) - (1 - p) * torch.log(1 - sigma)
 
 
-def imitation(model, row: Row, teacher=None, tokens: int | None = None) -> torch.Tensor:
-    """−log π(y_T|x), or with a teacher Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on its response, over the first `tokens` of both."""
+def divergence(model, row: Row, teacher, tokens: int | None = None) -> torch.Tensor:
+    """Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on the teacher's response, over the first `tokens` of both."""
     response = row.chosen if row.teacher == "chosen" else row.rejected
-    if teacher is None:
-        return -sum(sequence_logps(model, row.prompt, response))
     total = torch.zeros((), dtype=torch.float64)
     ours = token_logits(model, row.prompt, response)
     with torch.no_grad():
@@ -86,27 +84,28 @@ def pbkd_loss(
     reference,
     rows: list[Row],
     *,
+    ends: tuple[int, ...],
     beta: float = 0.1,
     weight: float = 1.0,
     dual: float = 1.0,
+    radius: float = 0.05,
+    q: float = 0.5,
     teacher=None,
     tokens: int | None = None,
     ld_alpha: float | None = None,
     preference_loss=bradley_terry,
 ) -> torch.Tensor:
-    """w·β·mean over teacher's rows of L_imit + λ·mean over known rows of the preference loss."""
-    taught = [row for row in rows if row.teacher is not None]
+    """w·L_imit over the teacher's texts + λ·mean over known rows of the preference loss."""
     known = [row for row in rows if row.preference is not None]
-    loss = torch.zeros((), dtype=torch.float64)
-    for row in taught:
-        loss = loss + weight * beta * imitation(model, row, teacher, tokens) / len(taught)
+    options = {"radius": radius, "q": q, "ends": ends, "weight": weight, "teacher": teacher, "tokens": tokens}
+    loss = texts_loss(model, texts_of(rows), **options)
     for row in known:
         z = margin(model, reference, row, beta, ld_alpha)
         loss = loss + dual * preference_loss(z, row.preference) / len(known)
     return loss
 
 
-# ---- Without the preference term ---------------------------------------------------------------------------------------
+# ---- The teacher's texts -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -116,6 +115,19 @@ class Text:
     prompt: list[int]
     response: list[int]
     preferences: list[float]
+
+
+def texts_of(rows: list[Row]) -> list[Text]:
+    """Each text of the teacher's once for each prompt, with what is known of all of its pairs."""
+    found: dict[tuple, Text] = {}
+    for row in rows:
+        if row.teacher is None:
+            continue
+        response = row.chosen if row.teacher == "chosen" else row.rejected
+        text = found.setdefault((*row.prompt, -1, *response), Text(row.prompt, response, []))
+        if row.preference is not None and row.chosen != row.rejected:
+            text.preferences.append(row.preference if row.teacher == "chosen" else 1 - row.preference)
+    return list(found.values())
 
 
 def advantage(text: Text, radius: float, steps: int = 100_000) -> float:
@@ -133,17 +145,27 @@ def advantage(text: Text, radius: float, steps: int = 100_000) -> float:
 
 
 def texts_loss(
-    model, texts: list[Text], *, radius: float, q: float, ends: tuple[int, ...], weight: float = 1.0, teacher=None
+    model,
+    texts: list[Text],
+    *,
+    radius: float,
+    q: float,
+    ends: tuple[int, ...],
+    weight: float = 1.0,
+    teacher=None,
+    tokens: int | None = None,
 ) -> torch.Tensor:
     """w·Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā·Σ_{a_i>0} |y_i|), all texts being one batch and the whole dataset."""
     advantages = [advantage(text, radius) for text in texts]
     used = [len(text.response) for text, a in zip(texts, advantages, strict=True) if a > 0]
+    if not used:
+        return torch.zeros((), dtype=torch.float64)
     mean = sum(a * len(text.response) for text, a in zip(texts, advantages, strict=True)) / sum(used)
     total = torch.zeros((), dtype=torch.float64)
     for text, a in zip(texts, advantages, strict=True):
         if teacher is not None:
             row = Row(text.prompt, text.response, text.response)
-            total = total + a * imitation(model, row, teacher)
+            total = total + a * divergence(model, row, teacher, tokens)
             continue
         for token, logp in zip(text.response, sequence_logps(model, text.prompt, text.response), strict=True):
             pi = torch.exp(logp)

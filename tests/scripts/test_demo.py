@@ -118,7 +118,7 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
     assert pbkd.data.to_list() == [
         {name: row[name] for name in ("prompt", "chosen", "rejected", "preference", "teacher_side")} for row in rows
     ]
-    assert pbkd.settings == length | {"dual_init": 0.0}
+    assert pbkd.settings == length
     right = [row[f"score_{row['teacher_side']}"] == 1 for row in rows]
     assert 0 < sum(right) < len(rows)
     assert len(recipe("seqkd_verified").data) == sum(right)

@@ -94,6 +94,21 @@ def test_without_pairs(dry, mm_base):
     assert "Q " not in line(text, "memory")
 
 
+def test_imitation_by_pairs(dry, jsonl, mm_base):
+    """Of the eight completions one wins, one loses and one ties; a fourth pair is of another text."""
+    told = [("1+1=", "2", "3", 1.0), ("2+3=", "6", "5", 1.0), ("40+2=", "42", "9", 0.5), ("7-5=", "8", "9", 1.0)]
+    rows = [dict(zip(("prompt", "chosen", "rejected", "preference"), row, strict=True)) for row in told]
+    words = replaced(mm_base, "--preference_dataset", jsonl(rows, "told.jsonl"))
+    more = ("--imitation_weight", "0.5", "--lmbda", "0", "--imitation_radius", "0")
+    text = dry("--moment_coef", "0", *more, base=words)
+    assert line(text, "imitation") == ("weight 0.5; of 8 completions 3 stand in the pairs, and 2 have the advantage 0")
+    assert "pairs a step" not in text
+    assert line(dry(*more[:4], base=replaced(mm_base, "--preference_dataset")), "imitation") == (
+        "weight 0.5, of all completions alike"
+    )
+    assert "of all completions" not in dry()
+
+
 def test_messages(dry, jsonl, mm_base):
     def say(role, text):
         return [{"role": role, "content": text}]

@@ -270,7 +270,7 @@ def test_the_table(trl_kd, online, teacher_dir, out, monkeypatch):
         "2 steps a generation batch with 8 pairs each, 50% of them from the newest batch"
     )
     assert line(told, "warm-up") == "none"
-    assert line(told, "student climbs") == "the adversarial head, held by λ and ζ; imitation 0.5"
+    assert line(told, "student climbs") == "the adversarial head, held by λ and ζ; imitation 4"
     for part in ("reference", "reward model", "teacher"):
         assert f"+ {part} " in line(told, "memory")
     assert told.rstrip().endswith("Ready to train.")

@@ -29,13 +29,14 @@ def line(text, name):
 
 def test_the_table(dry, out, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # no weights
-    text = dry()
+    text = dry("--dual_init", "1")
     assert line(text, "output_dir").endswith("(will be created)")
     assert line(text, "train columns") == "prompt, chosen, rejected (text)"
     assert line(text, "train rows") == "8, 0 with an empty response"
     unnamed = "no column `teacher_side` or `teacher`: "
     assert line(text, "train teacher") == f"{unnamed}every chosen answer is taken as the teacher's"
     assert line(text, "train preferences") == "8 known (0 soft or reversed), 0 null"
+    assert line(text, "train imitation") == "8 of 8 rows are imitated"
     assert "end '<eos>'" in line(text, "tokenizer")
     assert line(text, "chat template") == "yes"
     assert line(text, "row 0") == "4 prompt + 2 chosen, 2 rejected tokens"
@@ -50,7 +51,8 @@ def test_the_table(dry, out, monkeypatch):
 
 
 def test_a_file_that_names_no_teacher(dry):
-    text = dry("--imitation_weight", "0")
+    text = dry("--imitation_weight", "0", "--dual_init", "1")
+    assert "train imitation" not in text
     assert line(text, "train teacher") == "no column `teacher_side` or `teacher`: nothing is imitated"
     stream = dry("--dataset_streaming", "true")
     assert "every chosen answer is taken as the teacher's" in line(stream, "train teacher")
@@ -66,7 +68,7 @@ def test_counts_labels_and_truncation(dry, jsonl, pairs):
         row.setdefault("preference", 1.0)
         row["teacher_side"] = None if row["teacher"] else "chosen"
     jsonl(pairs)
-    text = dry("--max_length", "8")
+    text = dry("--max_length", "8", "--dual_init", "1")
     assert line(text, "train rows") == "9, 8 with a text of the teacher, 1 with an empty response"
     assert line(text, "train preferences") == "7 known (1 soft or reversed), 2 null"
     assert "truncated to `max_length` = 8" in line(text, "first 9 rows")
@@ -109,7 +111,7 @@ def test_a_teacher(dry, teacher_dir):
 
 
 def test_lora_needs_no_reference(dry):
-    text = dry("--use_peft", "--lora_r", "2")
+    text = dry("--use_peft", "--lora_r", "2", "--dual_init", "1")
     assert "reference" not in line(text, "memory")
     total, trained = (int(n.split()[0].replace(",", "")) for n in line(text, "parameters").split(", "))
     assert 0 < trained < total
@@ -156,13 +158,11 @@ class TestMemory:
 def test_without_the_preference_term_it_says_which_rows_teach(dry, jsonl, pairs):
     labels = [(1.0, "chosen"), (0.0, "chosen"), (0.5, None), (None, "rejected")]
     jsonl([{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, labels, strict=False)])
-    text = dry("--dual_init", "0")
+    text = dry()
     said = "2 of 4 rows teach; 1 left out: the teacher did not win; 1 left out: no text of the teacher's"
     assert line(text, "train imitation") == said
     assert line(text, "row 0") == "4 prompt + 2 imitated tokens"
     assert line(text, "end token") == "'<eos>' ends the teacher's response in 2 of 2 rows"
-    assert line(dry("--dual_init", "0", "--max_steps", "-1", "--num_train_epochs", "1"), "steps").startswith(
-        "1 in 1 epochs"
-    )
+    assert line(dry("--max_steps", "-1", "--num_train_epochs", "1"), "steps").startswith("1 in 1 epochs")
     assert "reference" not in line(text, "memory")
-    assert "4 of 4" not in dry("--dual_init", "0", "--dataset_streaming", "true")
+    assert "4 of 4" not in dry("--dataset_streaming", "true")

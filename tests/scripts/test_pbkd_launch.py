@@ -145,7 +145,7 @@ def test_a_launched_process_takes_the_file_of_both_and_no_launch_options(base, m
     trained = []
     monkeypatch.setattr(training.TrainingCommand, "train", lambda self, *args: trained.append(args) or 0)
     config = tmp_path / "run.yaml"
-    config.write_text("num_processes: 4\nbeta: 0.3\n")
+    config.write_text("num_processes: 4\ndual_init: 1\nbeta: 0.3\n")
     assert pbkd.COMMAND.train_here([*base[1:], "--config", str(config)]) == 0
     assert trained[0][1].beta == 0.3
     with pytest.raises(InputError, match="`--num_processes` is for a launcher"):
@@ -164,4 +164,4 @@ def test_a_launched_run(trl_kd, base, cpu_config, out):
 def test_two_processes(trl_kd, base):
     done = trl_kd(*base, *TWO, "--logging_steps", "1", "--max_steps", "1")
     assert done.code == 0, done.err
-    assert "'pbkd/known_preferences': '8'" in done.out  # a batch of 4 on each
+    assert "'pbkd/rows_used': '8'" in done.out  # a batch of 4 on each

@@ -52,6 +52,7 @@ def test_a_run_saves_a_student_that_loads(trl_kd, base, tiny_dir, out):
 def test_the_command_line_wins_over_the_file(trl_kd, base, tmp_path, trained):
     settings = {
         "beta": 0.3,
+        "dual_init": 1,
         "learning_rate": "1e-4",  # what YAML makes of 1e-4 without a point
         "max_steps": 1,
         "num_train_epochs": 2,
@@ -124,7 +125,7 @@ def test_a_mixture_with_evaluation(trl_kd, base, jsonl, pairs, tmp_path, trained
             }
         )
     )
-    ok(trl_kd(*replaced(base, "--dataset_name"), "--config", config))
+    ok(trl_kd(*replaced(base, "--dataset_name"), "--dual_init", "1", "--config", config))
     assert (len(trained[0].train_dataset), len(trained[0].eval_dataset)) == (12, 4)
     assert any("eval_loss" in entry for entry in trained[0].state.log_history)
 

@@ -57,6 +57,8 @@ def rounds(base, pairs_config):
         pairs_config(),
         "--logging_steps",
         "1",
+        "--dual_init",
+        "1",
         "--learning_rate",
         "1e-2",
     ]

@@ -57,6 +57,15 @@ def make(model, teacher, settings: dict, rows=ROWS, pairs=None, eval_rows=None, 
     )
 
 
+def nats(model, batch: dict) -> torch.Tensor:
+    """log-probabilities `[B, T, V]` of the completions' words."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits.double()
+    return logits[:, :-1][:, -batch["completion_ids"].size(1) :].log_softmax(-1)
+
+
 def logs_of(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -66,6 +66,7 @@ def config(output_dir, **changed) -> PbKDConfig:
         "per_device_train_batch_size": 4,
         "max_steps": 5,
         "learning_rate": 1e-2,
+        "dual_init": 1.0,
         "save_steps": 2,
         "dataloader_pin_memory": False,
     }

@@ -236,7 +236,7 @@ def test_settings_of_the_preference_term_are_refused(options, settings):
         ValueError, match=rf"`{name}` is .*only the preference term reads.*drop `{name}`, or set `dual_init`"
     ):
         PbKDConfig(**settings, **OFF, **options)
-    PbKDConfig(**settings, **options)  # with the preference term it is none of this
+    PbKDConfig(**settings, **options, dual_init=1.0)  # with the preference term it is none of this
 
 
 def test_a_reference_and_a_collator_of_pairs_are_refused(no_weights, tiny_dir, pairs, settings):
@@ -264,9 +264,11 @@ def test_impossible_settings_are_refused(options, message, settings):
 
 
 @pytest.mark.parametrize("name", ["imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score"])
-def test_settings_of_this_mode_are_refused_beside_the_preference_term(name, settings):
-    with pytest.raises(ValueError, match=f"`{name}` is 0.25, which is read only where the preference term is off"):
-        PbKDConfig(**settings, **{name: 0.25})
+def test_settings_of_the_imitation_term_are_refused_without_it(name, settings):
+    with pytest.raises(
+        ValueError, match=f"`{name}` is 0.25, which only the imitation term reads, and `imitation_weight`"
+    ):
+        PbKDConfig(**settings, dual_init=1.0, imitation_weight=0.0, **{name: 0.25})
 
 
 def test_fields_keep_their_places_and_their_kinds(settings):

@@ -255,10 +255,9 @@ def test_compute_metrics_sees_one_row_a_text(tiny_dir, rows, settings):
     assert (predictions[:2], predictions[0]) == (labels, len(rows))
 
 
-def test_a_plain_dpo_config_is_taken(tiny_dir, rows, settings, monkeypatch):
-    """With today's default of `dual_init` it has the preference term."""
+def test_a_plain_dpo_config_is_taken(tiny_dir, rows, settings):
     trainer = PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings), train_dataset=Dataset.from_list(rows))
-    assert not trainer.imitates_alone
+    assert trainer.imitates_alone
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -298,3 +297,12 @@ def test_pairs_of_one_text_and_one_image_are_merged(llava_dir, pairs, settings):
     data = Dataset.from_list([*rows.to_list(), *again.to_list()]).cast(rows.features)
     trainer = PbKDTrainer(model=llava_dir, args=PbKDConfig(**settings, **OFF), train_dataset=data)
     assert trainer.text_counts["train"].told == "3 of 3 rows teach (2 different texts)"
+
+
+@pytest.mark.parametrize(("q", "warmup", "said"), [(1.0, 0.0, 1), (1.0, 0.5, 0), (0.0, 0.0, 0)])
+def test_a_gradient_of_next_to_nothing_is_said_once(q, warmup, said, tiny_dir, rows, settings, caplog):
+    """A random student finds every token unlikely."""
+    options = {"imitation_q": q, "imitation_q_warmup": warmup, "max_steps": 30, "learning_rate": 0.0}
+    with caplog.at_level(logging.WARNING):
+        make(tiny_dir, rows, settings, **options).train()
+    assert caplog.text.count("Over the first 10 steps the mean of π^q is 0.01") == said

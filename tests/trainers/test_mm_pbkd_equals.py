@@ -14,6 +14,7 @@ from trl_kd import MMPbKDConfig, MMPbKDTrainer
 
 
 STEPS = 4
+EOS = 1
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 """Adam would divide by the gradients' size, and make a step of their rounding where they are small."""
 ROWS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(8)]
@@ -126,6 +127,7 @@ class Reference:
         self.q_moments = [torch.zeros_like(self.outputs), torch.zeros_like(self.outputs)]
         self.step_number = 0
         self.losses = []
+        self.advantages, self.mean_advantage = {}, 1.0  # of prompts, of which each has one completion
 
     def q(self, k, hidden, outputs):
         """[V] of one state."""
@@ -161,15 +163,23 @@ class Reference:
                     gap = ((mu - pi) * q.detach()).sum()
                     moment = moment + ((mu - pi.detach()) * q).sum() / len(rows)
                     terms.append((args.kl_coef * kl + args.moment_coef * gap, log_pi[word]))
-                weight = len(source) / len(rows) / tokens
+                share = len(source) / len(rows)
+                weight = share / tokens
+                imitated = sum(len(row[1]) for row in source if self.advantages.get(tuple(row[0]), 1.0) > 0)
                 for t, (cost, logp) in enumerate(terms):
                     loss = loss + weight * cost
                     if on_policy and args.state_gradient:
                         later = sum((c.detach() for c, _ in terms[t + 1 :]), torch.zeros((), dtype=torch.float64))
                         loss = loss + weight * (logp - logp.detach()) * later
-                    if not on_policy:
-                        loss = loss - weight * args.imitation_weight * logp
+                    if args.imitation_weight and not on_policy and imitated:
+                        a = self.advantages.get(tuple(prompt), 1.0) / (self.mean_advantage * imitated)
+                        loss = loss + share * args.imitation_weight * a * self.token_loss(completion[t], logp)
         return loss, moment
+
+    def token_loss(self, word, logp):
+        """ℓ_q, with q rising over the first half of the steps, but −log π of the end token."""
+        q = self.args.imitation_q * min(1.0, (self.step_number - 1) / STEPS / 0.5)
+        return -logp if q == 0 or word == EOS else (1 - logp.exp() ** q) / q
 
     def nll(self, k, pairs, outputs, baseline):
         """Mean negative log-likelihood of pairs `(prompt, chosen, rejected, p)` under the reward that Q number k induces."""
@@ -260,16 +270,34 @@ def recorded(trainer, reference, with_pairs):
     return found
 
 
+def advantages_of(preferences) -> tuple[dict[tuple, float], float]:
+    """a(p, 0.05) of each prompt's completion, and their mean over tokens."""
+    tokenizer = make_tokenizer()
+    weights = {1.0: 1.0, 0.5: math.sqrt(1 - math.exp(-2 * 0.05)), 0.2: 0.0}
+    known = {row["prompt"]: weights[row["preference"]] for row in preferences}
+    found, total, tokens = {}, 0.0, 0
+    for row in ROWS:
+        a = known.get(row["prompt"], 1.0)
+        found[tuple(tokenizer(row["prompt"])["input_ids"])] = a
+        if a > 0:
+            total, tokens = total + a * (len(row["completion"]) + 1), tokens + len(row["completion"]) + 1
+    return found, total / tokens
+
+
 @pytest.mark.parametrize(
     ("lmbda", "with_pairs", "more"),
     [
         (1.0, False, {}),
-        (0.0, False, {"imitation_weight": 0.3}),
+        (0.0, False, {"imitation_weight": 0.3, "imitation_q": 0.0}),
         (1.0, True, {"state_gradient": True}),
         (0.0, True, {"temperature": 0.7}),
         (0.5, True, {"moment_coef": 2.0, "kl_coef": 0.5}),
+        (0.5, True, {"imitation_weight": 0.3, "imitation_q": 0.7, "imitation_radius": 0.05}),
     ],
-    ids=["MM-KD on-policy", "MM-KD off-policy", "on-policy with preferences", "off-policy with preferences", "mixed"],
+    ids=[
+        *("MM-KD on-policy", "MM-KD off-policy", "on-policy with preferences", "off-policy with preferences", "mixed"),
+        "imitation by preferences",
+    ],
 )
 def test_alternating_updates_equal_a_plain_loop(tiny_dir, teacher_dir, settings, lmbda, with_pairs, more):
     args = MMPbKDConfig(**settings, lmbda=lmbda, q_warmup_steps=0, q_learning_rate=0.5, dual_learning_rate=2.0, **more)
@@ -282,6 +310,10 @@ def test_alternating_updates_equal_a_plain_loop(tiny_dir, teacher_dir, settings,
         preference_dataset=Dataset.from_list(preferences) if with_pairs else None,
     )
     reference = Reference(double(tiny_dir), double(teacher_dir), trainer, args)
+    if args.imitation_weight and with_pairs:
+        reference.advantages, reference.mean_advantage = advantages_of(preferences)
+        assert 0 < reference.mean_advantage < 1
+        assert set(reference.advantages.values()) > {0.0, 1.0}
     found = recorded(trainer, reference, with_pairs)
     same(found, (reference.losses, reference.weights), 1e-7)
     torch.testing.assert_close(trainer.adversary.q.outputs.detach(), reference.outputs, rtol=0, atol=1e-7)

@@ -21,6 +21,7 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("trl.DistillationTrainer.__init__", refuse)
 
 
+IMITATION = {"imitation_radius": 0.1, "imitation_q": 0.5, "imitation_q_warmup": 0.0, "imitation_min_score": 1.0}
 SETTINGS = [
     ({"lmbda": 1.5}, "`lmbda` is 1.5: .* between 0 and 1"),
     ({"lmbda": -0.1}, "`lmbda` is -0.1"),
@@ -33,6 +34,11 @@ SETTINGS = [
     ({"kl_coef": 0, "moment_coef": 0}, "are all 0: there is nothing to learn"),
     ({"imitation_weight": -0.1}, "`imitation_weight` is -0.1"),
     ({"imitation_weight": 0.1}, "`imitation_weight` is 0.1 but `lmbda` is 1"),
+    *(
+        ({name: value}, f"`{name}` is {value}, which only the imitation term reads, and `imitation_weight` is 0")
+        for name, value in IMITATION.items()
+    ),
+    ({"imitation_weight": 1.0, "lmbda": 0.0, "imitation_q": 1.5}, "`imitation_q` is 1.5: .* between 0 and 1"),
     ({"state_gradient": True, "lmbda": 0.0}, "`state_gradient` is on but `lmbda` is 0"),
     ({"q_head": "tree"}, "`q_head` is 'tree': use one of 'linear', 'mlp', 'adapter'"),
     ({"q_bound": 0.0}, "`q_bound` is 0.0: .* above 0"),
@@ -233,6 +239,14 @@ DATA = {
     "a stream of pairs": (
         {"pairs": Dataset.from_list(PAIRS).to_iterable_dataset()},
         "`preference_dataset` is a IterableDataset; give a `datasets.Dataset`",
+    ),
+    "no scores": (
+        {"lmbda": 0.0, "imitation_weight": 1.0, "imitation_min_score": 0.5, "pairs": PAIRS},
+        "`imitation_min_score` is 0.5, but there is no `preference_dataset` with a column `score_chosen`",
+    ),
+    "no pairs to count": (
+        {"lmbda": 0.0, "imitation_weight": 1.0, "imitation_radius": "theory"},
+        "`imitation_radius` is 'theory', .* no preference is known",
     ),
     "no moments for the pairs": ({"pairs": PAIRS, "moment_coef": 0.0}, "`moment_coef` is 0, .* `preference_dataset`"),
     "pairs without a rejected response": (

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 import trl
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -22,6 +21,7 @@ from tests.trainers.mm_cases import (
     equal,
     logs_of,
     make,
+    nats,
     that_says,
     unpadded,
     weights_of,
@@ -289,36 +289,39 @@ def test_each_source_has_its_share_and_each_token_of_it_the_same(lmbda, tiny_dir
         assert batch["row_weight"] == [1 / 8] * 8
 
 
-def nats(model, batch: dict) -> torch.Tensor:
-    """log-probabilities `[B, T, V]` of the completions' words."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask).logits.double()
-    return logits[:, :-1][:, -batch["completion_ids"].size(1) :].log_softmax(-1)
-
-
 @pytest.mark.parametrize("imitation_weight", [0.0, 0.3])
 def test_the_first_loss_is_a_mean_over_the_tokens_of_each_source(imitation_weight, tiny_dir, teacher_dir, settings):
     options = {"lmbda": 0.25, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 1}
     options |= {"imitation_weight": imitation_weight, "kl_coef": 0.7, "learning_rate": 0.0}
+    if imitation_weight:
+        options |= {"imitation_q": 0.5, "imitation_q_warmup": 0.0}
     trainer = make(tiny_dir, teacher_dir, settings, **options)
     trainer.train()
     batch = trainer.batches[0]
     ours, theirs = nats(trainer.model, batch), nats(trainer.teacher_model, batch)
-    sums, tokens, imitation = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0.0
+    sums, tokens, imitation, nll = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0.0, 0.0
     for row, on_policy in enumerate(batch["on_policy"]):
         for t in range(int(batch["completion_mask"][row].sum())):
             p, q = (ours, theirs) if on_policy else (theirs, ours)  # reverse on-policy, else forward
             sums[on_policy] += float((p[row, t].exp() * (p[row, t] - q[row, t])).sum())
             tokens[on_policy] += 1
             if not on_policy:
-                imitation -= float(ours[row, t, batch["completion_ids"][row, t]])
+                word = int(batch["completion_ids"][row, t])
+                logp = float(ours[row, t, word])
+                nll -= logp
+                imitation += -logp if word == EOS else (1 - math.exp(0.5 * logp)) / 0.5
     kl = 0.25 * sums[True] / tokens[True] + 0.75 * sums[False] / tokens[False]
     logged = logs_of(trainer)[0]
     assert logged["mmpbkd/kl"] == pytest.approx(kl, rel=1e-5)
     loss = 0.7 * kl + imitation_weight * 0.75 * imitation / tokens[False]  # Q is zero still
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    seen = {name: logged.get(f"mmpbkd/{name}") for name in ("imitation", "teacher_nll", "q", "advantage")}
+    if imitation_weight:
+        wanted = [imitation / tokens[False], nll / tokens[False], 0.5]
+        assert list(seen.values())[:3] == pytest.approx(wanted, rel=1e-5)
+        assert seen["advantage"] is None  # there are no pairs
+    else:
+        assert set(seen.values()) == {None}
 
 
 # ---- The student's random stream ------------------------------------------------------------------------------------

@@ -319,6 +319,16 @@ def test_model_card_without_preferences(tiny_dir, teacher_dir, settings):
     card = Path(settings["output_dir"], "README.md").read_text()
     assert "No preferences: moment matching alone." in card
     assert "No evaluation was run in this training." in card
+    assert "imitation_radius" not in card
+
+
+def test_model_card_of_pairs_that_weigh_completions_alone(tiny_dir, teacher_dir, settings):
+    options = {"pairs": PAIRS, "lmbda": 0.0, "moment_coef": 0.0, "imitation_weight": 1.0, "imitation_radius": 0.1}
+    make(tiny_dir, teacher_dir, settings, **options).create_model_card()
+    card = Path(settings["output_dir"], "README.md").read_text()
+    assert "20 preference pairs weighed the teacher's completions" in card
+    assert "held the Q-function" not in card
+    assert "| `imitation_radius` | 0.1 |" in card
 
 
 def test_the_hub_token_is_written_nowhere(tiny_dir, teacher_dir, settings):

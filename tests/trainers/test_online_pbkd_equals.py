@@ -185,60 +185,78 @@ def test_the_radius_of_theory_shrinks_as_pairs_come(tmp_path):
 # ---- Imitation -----------------------------------------------------------------------------------------------------------
 
 
-def test_imitation_is_the_mean_log_probability_of_answers(tiny_dir, settings):
-    """The gradient of a whole optimizer step, over micro-batches and rows in random order; and one forward for each."""
-    forwards, gradients = [], {}
+def gradients_of(trainer) -> dict[str, torch.Tensor]:
+    """Those of the first optimizer step."""
+    caught: dict[str, torch.Tensor] = {}
+    step = trainer.create_optimizer
 
-    class Watched(OnlinePbKDTrainer):
-        def _compute_loss(self, model, inputs):
-            hook = self.model.model.register_forward_hook(lambda *args: forwards.append(1))
-            try:
-                return super()._compute_loss(model, inputs)
-            finally:
-                hook.remove()
+    def create(*args, **kwargs):
+        optimizer = step(*args, **kwargs)
+        optimizer.register_step_pre_hook(
+            lambda *_: caught.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+        )
+        return optimizer
+
+    trainer.create_optimizer = create
+    trainer.train()
+    return caught
+
+
+class CountingForwards(OnlinePbKDTrainer):
+    forwards = 0
+
+    def _compute_loss(self, model, inputs):
+        hook = self.model.model.register_forward_hook(lambda *args: setattr(self, "forwards", self.forwards + 1))
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            hook.remove()
+
+
+@pytest.mark.parametrize("q", [0.0, 0.6])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_imitation_is_a_mean_over_the_tokens_of_answers(tiny_dir, settings, q, micro_batches):
+    """The gradient of a whole optimizer step, over micro-batches and rows in random order; and one forward for each. Where
+    all answers have the weight 1, q = 0 is the plain mean of −log π."""
+    advantages = {} if q == 0 else {ROWS[0]["prompt"]: 0.25, ROWS[1]["prompt"]: 0.0}
+
+    class Weighed(CountingForwards):
+        def _weighed_groups(self):
+            found = super()._weighed_groups()  # nothing is known of the answers
+            assert all(advantage == 1 for _, advantage in found)
+            return [(group, advantages.get(group.row.prompt, 1.0)) for group, _ in found]
 
     rows = [{**row, "completion": row["completion"] if i != 2 else None} for i, row in enumerate(ROWS)]
-    for weight in (0.0, 0.3):
-        settings |= {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
-        trainer = make(
-            tiny_dir,
-            settings,
-            rows,
-            adversary="off",
-            reward_funcs=length,
-            imitation_weight=weight,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=4,
-            trainer=Watched,
-        )
-        caught = {}
-        trainer.optimizer = None
-        step = trainer.create_optimizer
-
-        def create(*args, step=step, caught=caught, trainer=trainer, **kwargs):
-            optimizer = step(*args, **kwargs)
-            optimizer.register_step_pre_hook(
-                lambda *_: caught.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
-            )
-            return optimizer
-
-        trainer.create_optimizer = create
-        forwards.clear()
-        trainer.train()
-        assert len(forwards) == 4
-        gradients[weight] = caught
-    model = make_model()
-    tokenizer = make_tokenizer()
-    total, answered = torch.zeros(()), [row for row in rows if row["completion"] is not None]
-    for row in answered:
+    settings |= {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
+    batch = {"per_device_train_batch_size": 16 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    imitated = {"imitation_weight": 0.3, "imitation_q": q, "imitation_q_warmup": 0.0}
+    gradients = []
+    for own in ({"imitation_weight": 0.0}, imitated):
+        plain = {"adversary": "off", "reward_funcs": length, "trainer": Weighed}
+        trainer = make(tiny_dir, settings, rows, **plain, **batch, **own)
+        gradients.append(gradients_of(trainer))
+        assert trainer.forwards == micro_batches
+    model, tokenizer = make_model(), make_tokenizer()
+    total, nll, tokens = torch.zeros(()), 0.0, 0
+    for row in rows:
+        a = advantages.get(row["prompt"], 1.0)
+        if row["completion"] is None or a == 0:
+            continue
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = [*prompt, *tokenizer(row["completion"])["input_ids"], 1]
         logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        total = total - sum(logps[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
-    (total / len(answered)).backward()
+        for t in range(len(prompt), len(ids)):
+            logp = logps[t - 1, ids[t]]
+            total = total + a * (-logp if q == 0 or ids[t] == 1 else (1 - logp.exp() ** q) / q)
+            nll, tokens = nll - logp.item(), tokens + 1
+    (total / tokens).backward()
     for name, p in model.named_parameters():
-        difference = gradients[0.3][name] - gradients[0.0][name]
-        torch.testing.assert_close(difference, 0.3 * p.grad, atol=1e-5, rtol=1e-4, msg=name)
+        difference = gradients[1][name] - gradients[0][name]
+        torch.testing.assert_close(difference, 0.3 * p.grad, atol=2e-6, rtol=1e-4, msg=name)
+    logged = logs_of(trainer)[0]
+    assert logged["pbkd/imitation"] == pytest.approx(total.item() / tokens, rel=1e-5)
+    assert logged["pbkd/teacher_nll"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert "pbkd/advantage" not in logged
 
 
 def test_prompts_without_a_column_need_a_teacher(tiny_dir, settings):

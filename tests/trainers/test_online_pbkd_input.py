@@ -21,9 +21,20 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("trl.RLOOTrainer.__init__", refuse)
 
 
+IMITATION = {"imitation_radius": 0.1, "imitation_q": 0.5, "imitation_q_warmup": 0.0, "imitation_min_score": 1.0}
 SETTINGS = [
     ({"adversary": "gan"}, "`adversary` is 'gan': use one of 'pbkd', 'mle', 'discriminator', 'off'"),
     ({"imitation_weight": -0.1}, "`imitation_weight` is -0.1: .* at least 0"),
+    *(
+        ({name: value}, f"`{name}` is {value}, which only the imitation term reads, and `imitation_weight` is 0")
+        for name, value in IMITATION.items()
+    ),
+    ({"imitation_weight": 1.0, "imitation_radius": "wide"}, "`imitation_radius` is 'wide'"),
+    ({"imitation_weight": 1.0, "imitation_q": 1.5}, "`imitation_q` is 1.5: .* between 0 and 1"),
+    (
+        {"imitation_weight": 1.0, "imitation_radius": "theory", "adversary": "off", "reward_funcs": len},
+        "`imitation_radius` is 'theory', which counts the pairs of D, and `adversary` is 'off'",
+    ),
     ({"reward_bound": 0.0}, "`reward_bound` is 0.0: .* above 0"),
     ({"rm_lora_r": -1}, "`rm_lora_r` is -1: .* at least 0"),
     ({"rm_learning_rate": math.nan}, "`rm_learning_rate` is nan"),
@@ -67,6 +78,14 @@ PARTS = {
         "`preference_dataset` is given, but `adversary` is 'discriminator'",
     ),
     "no preferences": ({}, "`adversary` is 'pbkd', which is held by preferences, and there are none"),
+    "nobody who scores": (
+        {"imitation_weight": 1.0, "imitation_min_score": 0.5, "preference_function": digits},
+        "`imitation_min_score` is 0.5, but the `preference_function` compares answers, and scores none",
+    ),
+    "no preference function": (
+        {"imitation_weight": 1.0, "imitation_min_score": 0.5, "adversary": "off", "reward_funcs": len},
+        "`imitation_min_score` is 0.5, but the `preference_function` is none: give one that scores answers",
+    ),
     "no teacher": (
         {"rows": PROMPTS, "preference_function": digits},
         "The train dataset has no column 'completion' .*`teacher_column`.*give a `teacher`",
@@ -182,12 +201,13 @@ def test_good_input_passes_the_checks(tiny_dir, settings, options):
 
 
 @pytest.mark.parametrize(
-    ("adversary", "beta", "imitation"), [("pbkd", 0.3, 0.5), ("mle", 0.3, 0.5), ("off", 0.05, 0.0)]
+    ("adversary", "beta", "imitation"), [("pbkd", 0.3, 4.0), ("mle", 0.3, 4.0), ("off", 0.05, 0.0)]
 )
 def test_defaults_of_an_adversary_and_without(adversary, beta, imitation, settings):
     """Without one they are RLOO's."""
     args = OnlinePbKDConfig(**settings, num_generations=2, adversary=adversary)
     assert (args.beta, args.imitation_weight, args.imitates) == (beta, imitation, imitation > 0)
+    assert (args.imitation_radius, args.final_imitation_q, args.imitation_q_warmup) == (0.05, 0.5, 0.5)
     if adversary == "off":
         assert beta == RLOOConfig(**settings, num_generations=2).beta
 

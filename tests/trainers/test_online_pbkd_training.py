@@ -269,7 +269,7 @@ RESUMED = {
         "num_iterations": 2,
         "max_steps": 7,
     },
-    "imitation and LoRA": {"imitation_weight": 0.2, "rm_lora_r": 2, "rm_steps": 2},
+    "imitation and LoRA": {"imitation_weight": 2.0, "rm_lora_r": 2, "rm_steps": 2},
     "a later epoch": {"max_steps": 7, "save_steps": 5},
 }
 
@@ -377,3 +377,4 @@ def test_the_card_says_how(tiny_dir, settings):
         "2505.18952",
     ):
         assert said in card
+    assert "imitation_radius" not in card

@@ -64,7 +64,7 @@ def test_forwards_of_one_optimizer_step(case, tiny_dir, teacher_dir, pairs, sett
     peft_config = more.pop("peft_config", None)
     trainer = PbKDTrainer(
         model=tiny_dir,
-        args=PbKDConfig(**{**settings, **more}),
+        args=PbKDConfig(**{**settings, "dual_init": 1.0, **more}),
         train_dataset=labelled(pairs, labels),
         peft_config=peft_config,
     )
@@ -86,9 +86,8 @@ def test_dpo_takes_as_many(tiny_dir, pairs, settings):
 
 
 def test_an_evaluation_takes_one_of_each_a_batch(tiny_dir, teacher_dir, pairs, settings):
-    args = PbKDConfig(
-        **settings, per_device_eval_batch_size=2, imitation="token", teacher_model_name_or_path=teacher_dir
-    )
+    more = {"per_device_eval_batch_size": 2, "imitation": "token", "teacher_model_name_or_path": teacher_dir}
+    args = PbKDConfig(**settings, **more, dual_init=1.0)
     rows = labelled(pairs, WITH_NULL)
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=rows, eval_dataset=rows)
     counts = count_forwards(trainer)

@@ -14,7 +14,10 @@ from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.losses.dual import theory_radius
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
-from trl_kd.trainers.pbkd_data import PbKDCollator, prepare_rows
+from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SHARE, PbKDCollator, prepare_rows
+
+
+ON = {"dual_init": 1.0}
 
 
 @pytest.fixture
@@ -132,14 +135,14 @@ def test_labels_that_a_loss_would_ignore_are_refused(case, split, tiny_dir, pair
     labelled = Dataset.from_list([*pairs[:-1], pairs[-1]]).add_column("preference", [1.0] * 7 + [preference])
     datasets = {"train_dataset": labelled} if split == "train" else {"train_dataset": plain, "eval_dataset": labelled}
     with pytest.raises(ValueError, match=f"{split} dataset has .*{message}"):
-        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **options), **datasets)
+        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **ON, **options), **datasets)
 
 
 def test_labels_that_a_loss_would_ignore_are_refused_in_a_stream(tiny_dir, pairs, settings):
     rows = [{**row, "preference": 0.6} for row in pairs]
     trainer = PbKDTrainer(
         model=tiny_dir,
-        args=PbKDConfig(**settings, loss_type="ipo"),
+        args=PbKDConfig(**settings, **ON, loss_type="ipo"),
         train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
     )
     with pytest.raises(ValueError, match="soft labels"):
@@ -187,7 +190,8 @@ def test_text_needs_an_end_token(tmp_path, pairs, settings, no_weights):
 def test_empty_responses_are_legal_and_said(tiny_dir, pairs, settings, caplog):
     rows = [{**pairs[0], "rejected": ""}, *pairs[1:]]
     with caplog.at_level(logging.WARNING):
-        trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings), train_dataset=Dataset.from_list(rows))
+        args = PbKDConfig(**settings, **ON)
+        trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
     assert "1 rows of the train dataset have an empty response" in caplog.text
     assert list(trainer.train_dataset[0]["rejected_ids"]) == [trainer.processing_class.eos_token_id]
     trainer.train()
@@ -215,7 +219,7 @@ def test_without_teacher_columns_the_chosen_is_the_teachers_and_this_is_said(
 @pytest.mark.parametrize("case", ["a column", "nothing is imitated"])
 def test_this_is_not_said(case, tiny_dir, pairs, settings, caplog):
     rows = [row | {"teacher_side": "chosen"} for row in pairs] if case == "a column" else pairs
-    args = PbKDConfig(**settings, imitation_weight=float(case == "a column"))
+    args = PbKDConfig(**settings, **ON, imitation_weight=float(case == "a column"))
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
     trainer.create_model_card()
     card = Path(settings["output_dir"], "README.md").read_text()
@@ -252,7 +256,7 @@ def test_conversational_rows_without_a_prompt_may_have_equal_texts(tiny_dir, pai
         }
         for r in pairs
     ]
-    trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings), train_dataset=Dataset.from_list(rows))
+    trainer = PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, **ON), train_dataset=Dataset.from_list(rows))
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     assert tokenizer.decode(trainer.train_dataset[2]["prompt_ids"]) == "u?40+2=a?"
     assert tokenizer.decode(trainer.train_dataset[2]["chosen_ids"]) == "42<eos>"
@@ -266,24 +270,28 @@ def test_collator_reads_the_labels_before_the_inner_one_and_hides_them():
             example.clear()  # as the vision collator changes what it is given
         return {}
 
+    weights = [(None, 1.0, False), (0.5, 0.25, True), (1.0, 1.0, False)]
+    labels = [{"preference": None, "teacher_side": None}, {"preference": 0.25, "teacher_side": "rejected"}, {}]
     examples = [
-        {"prompt": "a", "preference": None, "teacher_side": None},
-        {"prompt": "b", "preference": 0.25, "teacher_side": "rejected"},
-        {"prompt": "c"},
+        {"prompt": "a", **label, **dict(zip((ADVANTAGE, SHARE, COMPARED), weight, strict=True))}
+        for label, weight in zip(labels, weights, strict=True)
     ]
     batch = PbKDCollator(inner)(examples)
     assert batch["preference"].isnan().tolist() == [True, False, False]
     assert batch["preference"].tolist()[1:] == [0.25, 1.0]
     assert batch["teacher_side"].tolist() == [NO_TEACHER, REJECTED, CHOSEN]
+    assert batch["advantage"].tolist() == [0.0, 0.5, 1.0]
+    assert batch["weight"].tolist() == [0.0, 0.125, 1.0]
+    assert batch["compared"].tolist() == [False, True, False]
 
 
 def test_theory_radius_counts_known_preferences(tiny_dir, pairs, settings):
     rows = [{**row, "preference": None if i < 3 else 1.0} for i, row in enumerate(pairs)]
-    args = PbKDConfig(**settings, confidence_radius="theory", confidence_constant=2.0, confidence_delta=0.1)
+    args = PbKDConfig(**settings, **ON, confidence_radius="theory", confidence_constant=2.0, confidence_delta=0.1)
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=Dataset.from_list(rows))
     assert trainer.dual.radius == theory_radius(5, 2.0, 0.1)
     cut = PbKDConfig(
-        **settings, confidence_radius="theory", max_length=5
+        **settings, **ON, confidence_radius="theory", max_length=5
     )  # leaves 5 rows, 3 of them with a preference
     trainer = PbKDTrainer(model=tiny_dir, args=cut, train_dataset=Dataset.from_list(rows))
     counts = trainer.row_counts["train"]
@@ -295,7 +303,7 @@ def test_theory_radius_counts_known_preferences(tiny_dir, pairs, settings):
 
 
 def test_evaluation_sets_do_not_count_as_training_rows(tiny_dir, pairs, settings):
-    args = PbKDConfig(**settings, confidence_radius="theory")
+    args = PbKDConfig(**settings, **ON, confidence_radius="theory")
     rows = Dataset.from_list(pairs)
     sets = {"train": rows.select(range(2)), "test": rows.select(range(3))}
     trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=rows, eval_dataset=sets)
@@ -310,15 +318,17 @@ def test_evaluation_sets_do_not_count_as_training_rows(tiny_dir, pairs, settings
 
 
 def test_max_length_may_not_take_all_that_teaches(tiny_dir, pairs, settings, no_weights):
-    rows = [
+    data = [
         {**row, "preference": None, "teacher_side": None}
         if len(row["prompt"]) < 5
         else {**row, "teacher_side": "chosen"}
         for row in pairs
     ]
-    assert any(row["teacher_side"] for row in rows)
-    with pytest.raises(ValueError, match="teaches nothing: no row"):
-        PbKDTrainer(model=tiny_dir, args=PbKDConfig(**settings, max_length=5), train_dataset=Dataset.from_list(rows))
+    assert any(row["teacher_side"] for row in data)
+    with pytest.raises(ValueError, match="In 3 of 3 rows .* the prompt alone fills `max_length` = 5"):
+        PbKDTrainer(
+            model=tiny_dir, args=PbKDConfig(**settings, **ON, max_length=5), train_dataset=Dataset.from_list(data)
+        )
 
 
 def test_vocabularies_that_look_alike_are_told_apart(tmp_path, tiny_dir, pairs, settings, no_weights):
@@ -391,4 +401,4 @@ def test_bad_settings(options, message, tiny_dir, pairs, settings, no_weights):
 
 @pytest.mark.parametrize(("text", "value"), [("theory", "theory"), ("0.02", 0.02), ("1e-3", 1e-3), (None, 0.0)])
 def test_radius_from_the_command_line(text, value, settings):
-    assert PbKDConfig(**settings, confidence_radius=text).confidence_radius == value
+    assert PbKDConfig(**settings, **ON, confidence_radius=text).confidence_radius == value

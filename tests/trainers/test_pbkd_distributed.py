@@ -14,7 +14,7 @@ from tests.trainers.two_processes import train
 
 ROOT = Path(__file__).parents[2]
 # Null rows and teachers unevenly spread over the ranks' halves of a batch
-LABELS = [(None, "chosen"), (1.0, "rejected"), (None, None), (0.6, "chosen"), (1.0, None), (None, "rejected")]
+LABELS = [(None, "chosen"), (1.0, "rejected"), (0.2, None), (0.6, "chosen"), (1.0, None), (None, "rejected")]
 
 
 EXACT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3}

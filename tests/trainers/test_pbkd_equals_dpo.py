@@ -93,7 +93,7 @@ def train(trainer_class, config_class, mode, tiny_dir, pairs, settings, **more):
 @pytest.mark.parametrize("mode", MODES)
 def test_without_our_terms_it_is_dpo(mode, tiny_dir, pairs, settings):
     dpo = train(DPOTrainer, DPOConfig, mode, tiny_dir, pairs, settings)
-    ours = train(PbKDTrainer, PbKDConfig, mode, tiny_dir, pairs, settings, imitation_weight=0.0)
+    ours = train(PbKDTrainer, PbKDConfig, mode, tiny_dir, pairs, settings, imitation_weight=0.0, dual_init=1.0)
 
     assert len(dpo.state.log_history) == len(ours.state.log_history) >= 4
     for theirs, entry in zip(dpo.state.log_history, ours.state.log_history, strict=True):
@@ -109,15 +109,23 @@ def test_without_our_terms_it_is_dpo(mode, tiny_dir, pairs, settings):
 
 
 def test_a_dpo_script_runs_with_one_import_changed(tiny_dir, pairs, settings):
-    trainer = PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings, beta=0.3), train_dataset=Dataset.from_list(pairs))
+    del settings["learning_rate"]
+    trainer = PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings), train_dataset=Dataset.from_list(pairs))
     assert isinstance(trainer.args, PbKDConfig)
-    assert trainer.args.beta == 0.3
-    assert trainer.args.imitation_weight == 1.0
+    assert (trainer.args.dual_init, trainer.args.imitation_weight, trainer.args.learning_rate) == (0.0, 1.0, 2e-5)
     assert trainer.args.output_dir == settings["output_dir"]
     trainer.train()
 
 
+def test_settings_of_dpo_are_refused_or_taken(tiny_dir, pairs, settings):
+    """What only the preference term reads is refused, since it is off by default. A learning rate is taken."""
+    rows = Dataset.from_list(pairs)
+    with pytest.raises(ValueError, match="`beta` is 0.3, which only the preference term reads"):
+        PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings, beta=0.3), train_dataset=rows)
+    assert PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings), train_dataset=rows).args.learning_rate == 1e-2
+
+
 def test_the_imitation_term_changes_the_weights(tiny_dir, pairs, settings):
     dpo = train(DPOTrainer, DPOConfig, "default", tiny_dir, pairs, settings)
-    ours = train(PbKDTrainer, PbKDConfig, "default", tiny_dir, pairs, settings)
+    ours = train(PbKDTrainer, PbKDConfig, "default", tiny_dir, pairs, settings, dual_init=1.0)
     assert not all(torch.equal(a, b) for a, b in zip(dpo.model.parameters(), ours.model.parameters(), strict=True))

@@ -63,21 +63,23 @@ def logits(model, batch, raw: bool = False) -> torch.Tensor:
     return whole[:, :-1, :TOKENS]
 
 
-TERMS = {"with the preference term": {"dual_init": 1e-12}, "without": {"dual_init": 0.0, "imitation_radius": "inf"}}
-"""Settings whose loss is the imitation term's, in either mode."""
+TERMS = {
+    name: {"dual_init": dual, "imitation_radius": "inf"}
+    for name, dual in {"with the preference term": 1e-12, "without": 0.0}.items()
+}
+"""Settings whose loss is the imitation term's, with a = 1, in either mode."""
 
 
-def naive_loss(student_logits, teacher_logits, batch, beta: float) -> torch.Tensor:
-    """β times the mean over the teacher's responses of Σ_t KL(teacher ‖ student), by whole log-softmaxes; without the
-    preference term the mean over their tokens."""
+def naive_loss(student_logits, teacher_logits, batch) -> torch.Tensor:
+    """KL(teacher ‖ student), a mean over the tokens of the teacher's responses, by whole log-softmaxes."""
     log_pi, log_mu = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     kl_BT = (log_mu.exp() * (log_mu - log_pi)).sum(-1)
     if "labels" in batch:
         return kl_BT[batch["labels"][:, 1:] != -100].mean()
-    kl_2B = (kl_BT * batch["completion_mask"][:, 1:]).sum(-1)
-    of_side = dict(zip(("chosen", "rejected"), kl_2B.chunk(2), strict=True))
-    taught = [of_side[side][row] for row, (_, side) in enumerate(LABELS) if side]
-    return beta * sum(taught) / len(taught)
+    mask_2BT = batch["completion_mask"][:, 1:].bool()
+    of_side = dict(zip(("chosen", "rejected"), zip(kl_BT.chunk(2), mask_2BT.chunk(2), strict=True), strict=True))
+    taught = [(of_side[side][0][row], of_side[side][1][row]) for row, (_, side) in enumerate(LABELS) if side]
+    return torch.cat([kl_T[mask_T] for kl_T, mask_T in taught]).mean()
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -89,7 +91,12 @@ def test_what_a_family_does_to_its_logits_is_done(name, terms, tmp_path, pairs, 
     rows = [{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, LABELS, strict=False)]
     trainer = PbKDTrainer(
         model=student_dir,
-        args=PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher_dir, **TERMS[terms]),
+        args=PbKDConfig(
+            **settings,
+            imitation="token",
+            teacher_model_name_or_path=teacher_dir,
+            **TERMS[terms],
+        ),
         train_dataset=Dataset.from_list(rows),
     )
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -99,16 +106,14 @@ def test_what_a_family_does_to_its_logits_is_done(name, terms, tmp_path, pairs, 
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(d).double() for d in (student_dir, teacher_dir))
     theirs = logits(teacher, batch).detach()
-    expected = naive_loss(logits(student, batch), theirs, batch, trainer.beta)
+    expected = naive_loss(logits(student, batch), theirs, batch)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     for got, want in zip(gradient, torch.autograd.grad(expected, list(student.parameters())), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
     # Were it not done, for either of them, that would be seen
     for raw_student, raw_teacher in ((True, False), (False, True)):
-        other = naive_loss(
-            logits(student, batch, raw_student), logits(teacher, batch, raw_teacher), batch, trainer.beta
-        )
+        other = naive_loss(logits(student, batch, raw_student), logits(teacher, batch, raw_teacher), batch)
         assert abs(float(other.detach() / expected.detach()) - 1) > 0.02
 
 

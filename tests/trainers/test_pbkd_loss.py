@@ -24,11 +24,18 @@ LABELS = {
 }
 
 
+ON = {"dual_init": 1.0}
+EOS = 1
+
+
 def make_trainer(folder, rows, settings, **more) -> PbKDTrainer:
-    """A trainer whose student has left its reference, so that margins are not zero."""
+    """A trainer with the preference term, whose student has left its reference, so that margins are not zero, and whose q is
+    fixed."""
+    if more.get("imitation_weight", 1.0) > 0:
+        more.setdefault("imitation_q_warmup", 0.0)
     trainer = PbKDTrainer(
         model=folder,
-        args=PbKDConfig(**{**settings, "per_device_train_batch_size": len(rows), **more}),
+        args=PbKDConfig(**{**settings, **ON, "per_device_train_batch_size": len(rows), **more}),
         train_dataset=Dataset.from_list(rows),
     )
     torch.manual_seed(5)
@@ -66,7 +73,8 @@ def reference_loss_and_gradient(trainer, **options) -> tuple[torch.Tensor, list[
         )
         for row in trainer.train_dataset
     ]
-    loss = reference.pbkd_loss(student, start, rows, beta=trainer.beta, dual=trainer.dual.value, **options)
+    options = {"beta": trainer.beta, "dual": trainer.dual.value, "ends": (EOS,)} | options
+    loss = reference.pbkd_loss(student, start, rows, **options)
     return loss, torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
 
 
@@ -112,6 +120,33 @@ def test_embeddings_padded_to_another_size_share_their_tokens(bigger, tmp_path, 
             model.get_output_embeddings().weight[len(trainer.processing_class) :] += 3.0
     expected = reference_loss_and_gradient(trainer, weight=1.0, tokens=len(trainer.processing_class))
     assert_equal(loss_and_gradient(trainer), expected)
+
+
+def test_rows_of_one_text_share_its_weight(tiny_dir, pairs, settings):
+    """Three rows of one text, and a fourth that knows nothing: p is the mean of three, and each has a quarter of a."""
+    others = [("4", 1.0), ("5", 0.2), ("6", 0.7), ("7", None)]
+    rows = [{**pairs[0], "rejected": text, "preference": p} for text, p in others] + pairs[1:4]
+    trainer = make_trainer(tiny_dir, rows, settings)
+    assert_equal(loss_and_gradient(trainer), reference_loss_and_gradient(trainer, weight=1.0))
+    shares = trainer.train_dataset["imitation_share"]
+    assert shares == [0.25] * 4 + [1.0] * 3
+
+
+def test_rows_from_which_nothing_is_learnt_are_left_out(tiny_dir, pairs, settings, caplog):
+    """The third is imitated, the fourth has a known preference, the others neither."""
+    labels = [(0.0, "chosen"), (None, None), (None, "chosen"), (0.0, "chosen"), (None, None)]
+    rows = [{**row, "preference": p, "teacher_side": s} for row, (p, s) in zip(pairs, labels, strict=False)]
+    rows[0]["preference"] = None
+    rows[0] |= {"rejected": "4"}
+    rows.append({**rows[0], "rejected": "5", "preference": 0.0})  # the first row's text has lost
+    trainer = make_trainer(tiny_dir, rows, settings)
+    kept = [rows[index] for index in (2, 3, 5)]
+    assert trainer.train_dataset["prompt"] == [row["prompt"] for row in kept]
+    assert "1 of 6 rows are imitated; 3 of weight 0: the teacher did not win" in caplog.text
+    assert "3 of them left out: no known preference either" in caplog.text
+    without = make_trainer(tiny_dir, kept, settings)
+    loss, gradient = loss_and_gradient(without)
+    assert_equal(loss_and_gradient(trainer), (loss.double(), [g.double() for g in gradient]))
 
 
 def test_third_text_is_a_row_of_imitation_alone(tiny_dir, pairs, settings):
@@ -207,7 +242,7 @@ def test_padding_changes_nothing(imitation, tiny_dir, teacher_dir, pairs, settin
 
 def test_at_the_start_the_preference_loss_is_log_two(tiny_dir, pairs, settings):
     trainer = PbKDTrainer(
-        model=tiny_dir, args=PbKDConfig(**settings, imitation_weight=0.0), train_dataset=Dataset.from_list(pairs)
+        model=tiny_dir, args=PbKDConfig(**settings, **ON, imitation_weight=0.0), train_dataset=Dataset.from_list(pairs)
     )
     loss, _ = loss_and_gradient(trainer)
     assert float(loss) == pytest.approx(math.log(2))
@@ -237,7 +272,8 @@ def test_nor_has_it_in_bf16(tiny_dir, pairs, settings):
 
 def test_null_rows_do_not_move_the_student_through_the_preference_loss(tiny_dir, pairs, settings):
     rows = [{**row, "preference": None} for row in pairs[:4]]
-    trainer = make_trainer(tiny_dir, rows, settings, imitation_weight=0.0)
+    trainer = make_trainer(tiny_dir, rows, settings)
+    trainer.args.imitation_weight = 0.0  # with which these rows would be left out
     loss, gradient = loss_and_gradient(trainer)
     assert float(loss) == pytest.approx(0.0, abs=1e-6)
     assert all(float(g.abs().max()) == 0.0 for g in gradient)
@@ -254,6 +290,7 @@ def test_accumulation_equals_one_batch_with_null_rows_unevenly_spread(tiny_dir, 
             args=PbKDConfig(
                 **{
                     **settings,
+                    **ON,
                     "per_device_train_batch_size": size,
                     "gradient_accumulation_steps": steps,
                     "max_steps": 2,

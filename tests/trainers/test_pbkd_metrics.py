@@ -28,7 +28,7 @@ def rows(pairs) -> list[dict]:
 
 def make(folder, rows, settings, leave_reference: bool = True, **more) -> PbKDTrainer:
     dataset = Dataset.from_list(rows)
-    args = PbKDConfig(**{**settings, **SLACK, **more})
+    args = PbKDConfig(**{**settings, **SLACK, "dual_init": 1.0, **more})
     trainer = PbKDTrainer(model=folder, args=args, train_dataset=dataset, eval_dataset=dataset)
     if leave_reference:
         torch.manual_seed(5)
@@ -65,18 +65,22 @@ def expected_metrics(trainer, ld_alpha: float | None) -> dict[str, float]:
         return float(reference.bradley_terry(z, row.preference))
 
     known = [row for row in rows if row.preference is not None]
-    taught = [row for row in rows if row.teacher is not None]
     # The constraint is on unweighted log-ratios: `ld_alpha` is a matter of the loss
     nll = sum(preference(row, None) - entropy(row.preference) for row in known) / len(known)
-    imitation = sum(float(reference.imitation(student, row, teacher)) for row in taught) / len(taught)
-    loss = trainer.args.imitation_weight * trainer.beta * imitation
+    texts = reference.texts_of(rows)
+    q = trainer.args.final_imitation_q
+    imitation = float(reference.texts_loss(student, texts, radius=0.05, q=q, ends=(1,), teacher=teacher))
+    logps = [sum(reference.sequence_logps(student, text.prompt, text.response)) for text in texts]
+    loss = trainer.args.imitation_weight * imitation
     loss += trainer.dual.value * sum(preference(row, ld_alpha) for row in known) / len(known)
     slack = SLACK["preference_nll_target"] + SLACK["confidence_radius"]
     return {
         "pbkd/preference_nll": nll,
         "pbkd/violation": nll - slack,
         "pbkd/imitation": imitation,
-        "pbkd/teacher_logps": -sum(float(reference.imitation(student, row)) for row in taught) / len(taught),
+        "pbkd/teacher_nll": -float(sum(logps)) / sum(len(text.response) for text in texts),
+        "pbkd/advantage": sum(reference.advantage(text, 0.05) for text in texts) / len(texts),
+        "pbkd/rows_used": sum(reference.advantage(text, 0.05) > 0 for text in texts),
         "pbkd/known_preferences": len(known),
         "pbkd/dual": trainer.dual.value,
         "pbkd/lagrangian": loss - trainer.dual.value * slack,
@@ -86,6 +90,7 @@ def expected_metrics(trainer, ld_alpha: float | None) -> dict[str, float]:
 @pytest.mark.parametrize(("imitation", "ld_alpha"), [("sequence", None), ("sequence", 0.3), ("token", 0.3)])
 def test_logged_metrics_equal_the_reference(imitation, ld_alpha, tiny_dir, teacher_dir, rows, settings):
     options = {"imitation": imitation, "ld_alpha": ld_alpha, "dual_init": 2.0, "imitation_weight": 0.7, "beta": 0.3}
+    options["imitation_q_warmup"] = 0.0
     if imitation == "token":
         options["teacher_model_name_or_path"] = teacher_dir
     trainer = make(tiny_dir, rows, settings, **ONE_STEP, **options, per_device_eval_batch_size=4)
@@ -154,7 +159,7 @@ COEFFICIENT = 0.5
 def test_with_experts_it_is_dpo_without_our_terms(experts_dir, pairs, settings):
     logs, weights = [], []
     more = {"router_aux_loss_coef": COEFFICIENT, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    ours = PbKDConfig(**{**settings, **more}, imitation_weight=0.0)
+    ours = PbKDConfig(**{**settings, **more}, imitation_weight=0.0, dual_init=1.0)
     for trainer_class, args in ((DPOTrainer, DPOConfig(**{**settings, **more})), (PbKDTrainer, ours)):
         trainer = trainer_class(model=experts_dir, args=args, train_dataset=Dataset.from_list(pairs))
         assert trainer.aux_loss_enabled

@@ -28,7 +28,8 @@ def student(tmp_path, template: str, **settings) -> str:
 
 def make(model, settings, rows, train: bool = False, **options) -> PbKDTrainer:
     dataset = rows if not isinstance(rows, list) else Dataset.from_list(rows)
-    args = PbKDConfig(**{**settings, "per_device_train_batch_size": 8, "max_steps": 1} | options)
+    """With the preference term, so that both responses are seen."""
+    args = PbKDConfig(**{**settings, "dual_init": 1.0, "per_device_train_batch_size": 8, "max_steps": 1} | options)
     trainer = PbKDTrainer(model=model, args=args, train_dataset=dataset)
     if train:
         trainer.train()
@@ -80,7 +81,8 @@ def test_complete_answers_train_as_rows_that_say_nothing(tiny_dir, settings, rea
     rows = cut_rows(False, (reason, reason))
     plain = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     said, unsaid = (make(tiny_dir, settings, r, train=True, max_steps=2) for r in (rows, plain))
-    assert said.train_dataset.column_names == [*unsaid.train_dataset.column_names[:3], *REASONS, *TOKENS]
+    columns = unsaid.train_dataset.column_names
+    assert said.train_dataset.column_names == [*columns[:3], *REASONS, *columns[3:]]
     for ours, theirs in zip(said.model.parameters(), unsaid.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -101,7 +103,7 @@ def test_the_loss_is_that_of_the_texts_without_an_end(tiny_dir, settings, option
         for side in ("chosen", "rejected"):
             ids[side] = ids[side] + ([] if row[f"{side}_finish_reason"] == "length" else [1])
         reference.append(Row(ids["prompt"], ids["chosen"], ids["rejected"]))
-    expected = pbkd_loss(model, model, reference, ld_alpha=options.get("ld_alpha"))
+    expected = pbkd_loss(model, model, reference, ends=(1,), q=0.0, ld_alpha=options.get("ld_alpha"))
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(
         0, abs=1e-5
@@ -191,9 +193,10 @@ def test_the_imitation_loss_is_on_own_words_alone(tmp_path, settings):
     batch, model = batch_of(trainer), AutoModelForCausalLM.from_pretrained(folder).double()
     logps = model(input_ids=batch["input_ids"][:1]).logits[0, :-1].log_softmax(-1)
     logps = logps.gather(1, batch["input_ids"][0, 1:, None]).squeeze(1)
-    expected = -float((logps * batch["own_mask"][0, 1:]).sum())
+    own = batch["own_mask"][0, 1:]
+    expected = -float((logps * own).sum() / own.sum())
     assert trainer.state.log_history[0]["pbkd/imitation"] == pytest.approx(expected, rel=1e-5)
-    assert expected < -float((logps * batch["completion_mask"][0, 1:]).sum())
+    assert int(own.sum()) < int(batch["completion_mask"][0, 1:].sum())
 
 
 def test_token_imitation_reads_the_same_tokens(tmp_path, settings):
@@ -209,7 +212,7 @@ def test_token_imitation_reads_the_same_tokens(tmp_path, settings):
     )
     pi, mu = pi.log_softmax(-1), mu.log_softmax(-1)
     divergence = (mu.exp() * (mu - pi)).sum(-1)
-    expected = float((divergence * batch["own_mask"][0, 1:]).sum())
+    expected = float((divergence * batch["own_mask"][0, 1:]).sum() / batch["own_mask"][0, 1:].sum())
     assert trainer.state.log_history[0]["pbkd/imitation"] == pytest.approx(expected, rel=1e-4)
 
 

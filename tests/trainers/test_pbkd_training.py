@@ -16,6 +16,7 @@ from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.trainers.fields import as_config
 
 
+ON = {"dual_init": 1.0}
 LABELS = [(1.0, "chosen"), (0.6, "chosen"), (None, "rejected"), (1.0, None), (0.5, "chosen"), (None, "chosen")]
 
 
@@ -28,7 +29,7 @@ def rows(pairs) -> list[dict]:
 def make(folder, rows, settings, peft_config=None, quantization_config=None, model=None, **more) -> PbKDTrainer:
     return PbKDTrainer(
         model=folder if model is None else model,
-        args=PbKDConfig(**{**settings, **more}),
+        args=PbKDConfig(**{**settings, **ON, **more}),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
         peft_config=peft_config,
@@ -137,21 +138,22 @@ def test_resume_is_bit_equal(mode, tiny_dir, teacher_dir, rows, settings):
 )
 def test_adapters_learn_and_the_rest_stays(imitation, peft_config, tiny_dir, teacher_dir, rows, settings):
     named = {"teacher_model_name_or_path": teacher_dir} if imitation == "token" else {}
-    trainer = make(tiny_dir, rows, settings, peft_config, max_steps=8, imitation=imitation, **named)
+    trainer = make(tiny_dir, rows, settings, peft_config, max_steps=8, imitation=imitation, **named, dual_init=1e-12)
+    trainer.evaluate()
+    at_start = trainer.state.log_history[-1]["eval_pbkd/imitation"]
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
-    logs = [entry["pbkd/imitation"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[-2] < logs[0]
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_pbkd/imitation"] < at_start
 
 
 def test_prompt_learning_scores_the_responses_themselves(tiny_dir, teacher_dir, rows, settings):
     """With virtual tokens in front, the imitation term still reads the positions of the teacher's response."""
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    trainer = make(
-        tiny_dir, rows, settings, config, imitation="token", teacher_model_name_or_path=teacher_dir, dual_init=1e-12
-    )
+    named = {"imitation": "token", "teacher_model_name_or_path": teacher_dir, "imitation_radius": "inf"}
+    trainer = make(tiny_dir, rows, settings, config, **named, dual_init=1e-12)
     batch = trainer.data_collator(list(trainer.train_dataset.select(range(2))))
     loss = trainer.compute_loss(trainer.model, dict(batch))
     with torch.no_grad():
@@ -161,7 +163,8 @@ def test_prompt_learning_scores_the_responses_themselves(tiny_dir, teacher_dir, 
         log_pi = ours[:, -length:][:2, :-1].log_softmax(-1)
         log_mu = theirs[:2, :-1].log_softmax(-1)
         kl = ((log_mu.exp() * (log_mu - log_pi)).sum(-1) * batch["completion_mask"][:2, 1:]).sum()
-    assert float(loss) == pytest.approx(trainer.beta * float(kl) / 2, rel=1e-4)
+        tokens = int(batch["completion_mask"][:2, 1:].sum())
+    assert float(loss) == pytest.approx(float(kl) / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
@@ -212,7 +215,7 @@ def test_streams_with_third_texts(tiny_dir, pairs, settings):
     rows = [{**row, "teacher": "7" if i % 2 else row["rejected"]} for i, row in enumerate(pairs)]
     trainer = PbKDTrainer(
         model=tiny_dir,
-        args=PbKDConfig(**settings),
+        args=PbKDConfig(**settings, **ON),
         train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
     )
     trainer.train()

@@ -74,7 +74,7 @@ def test_without_our_terms_it_is_dpo_on_images_too(llava_dir, pairs, settings):
     trainers = []
     for trainer_class, args in (
         (DPOTrainer, DPOConfig(**settings)),
-        (PbKDTrainer, PbKDConfig(**settings, imitation_weight=0.0)),
+        (PbKDTrainer, PbKDConfig(**settings, imitation_weight=0.0, dual_init=1.0)),
     ):
         trainers.append(trainer_class(model=llava_dir, args=args, train_dataset=dataset(pairs)))
         trainers[-1].train()
@@ -89,14 +89,16 @@ def test_labels_of_images_reach_the_loss(llava_dir, pairs, settings):
     }
     trainer = PbKDTrainer(
         model=llava_dir,
-        args=PbKDConfig(**{**settings, "per_device_train_batch_size": 8, "max_steps": 1}),
+        args=PbKDConfig(
+            **{**settings, "per_device_train_batch_size": 8, "max_steps": 1}, dual_init=1.0, imitation_radius="inf"
+        ),
         train_dataset=dataset(pairs, **labels),
     )
     assert trainer.row_counts["train"].known == 5
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["pbkd/known_preferences"] == 5
-    assert logged["pbkd/imitation"] == pytest.approx(-logged["pbkd/teacher_logps"])
+    assert logged["pbkd/imitation"] == pytest.approx(logged["pbkd/teacher_nll"])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,8 @@ def test_responses_with_images_are_read_by_the_same_rules(llava_dir, pairs, sett
         {"role": "user", "content": "and?"},
         {"role": "assistant", "content": "5"},
     ]
-    args = PbKDConfig(**{**settings, "per_device_train_batch_size": 8, "max_steps": 1, "max_length": 40})
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "max_length": 40, "dual_init": 1.0}
+    args = PbKDConfig(**{**settings, **options})
     args.train_sampling_strategy = "sequential"
     train = Dataset.from_list(rows).cast_column("image", ImageFeature())
     trainer = PbKDTrainer(model=llava_dir, args=args, train_dataset=train)

@@ -153,10 +153,10 @@ class Says(online_cases.Teacher):
 )
 def test_online_imitation_learns_own_words_alone(tmp_path, settings, text, reason, imitated):
     student = folder(tmp_path / "student", TOOLS, max_position_embeddings=256)
-    options = {"adversary": "mle", "imitation_weight": 1.0, "max_completion_length": 60, "max_steps": 1}
+    options = {"adversary": "mle", "imitation_weight": 1.0, "imitation_radius": "inf", "max_completion_length": 60}
     trainer = online_cases.make(
         *(student, settings, [{"prompt": USER}] * 4),
-        **{"teacher": Says(text, reason), "preference_function": online_cases.digits, **options},
+        **{"teacher": Says(text, reason), "preference_function": online_cases.digits, "max_steps": 1, **options},
     )
     kept = {}
     teacher_rows = trainer._teacher_rows

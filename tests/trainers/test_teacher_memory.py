@@ -4,10 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.distillation_trainer import _chunked_divergence_loss as chunked_divergence_loss
 
 from tests.conftest import make_model, save_tiny
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd._trl import chunked_divergence_loss
 
 
 TILE_WORDS = 32768
@@ -16,11 +16,21 @@ TILE_WORDS = 32768
 WORDS = 4 * TILE_WORDS
 LONG = "every word of it is scored"
 ROWS = [
-    {"prompt": "1", "chosen": LONG, "rejected": LONG[2:], "preference": 1.0, "teacher_side": "chosen"},
-    {"prompt": "12", "chosen": LONG[3:], "rejected": LONG[1:], "preference": None, "teacher_side": "rejected"},
-    {"prompt": "3", "chosen": LONG[5:], "rejected": LONG[9:], "preference": 0.3, "teacher_side": None},
+    row
+    for number in range(4)
+    for row in (
+        {"prompt": f"1{number}", "chosen": LONG, "rejected": LONG[2:], "preference": 1.0, "teacher_side": "chosen"},
+        {
+            "prompt": f"{number}",
+            "chosen": LONG[3:],
+            "rejected": LONG[1:],
+            "preference": None,
+            "teacher_side": "rejected",
+        },
+        {"prompt": f"3{number}", "chosen": LONG[5:], "rejected": LONG[9:], "preference": 0.3, "teacher_side": None},
+    )
 ]
-"""Of different lengths, one without a teacher: the masks have zeros in front, behind, and all along a row."""
+"""Of different lengths, a third without a teacher: the masks have zeros in front, behind, and all along a row."""
 
 
 class LargestTensor(TorchDispatchMode):
@@ -60,7 +70,7 @@ def many_words(tmp_path_factory) -> tuple[str, str]:
 @pytest.fixture
 def trainer(many_words, settings):
     student, teacher = many_words
-    args = PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher)
+    args = PbKDConfig(**settings, imitation="token", teacher_model_name_or_path=teacher, dual_init=1.0)
     return PbKDTrainer(model=student, args=args, train_dataset=Dataset.from_list(ROWS))
 
 
@@ -68,7 +78,8 @@ def test_no_logits_of_all_tokens_in_a_step_of_the_trainer(trainer):
     """Forward, loss and backward of token imitation, with the forwards of the reference and of the preference loss."""
     batch = trainer.data_collator(list(trainer.train_dataset))
     sequences, length = batch["input_ids"].shape
-    taught = batch["completion_mask"].chunk(2)[0][0].sum() + batch["completion_mask"].chunk(2)[1][1].sum()
+    chosen_BT, rejected_BT = batch["completion_mask"].chunk(2)
+    taught = chosen_BT[::3].sum() + rejected_BT[1::3].sum()
     trainer.model.train()
     with LargestTensor() as largest:
         trainer.compute_loss(trainer.model, batch).backward()

@@ -1,4 +1,4 @@
-"""Which rows of a batch of pairs hold the teacher's text, and how likely the student finds it."""
+"""The imitation term: which rows of a batch of pairs hold the teacher's text, and the loss of its tokens."""
 
 import torch
 
@@ -24,24 +24,6 @@ def teacher_rows(values_2B: torch.Tensor, side_B: torch.Tensor) -> torch.Tensor:
     chosen, rejected = values_2B.chunk(2)
     is_rejected = (side_B == REJECTED).view(-1, *[1] * (chosen.dim() - 1))
     return torch.where(is_rejected, rejected, chosen)
-
-
-def sequence_imitation(logps_2B: torch.Tensor, side_B: torch.Tensor) -> torch.Tensor:
-    """
-    Imitation of the teacher's responses: −log π(y_T|x) **summed over tokens**, in nats, the sampled form of
-    E_{y~μ}[−log π(y|x)] in the offline objective max_θ β·E_{y~μ}[log π_θ(y|x)] s.t. L_DPO ≤ L* + ζ
-    (https://huggingface.co/papers/2505.18952; docs/method.md, "From the min-max to one loss").
-
-    Args:
-        logps_2B (`torch.Tensor` of shape `[2B]`):
-            Log-probability of each response under the student, chosen ones first.
-        side_B (`torch.Tensor` of shape `[B]`):
-            `NO_TEACHER`, `CHOSEN` or `REJECTED`.
-
-    Returns:
-        `torch.Tensor` of shape `[B]`, ≥ 0, and 0 for pairs without a teacher's text.
-    """
-    return -teacher_rows(logps_2B, side_B).masked_fill(side_B == NO_TEACHER, 0.0)
 
 
 def generalized_cross_entropy(logps: torch.Tensor, q: float) -> torch.Tensor:

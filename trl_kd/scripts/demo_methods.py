@@ -76,7 +76,6 @@ def recipe(method: str, rows: list[dict[str, Any]], teacher: Path, task: Task) -
     settings: dict[str, Any] = {"max_length": 128}
     if method in ("pbkd", "pbkd_verified"):
         names = ["prompt", "chosen", "rejected", "preference", "teacher_side"]
-        settings["dual_init"] = 0.0
         if method == "pbkd_verified":
             names += ["score_chosen", "score_rejected"]
             settings["imitation_min_score"] = 1.0

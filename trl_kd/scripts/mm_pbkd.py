@@ -46,10 +46,11 @@ def _check(
 ) -> None:
     check_arguments(script_args, training_args, model_args, mixture, rows="prompts")
     check_preference_dataset(script_args)
-    if script_args.preference_dataset is not None and training_args.moment_coef == 0:
+    unused = training_args.moment_coef == training_args.imitation_weight == 0
+    if script_args.preference_dataset is not None and unused:
         raise InputError(
             f"`preference_dataset` is {script_args.preference_dataset!r}, but `moment_coef` is 0, so that there is no Q for "
-            "the pairs to hold: drop one of them."
+            "the pairs to hold, and so is `imitation_weight`: drop `preference_dataset`, or set one of them above 0."
         )
 
 

@@ -27,6 +27,7 @@ from trl_kd.scripts.dry_run import (
     tokenize_prompt,
 )
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
+from trl_kd.trainers.imitation_weights import PairWeights
 from trl_kd.trainers.mm_pbkd_data import (
     LEAST_HELD_OUT,
     PairBatches,
@@ -80,7 +81,10 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
         table.append(("pairs", f"none: {without}"))
     else:
         table.append(("preference_dataset", script_args.preference_dataset))
-        table += _describe_pairs(pairs, processor, training_args, processes)
+        if training_args.moment_coef > 0:
+            table += _describe_pairs(pairs, processor, training_args, processes)
+    if training_args.imitation_weight > 0:
+        table.append(("imitation", _describe_imitation(train_dataset, pairs, training_args)))
     table += describe_steps(_epoch_steps(train_dataset, training_args, processes), training_args, processes)
     return table + _describe_memory(training_args, model_args, with_pairs=pairs is not None)
 
@@ -181,6 +185,16 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
         ),
         ("warm-up", _warm_up(batches.strict, args)),
     ]
+
+
+def _describe_imitation(dataset: Any, pairs: Dataset | None, args: Any) -> str:
+    weights = PairWeights(None if pairs is None else read_pairs(pairs, args.pair_max_length), args)
+    told = f"weight {args.imitation_weight:g}"
+    if pairs is None or not isinstance(dataset, Dataset) or "completion" not in dataset.column_names:
+        return f"{told}, of all completions alike"
+    found = [weights.of(row) for row in dataset if row["completion"] is not None]
+    compared, lost = sum(compared for _, compared in found), sum(weight == 0 for weight, _ in found)
+    return f"{told}; of {len(found):,} completions {compared:,} stand in the pairs, and {lost:,} have the advantage 0"
 
 
 def _told_apart(known: Dataset) -> Dataset:

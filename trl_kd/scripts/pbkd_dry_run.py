@@ -65,10 +65,9 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
             is_named = names_teacher(next(iter(dataset), {}))
             rows[name], counts = prepare_rows(dataset, name, training_args)
             table += _describe_rows(name, rows[name], counts, is_named)
-            if not training_args.has_preference_term:
-                known = counts.known if name == "train" and counts is not None else known
-                rows[name], said = _weigh(name, rows[name], training_args, known)
-                table += said
+            known = counts.known if name == "train" and counts is not None else known
+            rows[name], said = _weigh(name, rows[name], training_args, known)
+            table += said
             if not is_named:
                 follows = "every chosen answer is taken as the teacher's"
                 if not training_args.imitation_weight:
@@ -80,7 +79,7 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
 
 
 def _weigh(name: str, dataset: Any, args: Any, known: int | None) -> tuple[Any, Table]:
-    """The rows that are trained on without the preference term, and how many they are."""
+    """The rows that are trained on, and how many of them are imitated."""
     dataset, counts = weigh_texts(dataset, name, args, imitation_radius(args, known), training=name == "train")
     return dataset, [] if counts is None else [(f"{name} imitation", counts.told)]
 

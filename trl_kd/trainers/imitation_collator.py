@@ -8,7 +8,8 @@ import torch
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.tokens import OWN
-from trl_kd.trainers.imitation_texts import ADVANTAGE, COMPARED, IGNORED, IMAGES, only_teachers_text
+from trl_kd.trainers.imitation_texts import IGNORED, IMAGES, only_teachers_text
+from trl_kd.trainers.pbkd_data import ADVANTAGE, imitation_weights
 from trl_kd.trainers.response_rows import PairReader
 
 
@@ -18,6 +19,7 @@ class ImitationCollator:
     Makes a batch of B texts of the teacher's with one of TRL's collators for `SFTTrainer`, and adds
 
     - `advantage`, `[B]`, float32, a(p, ζ), 0 where there is no text of the teacher's;
+    - `weight`, `[B]`, float32, the row's weight in the loss: the same, since a text is one row;
     - `compared`, `[B]`, bool, whether the text was compared with another one.
 
     `labels`, `[B, T]`, are −100 but for the model's own tokens in the teacher's texts.
@@ -31,14 +33,12 @@ class ImitationCollator:
     reader: PairReader | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        advantages = [example[ADVANTAGE] for example in examples]
-        compared = [example[COMPARED] for example in examples]
+        weights = imitation_weights(examples)
         if self.reader is None:
             batch = self.inner([{name: example[name] for name in ("input_ids", "labels")} for example in examples])
         else:
             batch = self._with_images(self.reader, examples)
-        batch["advantage"] = torch.tensor([advantage or 0.0 for advantage in advantages], dtype=torch.float32)
-        batch["compared"] = torch.tensor(compared, dtype=torch.bool)
+        batch.update(weights)
         return batch
 
     def _with_images(self, reader: PairReader, examples: list[dict[str, Any]]) -> dict[str, Any]:

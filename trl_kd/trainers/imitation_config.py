@@ -26,7 +26,7 @@ class ImitationConfig:
             of training rows with a known preference (not for streamed data).
         imitation_q (`float`, *optional*):
             q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5 for
-            `imitation="sequence"` and 0 for `"token"`.
+            the teacher's texts and 0 for its distributions (`imitation="token"`).
         imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
             Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
         imitation_min_score (`float`, *optional*):
@@ -44,8 +44,8 @@ class ImitationConfig:
     imitation_q: float | None = field(
         default=None,
         metadata={
-            "help": "q in [0, 1] of the token loss (1 − π^q)/q: 0 is −log π, 1 is 1 − π. By default 0.5 for "
-            "imitation='sequence' and 0 for 'token'."
+            "help": "q in [0, 1] of the token loss (1 − π^q)/q: 0 is −log π, 1 is 1 − π. By default 0.5 for the teacher's "
+            "texts and 0 for its distributions."
         },
     )
     imitation_q_warmup: float = field(
@@ -58,6 +58,13 @@ class ImitationConfig:
             "help": "Imitate the teacher's responses whose absolute score is at least this, whatever their labels."
         },
     )
+
+    @property
+    def final_imitation_q(self) -> float:
+        """q of ℓ_q after its warm-up."""
+        if self.imitation_q is not None:
+            return self.imitation_q
+        return 0.0 if getattr(self, "imitation", "sequence") == "token" else 0.5
 
     def check_imitation(self) -> None:
         """
@@ -76,6 +83,15 @@ class ImitationConfig:
                 check_number(name, getattr(self, name), lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.imitation_min_score is not None:
             check_number("imitation_min_score", self.imitation_min_score, lambda value: True, "in the scores' unit")
+
+    def refuse_without_weight(self, weight: float) -> None:
+        """Raises a `ValueError` for a field above that is changed though the term has no weight."""
+        for found in fields(ImitationConfig):
+            if weight == 0 and is_changed(self, found.name):
+                raise ValueError(
+                    f"`{found.name}` is {getattr(self, found.name)!r}, which only the imitation term reads, and "
+                    f"`imitation_weight` is 0: set it above 0, or drop `{found.name}`."
+                )
 
 
 def is_changed(args: Any, name: str) -> bool:

@@ -5,60 +5,20 @@
 It goes forward once. No reference model and no other text is run.
 """
 
-import json
-import os
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedConfig
 
 from trl_kd import _trl
-from trl_kd.losses.imitation import imitation_losses
-from trl_kd.responses.special_tokens import turn_end
-from trl_kd.trainers.dual_checkpoints import DUAL_FILE
 from trl_kd.trainers.imitation_collator import ImitationCollator
-from trl_kd.trainers.imitation_texts import mean_advantage
 from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.pbkd_data import each_dataset
-from trl_kd.trainers.pbkd_step import GlobalBatch
+from trl_kd.trainers.pbkd_data import WEIGHT_KEYS, each_dataset
+from trl_kd.trainers.pbkd_step import ImitationWindow
 from trl_kd.trainers.response_rows import PairReader
 from trl_kd.trainers.teacher import Teacher
-
-
-logger = get_logger(__name__)
-
-IMITATION_FILE = "pbkd_imitation.json"
-
-
-@dataclass
-class ImitationWindow(GlobalBatch):
-    """A global batch of the teacher's texts: rows with a weight above 0 are `used`, those whose text was `compared` with
-    another; and `tokens` of all texts, `used_tokens` of the used ones."""
-
-    used: int
-    compared: int
-    tokens: int
-    used_tokens: int
-
-    @staticmethod
-    def of_micro_batch(batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
-        used_B, tokens_B = batch["advantage"] > 0, (batch["labels"][:, 1:] != -100).sum(1)
-        return {
-            "used": used_B.sum(),
-            "compared": batch["compared"].sum(),
-            "tokens": tokens_B.sum(),
-            "used_tokens": (tokens_B * used_B).sum(),
-        }
-
-    @property
-    def is_uneven(self) -> bool:
-        return True  # texts are of different lengths
 
 
 class NoReference(nn.Module):
@@ -76,26 +36,16 @@ class NoReference(nn.Module):
 class ImitationStep:
     """
     Mixin before [`~trl_kd.trainers.preference_step.PreferenceStep`], in whose place it steps where the preference term is
-    off.
-
-    Attributes:
-        imitates_alone (`bool`):
-            Whether it is. Settled at construction.
-        mean_advantage (`float`):
-            ā. It is saved in checkpoints.
-        imitation_radius (`float`):
-            ζ of a(p, ζ), nats per pair.
+    off, and [`~trl_kd.trainers.imitation_term.ImitationTerm`].
     """
 
     args: Any
     model: Any
     accelerator: Any
-    state: Any
     processing_class: Any
-    is_world_process_zero: Any
+    imitates_alone: bool
     teacher: Teacher | None
     aux_loss_enabled: bool
-    router_aux_loss_coef: float
     _tokenizer: Any
     _tp_size: int
     _metrics: dict[str, defaultdict[str, list[float]]]
@@ -105,11 +55,11 @@ class ImitationStep:
     _window_of: Any
     _keep_window: Any
     _auxiliary_loss: Any
-
-    imitates_alone = False
-    mean_advantage = 1.0
-    imitation_radius = 0.0
-    _end_tokens: torch.Tensor | None = None
+    _imitation: Any
+    _imitation_scale: Any
+    _count_imitation: Any
+    _mean_imitation: Any
+    _log_imitation: Any
 
     # ---- Before the weights load -----------------------------------------------------------------------------------
 
@@ -132,34 +82,7 @@ class ImitationStep:
             )
         return ImitationCollator(inner, self._reader)
 
-    def _settle_imitation(self, dataset: Dataset | IterableDataset) -> None:
-        """What the steps need to know of the training rows, which have been read."""
-        self.mean_advantage = mean_advantage(dataset, self._reader)
-        logger.info(
-            "The preference term is off (`dual_init` = `dual_learning_rate` = 0): no reference model is loaded, and "
-            "`rewards/*` and `pbkd/preference_nll` are not logged."
-        )
-
     # ---- A micro-batch ---------------------------------------------------------------------------------------------
-
-    def _progress(self) -> float:
-        """The share of the training steps that are done, in [0, 1]."""
-        return self.state.global_step / max(self.state.max_steps, 1)
-
-    @property
-    def imitation_q(self) -> float:
-        """q of the loss as it is now: a function of the step alone. An evaluation always has its last value, so that its
-        losses can be compared."""
-        share = self.args.imitation_q_warmup
-        if not self.model.training or share == 0:
-            return self.args.final_imitation_q
-        return self.args.final_imitation_q * min(1.0, self._progress() / share)
-
-    def _is_end(self, labels_BT: torch.Tensor) -> torch.Tensor:
-        if self._end_tokens is None or self._end_tokens.device != labels_BT.device:
-            ends = {self._tokenizer.eos_token_id, turn_end(self.processing_class)} - {None}
-            self._end_tokens = torch.tensor(sorted(ends), device=labels_BT.device, dtype=torch.long)
-        return torch.isin(labels_BT, self._end_tokens)
 
     def _window_over(self, batches):
         if not self.imitates_alone:
@@ -171,7 +94,7 @@ class ImitationStep:
             return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
         window = self._window_of(inputs)
         inputs = dict(inputs)  # the weights must not reach the model's forward
-        advantage_B, compared_B = inputs.pop("advantage"), inputs.pop("compared")
+        advantage_B, weight_B, compared_B = (inputs.pop(name) for name in WEIGHT_KEYS)
         labels_BT = inputs["labels"][:, 1:]
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
@@ -180,22 +103,20 @@ class ImitationStep:
         if self.teacher is None:
             output = model(**inputs, fused_lm_head=True)
         else:
-            output, imitation = self.teacher.weighted_forward(model, advantage_B, **inputs, fused_lm_head=True)
+            imitated_BT = labels_BT != -100
+            output, imitation = self.teacher.student_forward(
+                model, imitated_BT, weight_B, **inputs, fused_lm_head=True
+            )
         # Prompt learning puts virtual tokens in front; zero where a label is −100
         logps_BT = output.log_probs[:, -labels_BT.size(1) :].float()
         if self.teacher is None:
-            losses_BT = imitation_losses(logps_BT, self._is_end(labels_BT), self.imitation_q)
-            imitation = (advantage_B * losses_BT.sum(1)).sum()
+            imitation = self._imitation(logps_BT, labels_BT, weight_B)
         auxiliary = self._auxiliary_loss(output)
-        share = window.mean(imitation, window.used_tokens * self.mean_advantage)
+        share = window.mean(imitation, self._imitation_scale(window))
         loss = self.args.imitation_weight * share + auxiliary
 
-        window.add(
-            imitation=imitation,
-            nll=-logps_BT.sum(),
-            advantage=(advantage_B * compared_B).sum(),
-            auxiliary=torch.as_tensor(auxiliary, device=loss.device),
-        )
+        self._count_imitation(window, imitation, logps_BT, advantage_B, compared_B)
+        window.add(auxiliary=torch.as_tensor(auxiliary, device=loss.device))
         self._record_tokens(output, inputs, labels_BT != -100)
         self._keep_window(window)
         if not return_outputs:
@@ -220,28 +141,15 @@ class ImitationStep:
 
     # ---- A global batch --------------------------------------------------------------------------------------------
 
-    def _imitation_of(self, window, sums: dict[str, float]) -> float:
-        return sums["imitation"] / (window.used_tokens * self.mean_advantage or 1)
-
     def _mean_loss(self, window, sums):
         if not self.imitates_alone:
             return super()._mean_loss(window, sums)  # type: ignore[misc]
-        imitation = self.args.imitation_weight * self._imitation_of(window, sums)
-        return imitation + sums["auxiliary"] / window.micro_batches
+        return self._mean_imitation(window, sums) + sums["auxiliary"] / window.micro_batches
 
     def _log_window(self, window):
         if not self.imitates_alone:
             return super()._log_window(window)  # type: ignore[misc]
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        sums = window.reduce(self.accelerator)
-        metrics["pbkd/rows_used"].append(float(window.used))
-        metrics["pbkd/q"].append(self.imitation_q)
-        if window.used_tokens:
-            metrics["pbkd/imitation"].append(self._imitation_of(window, sums))
-        if window.tokens:
-            metrics["pbkd/teacher_nll"].append(sums["nll"] / window.tokens)
-        if window.compared:
-            metrics["pbkd/advantage"].append(sums["advantage"] / window.compared)
+        self._log_imitation(window, window.reduce(self.accelerator))
         return None
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
@@ -257,53 +165,3 @@ class ImitationStep:
                 eval_dataset, lambda dataset, name: prepare(dataset, self.processing_class, self.args, name)
             )
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
-
-    # ---- Checkpoints -----------------------------------------------------------------------------------------------
-
-    def _imitation_state(self) -> dict[str, float]:
-        return {
-            "mean_advantage": self.mean_advantage,
-            "imitation_radius": self.imitation_radius,
-            "imitation_q": self.args.final_imitation_q,
-            "imitation_q_warmup": self.args.imitation_q_warmup,
-        }
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.imitates_alone and self.args.should_save:
-            with open(os.path.join(output_dir, IMITATION_FILE), "w", encoding="utf-8") as file:
-                json.dump(self._imitation_state(), file)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            self._check_checkpoint(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        saved = _read_json(checkpoint, IMITATION_FILE) if self.imitates_alone else None
-        if saved is None:
-            return
-        for name, now in self._imitation_state().items():
-            if saved[name] != now and name != "mean_advantage":
-                logger.warning(f"`{name}` was {saved[name]} in the checkpoint and is now {now}.")
-        self.mean_advantage = saved["mean_advantage"]
-
-    def _check_checkpoint(self, checkpoint: str) -> None:
-        """Raises a `ValueError` for a checkpoint of the other loss."""
-        dual = (_read_json(checkpoint, DUAL_FILE) or {}).get("value", 0.0)
-        if self.imitates_alone and dual > 0:
-            raise ValueError(
-                f"The checkpoint {checkpoint!r} was saved with the preference term, λ = {dual}, and that is off in this "
-                "run, since `dual_init` and `dual_learning_rate` are 0: give them as they were, or begin anew."
-            )
-        if not self.imitates_alone and _read_json(checkpoint, IMITATION_FILE) is not None:
-            raise ValueError(
-                f"The checkpoint {checkpoint!r} was saved without the preference term, and this run has it, with "
-                f"`dual_init` = {self.args.dual_init}: set `dual_init=0` and `dual_learning_rate=0`, or begin anew."
-            )
-
-
-def _read_json(folder: str | None, name: str) -> dict[str, Any] | None:
-    path = None if folder is None else os.path.join(folder, name)
-    if path is None or not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

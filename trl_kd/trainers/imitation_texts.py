@@ -1,12 +1,14 @@
 """The teacher's texts of a dataset of pairs: how much each is imitated, and how they become rows of one text.
 
 Where the preference term is off, `PbKDTrainer` trains on these alone. Pairs with one and the same teacher's text for one
-prompt become one row, and texts whose weight is 0 leave the training data before batches are made.
+prompt become one row. Where it is on, rows stay pairs, and such pairs share the text's weight. Training rows from which
+nothing is learnt leave the data before batches are made.
 """
 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +21,16 @@ from trl_kd.losses.confidence import imitation_advantage
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
+from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
 from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, tokenize_rows
 
 
 logger = get_logger(__name__)
 
-ADVANTAGE, COMPARED = "imitation_advantage", "imitation_compared"
-"""Columns of a row: a(p, ζ), null where neither text is the teacher's; and whether the text was compared with another."""
-TEXT_COLUMNS = ("input_ids", "labels", ADVANTAGE, COMPARED)
+TEXT_COLUMNS = ("input_ids", "labels")
+"""Columns of a row of one text, beside its weight."""
 IMAGES = ("image", "images")
+_TOKENIZED = ("teacher_side", "prompt_ids", "chosen_ids", "rejected_ids", *KIND_COLUMNS)
 _OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
 IGNORED = -100
 """Label of a token that is not predicted."""
@@ -52,6 +54,9 @@ class TextCounts:
             Whether scores decided, beside labels.
         training (`bool`):
             Whether rows that teach nothing are left out. An evaluation keeps them.
+        unused (`int`, *optional*):
+            Rows from which nothing is learnt, where the preference term is on: neither imitated nor with a known preference.
+            `None` where it is off, so that these are all that are not imitated.
     """
 
     rows: int
@@ -60,20 +65,28 @@ class TextCounts:
     texts: int
     scored: bool = False
     training: bool = True
+    unused: int | None = None
 
     @property
     def told(self) -> str:
         """One sentence without its full stop."""
+        alone = self.unused is None
         why = "the teacher did not win" + (", or scores less than `imitation_min_score`" if self.scored else "")
         without = self.rows - self.used - self.lost
-        fate = "left out" if self.training else "of weight 0"
+        fate = "left out" if self.training and alone else "of weight 0"
         left_out = [f"{self.lost:,} {fate}: {why}"] if self.lost else []
         left_out += [f"{without:,} {fate}: no text of the teacher's"] if without else []
         merged = f" ({self.texts:,} different texts)" if self.texts < self.used else ""
-        return "; ".join([f"{self.used:,} of {self.rows:,} rows teach{merged}", *left_out])
+        if self.training and self.unused:
+            left_out.append(f"{self.unused:,} of them left out: no known preference either")
+        return "; ".join(
+            [f"{self.used:,} of {self.rows:,} rows {'teach' if alone else 'are imitated'}{merged}", *left_out]
+        )
 
     def check(self, name: str, args: PbKDConfig) -> None:
         """Raises a `ValueError` if no row is left to train on."""
+        if self.unused is not None and self.unused < self.rows:
+            return
         if not self.used and not self.lost:
             raise ValueError(
                 f"The {name} dataset has no text of the teacher's, and nothing else is learnt from, since `dual_init` and "
@@ -145,8 +158,9 @@ def weigh_texts(
     dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, radius: float, *, training: bool
 ) -> tuple[Dataset | IterableDataset, TextCounts | None]:
     """
-    Adds the columns [`ADVANTAGE`] and [`COMPARED`]. For training it merges pairs that have one text of the teacher's for one
-    prompt into one row, and leaves out rows that teach nothing.
+    Adds the columns [`ADVANTAGE`], [`SHARE`] and [`COMPARED`]. Training rows from which nothing is learnt are left out: they
+    are not imitated and, where the preference term is on, have no known preference. Where it is off, training pairs with one
+    text of the teacher's for one prompt are merged into one row.
 
     The probability p of a text is the mean over its pairs with a known preference and different texts. Rows of a stream are
     taken each for itself.
@@ -164,7 +178,7 @@ def weigh_texts(
             Whether rows may be merged and left out. An evaluation keeps all of them.
 
     Returns:
-        The dataset, with a `prompt` column, and its `TextCounts` (`None` for a stream).
+        The dataset, with a `prompt` column, and its `TextCounts` (`None` for a stream, and where nothing is imitated).
 
     Raises:
         `ValueError`: no row of training data is left, or there are no scores for `imitation_min_score`.
@@ -188,7 +202,7 @@ def weigh_texts(
         keys.append(key)
     weights = {key: text.advantage(args, radius) for key, text in texts.items()}
     advantages = [None if key is None else weights[key] for key in keys]
-    compared = [key is not None and texts[key].compared for key in keys]
+    kept = _taught(dataset, keys, advantages, args)
     counts = TextCounts(
         rows=len(keys),
         used=sum(bool(advantage) for advantage in advantages),
@@ -196,36 +210,75 @@ def weigh_texts(
         texts=sum(weight > 0 for weight in weights.values()),
         scored=args.imitation_min_score is not None,
         training=training,
+        unused=len(keys) - len(kept) if args.has_preference_term else None,
     )
-    dataset = dataset.add_column(ADVANTAGE, advantages, feature=Value("float64"))  # type: ignore[arg-type]
-    dataset = dataset.add_column(COMPARED, compared)  # type: ignore[arg-type]
+    of_text = Counter(keys) if args.has_preference_term else {}
+    for column, values, kind in (
+        (ADVANTAGE, advantages, "float64"),
+        (SHARE, [1 / of_text.get(key, 1) for key in keys], "float64"),
+        (COMPARED, [key is not None and texts[key].compared for key in keys], "bool"),
+    ):
+        dataset = dataset.add_column(column, values, feature=Value(kind))  # type: ignore[arg-type]
+    if not args.imitation_weight:
+        return (_known_alone(dataset, kept, name) if training else dataset), None
     if training:
         counts.check(name, args)
-        seen: set[bytes] = set()
-        kept = []
-        for index, key in enumerate(keys):
-            if key is not None and weights[key] > 0 and key not in seen:
-                seen.add(key)
-                kept.append(index)
         if len(kept) < len(keys):
             dataset = dataset.select(kept)
             logger.warning(f"Of the {name} dataset {counts.told}.")
     elif not counts.used:
-        logger.warning(f"Of the {name} dataset {counts.told}: its loss will be 0.")
+        logger.warning(
+            f"Of the {name} dataset {counts.told}: its {'imitation' if args.has_preference_term else 'loss'} is 0."
+        )
     return dataset, counts
+
+
+def _known_alone(dataset: Dataset, kept: list[int], name: str) -> Dataset:
+    """The rows with a known preference, which alone teach where nothing is imitated."""
+    if not kept:
+        raise ValueError(
+            f"No row of the {name} dataset has a known `preference`, and nothing is imitated, since `imitation_weight` is "
+            "0: label the rows, or set a weight above 0."
+        )
+    if len(kept) == len(dataset):
+        return dataset
+    logger.warning(
+        f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {name} dataset are left out: no known preference."
+    )
+    return dataset.select(kept)
+
+
+def _taught(dataset: Dataset, keys: list[bytes | None], advantages: list[float | None], args: PbKDConfig) -> list[int]:
+    """Which rows something is learnt from."""
+    if args.has_preference_term:
+        labels = dataset["preference"] if "preference" in dataset.column_names else [1.0] * len(dataset)
+        imitated = args.imitation_weight > 0
+        rows = zip(advantages, labels, strict=True)
+        return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or _known(p) is not None]
+    first: dict[bytes | None, int] = {}
+    for index, (key, weight) in enumerate(zip(keys, advantages, strict=True)):
+        if weight:
+            first.setdefault(key, index)
+    return list(first.values())
 
 
 def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The columns that matter of each row, images as they are stored."""
-    wanted = {*_OF_PROMPT, *IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side"}
-    dataset = dataset.select_columns([column for column in dataset.column_names if column in wanted]).with_format(None)
     for column in IMAGES:
         kind = dataset.features.get(column)
         if isinstance(kind, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
         elif isinstance(getattr(kind, "feature", None), Image):
             dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
-    for batch in dataset.iter(batch_size=1000):
+    yield from _rows(
+        dataset, (*_OF_PROMPT, *IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side")
+    )
+
+
+def _rows(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows with those of the columns that there are. One by one they would take thirty times as long."""
+    dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    for batch in dataset.with_format(None).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
@@ -235,15 +288,19 @@ def _weigh_stream(
 ) -> IterableDataset:
     def weigh(row: dict[str, Any]) -> dict[str, Any]:
         if _side(row) is None:
-            return {ADVANTAGE: None, COMPARED: False}
+            return {ADVANTAGE: None, SHARE: 1.0, COMPARED: False}
         text = _Text()
         text.add(row)
-        return {ADVANTAGE: text.advantage(args, radius), COMPARED: text.compared}
+        return {ADVANTAGE: text.advantage(args, radius), SHARE: 1.0, COMPARED: text.compared}
+
+    def teaches(row: dict[str, Any]) -> bool:
+        prefers = args.has_preference_term and _known(row.get("preference", 1.0)) is not None
+        return prefers or bool(args.imitation_weight and row[ADVANTAGE])
 
     dataset = dataset.map(weigh)
     if not training:
         return dataset
-    dataset = dataset.filter(lambda row: bool(row[ADVANTAGE]))
+    dataset = dataset.filter(teaches)
     if next(iter(dataset), None) is None:
         raise nothing_teaches(name, args)
     return dataset
@@ -289,9 +346,7 @@ def tokenize_texts(
     desc = {"desc": f"Taking the teacher's texts of the {name} dataset"} if isinstance(dataset, Dataset) else {}
     dataset = dataset.map(only_teachers_text, **desc)
     dataset = tokenize_rows(dataset, processing_class, args, name)
-    whole = slice(None)
-    if args.max_length is not None:
-        whole = slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+    whole = _slice(args)
 
     def label(row: dict[str, Any]) -> dict[str, list[int]]:
         prompt, response = row["prompt_ids"], row["chosen_ids"]
@@ -317,6 +372,13 @@ def tokenize_texts(
     return _with_labels(dataset, name) if training else dataset
 
 
+def _slice(args: PbKDConfig) -> slice:
+    """What `max_length` leaves of a row's tokens."""
+    if args.max_length is None:
+        return slice(None)
+    return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+
+
 def _with_labels(dataset: Dataset, name: str) -> Dataset:
     kept = [index for index, labels in enumerate(_labels(dataset)) if count_labels(labels)]
     if len(kept) == len(dataset):
@@ -338,24 +400,44 @@ def count_labels(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def mean_advantage(dataset: Dataset | IterableDataset, reader: PairReader | None = None) -> float:
+def mean_advantage(dataset: Dataset | IterableDataset, args: PbKDConfig, reader: PairReader | None = None) -> float:
     """
-    ā, the mean of the training rows' weights, each as often as its text has tokens. 1 for a stream.
+    ā, the mean of the weights of training rows that are imitated, each as often as its text has tokens. 1 for a stream, and
+    where nothing is imitated.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            Training rows, all of which have a weight above 0.
+            Training rows, of one text each, or pairs.
+        args (`PbKDConfig`):
+            Settings.
         reader (`PairReader`, *optional*):
             Counts the tokens of rows with images, which are not tokenized yet (whatever `max_length` is).
     """
     if not isinstance(dataset, Dataset):
         return 1.0
-    advantages = dataset[ADVANTAGE]
-    if reader is None:
-        lengths = [count_labels(labels) for labels in _labels(dataset)]
+    weights = [(a or 0.0) * share for a, share in zip(dataset[ADVANTAGE], dataset[SHARE], strict=True)]
+    if reader is not None:
+        rows = _without_images(dataset)
+        counted = (
+            reader.count_own({**row, **only_teachers_text(row)}) if a else 0
+            for a, row in zip(weights, rows, strict=True)
+        )
+    elif "labels" in dataset.column_names:
+        counted = (count_labels(labels) for labels in _labels(dataset))
     else:
-        lengths = [reader.count_own({**row, **only_teachers_text(row)}) for row in _without_images(dataset)]
-    return math.fsum(a * n for a, n in zip(advantages, lengths, strict=True)) / max(sum(lengths), 1)
+        counted = (_count_own(row, _slice(args)) for row in _rows(dataset, _TOKENIZED))
+    lengths = [n if a else 0 for a, n in zip(weights, counted, strict=True)]
+    return math.fsum(a * n for a, n in zip(weights, lengths, strict=True)) / sum(lengths) if any(lengths) else 1.0
+
+
+def _count_own(row: dict[str, Any], whole: slice) -> int:
+    """The same of a tokenized pair's text of the teacher's."""
+    side = _side(row)
+    if side is None:
+        return 0
+    prompt, response = row["prompt_ids"], row[f"{side}_ids"]
+    kinds = row.get(f"{side}_kinds") or [OWN] * len(response)
+    return sum(kind == OWN for kind in ([None] * len(prompt) + kinds)[whole][1:])
 
 
 def _without_images(dataset: Dataset) -> Dataset:

@@ -17,13 +17,14 @@ from trl_kd.trainers.fields import (
     parse_radius,
     settle_bf16,
 )
+from trl_kd.trainers.imitation_config import ImitationConfig
 
 
 logger = get_logger(__name__)
 
 
 @dataclass
-class MMPbKDConfig(DistillationConfig):
+class MMPbKDConfig(DistillationConfig, ImitationConfig):
     r"""
     Configuration class for the [`MMPbKDTrainer`].
 
@@ -60,8 +61,27 @@ class MMPbKDConfig(DistillationConfig):
             Adds the gradient through the distribution of on-policy states: REINFORCE on what the loss will be at later
             tokens. Unbiased, and of high variance.
         imitation_weight (`float`, *optional*, defaults to `0.0`):
-            ≥ 0, the weight of −log π of the teacher's tokens, a mean over the tokens of off-policy states (which, like their
-            divergence and moment gap, enter the loss by their share 1 − `lmbda`).
+            w ≥ 0, the weight of the imitation term
+
+                L_imit = Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|)
+
+            over the teacher's completions y_i of a step. Like their divergence and moment gap it enters the loss by their
+            share 1 − `lmbda`. ā is the mean of a over the tokens of the training rows with a > 0; 1 for a stream.
+
+        > Parameters of the imitation term
+
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+            ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a completion. p is the mean preference for it over the pairs
+            of `preference_dataset` that have its prompt and text; where there is none, and for completions that are sampled
+            in training, a is 1. `0.0`: (2p − 1)₊, so that ties and losses have the weight 0. `inf`: 1. `"theory"`:
+            c·log(N/δ)/N with N the known pairs of `preference_dataset`.
+        imitation_q (`float`, *optional*):
+            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5.
+        imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
+            Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
+        imitation_min_score (`float`, *optional*):
+            Where the columns `score_chosen` and `score_rejected` of `preference_dataset` hold absolute scores: the weight is
+            1 if a completion's score is at least this, else 0. Where the score is missing, the preference decides.
 
         > Parameters of Q and its constraint
 
@@ -88,9 +108,9 @@ class MMPbKDConfig(DistillationConfig):
             ζ ≥ 0 in nats per pair, by which the adversary's likelihood may fall short of its maximum-likelihood twin's.
             `0.0`: that twin is Q. `"theory"`: c·log(N/δ)/N with N training pairs.
         confidence_constant (`float`, *optional*, defaults to `1.0`):
-            c > 0, for `confidence_radius="theory"`.
+            c > 0, for a radius of `"theory"`.
         confidence_delta (`float`, *optional*, defaults to `0.05`):
-            δ in (0, 1), for `confidence_radius="theory"`.
+            δ in (0, 1), for a radius of `"theory"`.
 
         > Parameters of the data
 
@@ -134,7 +154,10 @@ class MMPbKDConfig(DistillationConfig):
         metadata={"help": "Whether to add the gradient through the distribution of on-policy states (REINFORCE)."},
     )
     imitation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of −log π of the teacher's tokens on off-policy states; at least 0."}
+        default=0.0,
+        metadata={
+            "help": "Weight of the imitation term, a mean over the tokens of the teacher's completions; at least 0."
+        },
     )
     q_head: str = field(default="linear", metadata={"help": "Form of Q.", "choices": list(Q_HEADS)})
     q_bound: float = field(default=5.0, metadata={"help": "Bound B of |Q|; above 0."})
@@ -154,11 +177,9 @@ class MMPbKDConfig(DistillationConfig):
             "help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N; 0 is the MLE head."
         },
     )
-    confidence_constant: float = field(
-        default=1.0, metadata={"help": "Constant c of confidence_radius='theory'; above 0."}
-    )
+    confidence_constant: float = field(default=1.0, metadata={"help": "Constant c of a radius of 'theory'; above 0."})
     confidence_delta: float = field(
-        default=0.05, metadata={"help": "Failure probability δ of confidence_radius='theory'; in (0, 1)."}
+        default=0.05, metadata={"help": "Failure probability δ of a radius of 'theory'; in (0, 1)."}
     )
     pair_max_length: int | None = field(
         default=1024, metadata={"help": "Tokens of prompt and response of a pair; responses are cut there."}
@@ -185,6 +206,7 @@ class MMPbKDConfig(DistillationConfig):
         self.confidence_radius = parse_radius(self.confidence_radius)
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
+        self.check_imitation()
         self._check_ranges()
         settle_bf16(self)
         super().__post_init__()
@@ -237,6 +259,7 @@ class MMPbKDConfig(DistillationConfig):
                 f"`imitation_weight` is {self.imitation_weight} but `lmbda` is 1, so that no state is the teacher's: lower "
                 "`lmbda`, or set `imitation_weight=0`."
             )
+        self.refuse_without_weight(self.imitation_weight)
         if self.state_gradient and self.lmbda == 0:
             raise ValueError(
                 "`state_gradient` is on but `lmbda` is 0: the states are the teacher's, whose distribution does not depend "

@@ -7,9 +7,44 @@ from typing import Any, NamedTuple
 import torch
 
 from trl_kd.losses.heads import Head
+from trl_kd.losses.imitation import imitation_losses
 from trl_kd.losses.moments import MomentOutput, moment_matching
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
 from trl_kd.trainers.output_heads import whole
+
+
+@dataclass
+class Imitated:
+    """
+    What imitation needs of the teacher's states in a micro-batch.
+
+    Args:
+        advantage_N (`torch.Tensor` of shape `[N]`):
+            a of each token's completion.
+        tokens (`int`):
+            How many tokens with an advantage above 0 the global batch has.
+        mean_advantage (`float`):
+            ā.
+        is_end_N (`torch.Tensor` of shape `[N]`):
+            Whether it is an end token.
+        q (`float`):
+            Of ℓ_q.
+        share (`float`):
+            The source's share of the loss.
+    """
+
+    advantage_N: torch.Tensor
+    tokens: int
+    mean_advantage: float
+    is_end_N: torch.Tensor
+    q: float
+    share: float
+
+    def loss(self, logps_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the words taken: L_imit, and the mean of −log π without a gradient; each as far as these states go."""
+        losses_N = imitation_losses(logps_N, self.is_end_N, self.q)
+        imitation = (self.advantage_N * losses_N).sum() / (self.tokens * self.mean_advantage)
+        return imitation, -logps_N.detach()[self.advantage_N > 0].sum() / self.tokens
 
 
 @dataclass
@@ -32,6 +67,8 @@ class States:
             Whether the student sampled its completions.
         baseline (`int`):
             Place of its baseline among the adversary's.
+        imitated (`Imitated`, *optional*):
+            For the teacher's states, where they are imitated.
     """
 
     student: Head
@@ -42,6 +79,7 @@ class States:
     q_weight: float
     on_policy: bool
     baseline: int
+    imitated: Imitated | None = None
 
     def hidden_alone(self) -> "States":
         """Without a gradient, and without the output layers: where they are sharded, they are whole for a time only."""
@@ -85,6 +123,8 @@ class Played(NamedTuple):
             The adversary's, −Σ m: its gradient goes to `leaf`.
         sums_4 (`torch.Tensor` of shape `[4]`):
             Weighted sums of divergence, moment gap, |Q| and whether |Q| is at its bound.
+        imitation_2 (`torch.Tensor` of shape `[2]`):
+            L_imit and the mean of −log π of imitated tokens, as far as these states go.
         entropy (`torch.Tensor`):
             Sum of the student's entropies, nats.
         features, leaf (`torch.Tensor`, *optional*):
@@ -94,6 +134,7 @@ class Played(NamedTuple):
     loss: torch.Tensor
     q_loss: torch.Tensor
     sums_4: torch.Tensor
+    imitation_2: torch.Tensor
     entropy: torch.Tensor
     features: torch.Tensor | None
     leaf: torch.Tensor | None
@@ -125,7 +166,7 @@ def play(
     """
     graph = None if features is None else features(states.student.hidden_NH, states.baseline)
     leaf = None if graph is None else graph.detach().requires_grad_(torch.is_grad_enabled() and graph.requires_grad)
-    imitates = args.imitation_weight > 0 and not states.on_policy
+    imitated = states.imitated
     through_states = args.state_gradient and states.on_policy
     parts = moment_matching(
         states.student,
@@ -133,18 +174,22 @@ def play(
         leaf,
         None if leaf is None else states.student.weight_VH,
         beta=args.beta if states.on_policy else args.off_policy_beta,
-        actions_N=states.actions_N if imitates or through_states else None,
+        actions_N=states.actions_N if imitated is not None or through_states else None,
         **settings,
     )
     cost_N = args.kl_coef * parts.divergence_N + args.moment_coef * parts.gap_N
     loss = states.weight * cost_N.sum()
-    if imitates:
-        loss = loss - args.imitation_weight * states.weight * parts.logps_N.sum()
+    imitation_2 = loss.new_zeros(2)
+    if imitated is not None:
+        imitation, nll = imitated.loss(parts.logps_N)
+        loss = loss + args.imitation_weight * imitated.share * imitation
+        imitation_2 = torch.stack([imitation.detach(), nll])
     if through_states:
         # Its value is no part of the loss, only its gradient
         surrogate = states.weight * (parts.logps_N * _later(cost_N.detach(), states.mask_RT)).sum()
         loss = loss + surrogate - surrogate.detach()
-    return Played(loss, adversary_loss(parts, states), _sums(parts, states.weight), parts.entropy_N.sum(), graph, leaf)
+    sums_4, entropy = _sums(parts, states.weight), parts.entropy_N.sum()
+    return Played(loss, adversary_loss(parts, states), sums_4, imitation_2, entropy, graph, leaf)
 
 
 def adversary_loss(parts: MomentOutput, states: States) -> torch.Tensor:

@@ -28,6 +28,8 @@ from trl_kd.trainers.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
 from trl_kd.trainers.fields import as_config, settle_end_token
 from trl_kd.trainers.finite import FiniteTraining
+from trl_kd.trainers.imitated_states import ImitatedStates
+from trl_kd.trainers.imitation_weights import PairWeights
 from trl_kd.trainers.mixed_states import MixedStates
 from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd_data import (
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class MMPbKDTrainer(DualCheckpoints, MixedStates, CheckedStudent, FiniteTraining, DistillationTrainer):
+class MMPbKDTrainer(DualCheckpoints, ImitatedStates, MixedStates, CheckedStudent, FiniteTraining, DistillationTrainer):
     """
     Trainer for white-box preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
     Guidance](https://huggingface.co/papers/2505.18952): the student matches its teacher's next-token distributions, most of
@@ -138,9 +140,10 @@ quantization_config, peft_config, tools:
         self.preference_rows = 0
         teacher = Teacher.for_matching(args, model, teacher_model)
         check_student(model, args)
-        if preference_dataset is not None and args.moment_coef == 0:
+        if preference_dataset is not None and args.moment_coef == args.imitation_weight == 0:
             raise ValueError(
-                "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold: drop one of them."
+                "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold, and so is `imitation_weight`: "
+                "drop `preference_dataset`, or set one of them above 0."
             )
         if train_dataset is not None:
             check_prompts(train_dataset, "train", args.lmbda, tools)
@@ -159,6 +162,8 @@ quantization_config, peft_config, tools:
 
         train_dataset = None if train_dataset is None else look(train_dataset, "train")
         eval_dataset = each_dataset(eval_dataset, look)
+        self.pair_weights = PairWeights(pairs, args) if args.imitation_weight > 0 else None
+        pairs = pairs if args.moment_coef > 0 else None
         if pairs is not None:
             pairs = tokenize_pairs(pairs, processing_class, args)
             self.preference_rows = len(pairs)
@@ -190,6 +195,7 @@ quantization_config, peft_config, tools:
         }
         if teacher.shared_tokens is not None:
             self._suppress_tokens(teacher.shared_tokens)
+        self._settle_imitation(train_dataset)
         self._sums_4: torch.Tensor | None = None
         self._played: list[Played] = []
         self._scale: Any = None  # its gradient is the factor that the loss was scaled with
@@ -308,6 +314,7 @@ quantization_config, peft_config, tools:
         if not played:
             loss = loss + student.weight_VH[:0].sum()
         self._sums_4 = sum((part.sums_4 for part in played), torch.zeros(4, device=loss.device))
+        self._keep_imitation(inputs, played)
         if learning:
             self._played, self._scale = played, scale
         return loss, entropy, mask_BT.sum()
@@ -324,6 +331,7 @@ quantization_config, peft_config, tools:
             q_weight=inputs["row_weight"][rows[0]],
             on_policy=self._baselines[baseline].who == "teacher",
             baseline=baseline,
+            imitated=None if inputs["on_policy"][rows[0]] else self._imitated(inputs, mask_RT.to(device), rows),
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -334,6 +342,7 @@ quantization_config, peft_config, tools:
         names = ["kl", "moment_gap", "q_abs_mean", "q_saturation"]
         used = names if self.adversary is not None else names[:1]
         self._record("train" if training else "eval", dict(zip(used, sums.tolist(), strict=False)))
+        self._log_imitation(micro_batches)
         return loss
 
     def _record(self, mode: str, values: dict[str, float]) -> None:

@@ -34,37 +34,18 @@ PAPER = {
 
 _NO_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_model_preparation_time")
 
-_PBKD_SETTINGS = (
-    "imitation_weight",
-    "imitation",
-    "beta",
-    "loss_type",
-    "loss_weights",
-    "dual_init",
-    "dual_learning_rate",
-    "dual_max",
-    "confidence_radius",
-    "preference_nll_target",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "seed",
-)
+_OF_TRAINING = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed")
+_OF_IMITATION = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
 _IMITATION_SETTINGS = (
-    "imitation_weight",
-    "imitation",
-    "imitation_radius",
-    "imitation_q",
-    "imitation_q_warmup",
-    "imitation_min_score",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "seed",
+    *("imitation_weight", "imitation", *_OF_IMITATION),
+    *_OF_TRAINING,
 )
 """Of a run without the preference term."""
+_PBKD_SETTINGS = (
+    *("beta", "loss_type", "loss_weights", "dual_init", "dual_learning_rate", "dual_max", "confidence_radius"),
+    "preference_nll_target",
+    *_IMITATION_SETTINGS,
+)
 _MM_PBKD_SETTINGS = (
     "lmbda",
     "beta",
@@ -122,7 +103,10 @@ def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     pairs = trainer.preference_rows
     said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
     lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
-    _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS)
+    weights = trainer.pair_weights
+    if weights is not None and weights.pairs:
+        lines += [f"{weights.pairs} preference pairs weighed the teacher's completions, which were imitated.", ""]
+    _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS + (() if weights is None else _OF_IMITATION))
 
 
 def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
@@ -149,7 +133,7 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
         if logged:
             rate = f"{100 * logged[-1]['pbkd/rm_held_out_accuracy']:.1f} %"
             lines += [f"At the last log it ordered {rate} of the newest held-out ones rightly.", ""]
-    _add_sections(path, trainer, lines, _ONLINE_SETTINGS)
+    _add_sections(path, trainer, lines, _ONLINE_SETTINGS + (_OF_IMITATION if trainer.args.imitates else ()))
 
 
 def add_rounds_section(path: str, told: dict[str, Any]) -> None:
@@ -246,12 +230,12 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
     lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
-    if getattr(trainer, "imitates_alone", False):
+    if hasattr(trainer, "text_counts") and trainer.args.imitation_weight:
         lines += [
             f"| ζ (radius of each pair's confidence set) | {trainer.imitation_radius:.6g} |",
             f"| ā (mean weight of the teacher's responses) | {trainer.mean_advantage:.6g} |",
         ]
-    else:
+    if not getattr(trainer, "imitates_alone", False):
         lines += [
             f"| λ (dual variable), last value | {dual.value:.6g} |",
             f"| ζ (radius of the confidence set) | {dual.radius:.6g} |",

@@ -15,26 +15,33 @@ from trl_kd.trainers.fields import (
     parse_radius,
     settle_bf16,
 )
+from trl_kd.trainers.imitation_config import ImitationConfig
 
 
 logger = get_logger(__name__)
 
 ADVERSARIES = ("pbkd", "mle", "discriminator", "off")
+IMITATION_WEIGHT = 4.0
+"""Default of `imitation_weight` where there is an adversary."""
 
 
 @dataclass
-class OnlinePbKDConfig(RLOOConfig):
+class OnlinePbKDConfig(RLOOConfig, ImitationConfig):
     r"""
     Configuration class for the [`OnlinePbKDTrainer`].
 
     It has every parameter of [`~trl.RLOOConfig`], with the same defaults but for `beta`, and those below. Student π and
     reward model r play
 
-        min_π max_r  E[r(x, y_T)] − E_{y~π}[r(x, y)] + beta·KL(π ‖ π_ref) − w·E[log π(y_T|x)]   s.t.  NLL_D(r) ≤ NLL* + ζ
+        min_π max_r  E[r(x, y_T)] − E_{y~π}[r(x, y)] + beta·KL(π ‖ π_ref) + w·L_imit(π)   s.t.  NLL_D(r) ≤ NLL* + ζ
 
-    with y_T the teacher's answers, w the weight of imitation, and D preferences, which grow with every batch (online form of
+    with y_T the teacher's answers, and D preferences, which grow with every batch (online form of
     [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
-    docs/method.md).
+    docs/method.md). L_imit is that of the teacher's answers to the prompts of a generation batch,
+
+        L_imit = Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / Σ_{a_i>0} |y_i|
+
+    where the preferences of the batch weigh each answer.
 
     Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
@@ -49,10 +56,9 @@ class OnlinePbKDConfig(RLOOConfig):
             ≥ 0, the weight of KL(π ‖ π_ref), summed over tokens, in the reward. `None`: 0.3, since a reward model's rewards,
             in nats of preference, are larger than those of functions in [0, 1]; with `adversary="off"` 0.05, RLOO's default.
         imitation_weight (`float`, *optional*):
-            ≥ 0, the weight of −log π(y_T|x), summed over tokens and averaged over the prompts of a batch, as RLOO's own loss
-            is: the teacher's answer has the gradient of `num_generations` of the student's with this advantage, whatever
-            their length. π is, as in all of RLOO, the softmax of logits / `temperature`. `None`: 0.5, with
-            `adversary="off"` 0.
+            w ≥ 0, the weight of L_imit, which is a mean over tokens. RLOO's own loss sums over tokens: an answer of |y|
+            tokens has, at q = 0, the gradient of `num_generations` of the student's with the advantage w·a/|y|. π is, as in
+            all of RLOO, the softmax of logits / `temperature`. `None`: 4, with `adversary="off"` 0.
         teacher_column (`str`, *optional*, defaults to `"completion"`):
             Column with the teacher's answers, where no `teacher` is given to the trainer.
         reasoning (`str`, *optional*):
@@ -62,6 +68,21 @@ class OnlinePbKDConfig(RLOOConfig):
         eos_token (`str`, *optional*):
             Token that ends a turn. It becomes the tokenizer's end token, and is saved in the student's generation config. By
             default the tokenizer's.
+
+        > Parameters of the imitation term
+
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+            ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a teacher's answer. p is the mean preference for it over the
+            student's answers to its prompt in the generation batch; equal ones are left out. `0.0`: (2p − 1)₊, so that ties
+            and losses have the weight 0. `inf`: 1, as where no preference is known. `"theory"`: c·log(N/δ)/N with the N
+            training pairs so far (not for `adversary="off"`).
+        imitation_q (`float`, *optional*):
+            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5.
+        imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
+            Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
+        imitation_min_score (`float`, *optional*):
+            Where the `preference_function` scores single answers: the weight is 1 if the score of the teacher's answer is at
+            least this, else 0. Where the score is missing, the preferences decide.
 
         > Parameters of the reward model
 
@@ -104,9 +125,9 @@ class OnlinePbKDConfig(RLOOConfig):
             ζ ≥ 0 in nats per pair, by which the adversarial head's likelihood may fall short of the other's. `0.0`: the
             other head is the reward. `"theory"`: c·log(N/δ)/N with the N training pairs so far.
         confidence_constant (`float`, *optional*, defaults to `1.0`):
-            c > 0, for `confidence_radius="theory"`.
+            c > 0, for a radius of `"theory"`.
         confidence_delta (`float`, *optional*, defaults to `0.05`):
-            δ in (0, 1), for `confidence_radius="theory"`.
+            δ in (0, 1), for a radius of `"theory"`.
 
     Raises:
         `ValueError`: a field outside its range, or fields that do not go together. The message names the field, its
@@ -120,7 +141,10 @@ class OnlinePbKDConfig(RLOOConfig):
     )
     imitation_weight: float | None = field(
         default=None,
-        metadata={"help": "Weight of −log π of the teacher's answer; by default 0.5, and 0 without an adversary."},
+        metadata={
+            "help": "Weight of the imitation term, a mean over tokens of the teacher's answers; by default 4, and 0 without "
+            "an adversary."
+        },
     )
     teacher_column: str = field(
         default="completion", metadata={"help": "Column with the teacher's answers, where no teacher is given."}
@@ -167,11 +191,9 @@ class OnlinePbKDConfig(RLOOConfig):
             "help": "Slack ζ of the constraint in nats per pair, or 'theory' for c·log(N/δ)/N; 0 is the MLE head."
         },
     )
-    confidence_constant: float = field(
-        default=1.0, metadata={"help": "Constant c of confidence_radius='theory'; above 0."}
-    )
+    confidence_constant: float = field(default=1.0, metadata={"help": "Constant c of a radius of 'theory'; above 0."})
     confidence_delta: float = field(
-        default=0.05, metadata={"help": "Failure probability δ of confidence_radius='theory'; in (0, 1)."}
+        default=0.05, metadata={"help": "Failure probability δ of a radius of 'theory'; in (0, 1)."}
     )
 
     def __post_init__(self):
@@ -179,9 +201,10 @@ class OnlinePbKDConfig(RLOOConfig):
         if self.beta is None:
             self.beta = 0.05 if self.adversary == "off" else 0.3
         if self.imitation_weight is None:
-            self.imitation_weight = 0.0 if self.adversary == "off" else 0.5
+            self.imitation_weight = 0.0 if self.adversary == "off" else IMITATION_WEIGHT
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
+        self.check_imitation()
         self._check_ranges()
         settle_bf16(self)
         super().__post_init__()
@@ -233,6 +256,12 @@ class OnlinePbKDConfig(RLOOConfig):
             )
 
     def _check_combinations(self) -> None:
+        self.refuse_without_weight(self.imitation_weight)  # type: ignore[arg-type]
+        if self.imitation_radius == "theory" and self.adversary == "off":
+            raise ValueError(
+                "`imitation_radius` is 'theory', which counts the pairs of D, and `adversary` is 'off', without a D: give a "
+                "number of nats per pair."
+            )
         if self.rm_batch_size is not None and self.rm_batch_size % self.world_size:
             raise ValueError(
                 f"`rm_batch_size` is {self.rm_batch_size}, which {self.world_size} processes do not divide: give a multiple "

@@ -223,6 +223,7 @@ def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str)
     """
     args = parts.args
     _check_adversary(parts, reward_funcs)
+    _check_scores(parts)
     check_prompts(dataset, name)
     first = next(iter(dataset))
     if name == "train" and isinstance(dataset, Dataset):
@@ -282,6 +283,16 @@ def check_student_template(model: Any, processing_class: Any, dataset: Any, args
 
 def _nobody(prompts: list, first: list, second: list, **columns: Any) -> list[None]:
     return [None] * len(prompts)
+
+
+def _check_scores(parts: OnlineParts) -> None:
+    least = parts.args.imitation_min_score
+    if least is not None and not callable(getattr(parts.preference, "score", None)):
+        given = "is none" if parts.preference is None else "compares answers, and scores none"
+        raise ValueError(
+            f"`imitation_min_score` is {least}, but the `preference_function` {given}: give one that scores answers, such "
+            "as `RewardFunctionPreference`, or drop the setting."
+        )
 
 
 def _check_adversary(parts: OnlineParts, reward_funcs: list) -> None:

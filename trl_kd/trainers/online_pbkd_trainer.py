@@ -422,7 +422,7 @@ optimizers, quantization_config, peft_config:
             return
         # By itself `load` does not know a device such as DDP's 'cpu:0'
         state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.accelerator.device)
-        self._step, self._buffered_inputs = state["step"], state["buffer"]
+        self._step, self._buffered_inputs = state["step"], self._read_buffer(state["buffer"])
         vars(self._watch).update(state["watch"])
 
     def _buffer_file(self) -> str:

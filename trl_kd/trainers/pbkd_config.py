@@ -8,6 +8,7 @@ from trl import DPOConfig
 from trl_kd.trainers.fields import (
     EOS_TOKEN_METADATA,
     REASONING_METADATA,
+    as_config,
     check_json,
     check_number,
     check_reasoning,
@@ -28,8 +29,10 @@ _OF_PREFERENCE_TERM = (
     *("sync_ref_model", "precompute_ref_log_probs", "preference_nll_target", "confidence_radius"),
 )
 """What nothing but the preference term reads."""
-_WITHOUT_PREFERENCE_TERM = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
-"""What is read only where the preference term is off."""
+
+
+_LEARNING_RATE = 2e-5
+"""That of `SFTConfig`, since the loss is one of that size."""
 
 
 @dataclass
@@ -37,32 +40,32 @@ class PbKDConfig(DPOConfig, ImitationConfig):
     r"""
     Configuration class for the [`PbKDTrainer`].
 
-    It has every parameter of [`~trl.DPOConfig`], with the same defaults, and those below. The loss is
+    It has every parameter of [`~trl.DPOConfig`], with the same defaults but for the learning rate, and those below. The loss
+    is
 
-        L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
+        L(θ, λ) = w · Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|) + λ·L_DPO(θ)
 
-    with w = `imitation_weight` and λ the dual variable of the constraint `L_DPO ≤ L* + ζ` (offline form of
-    [Online Knowledge Distillation with Reward Guidance](https://huggingface.co/papers/2505.18952); derivation in
-    docs/method.md).
+    with sums over the teacher's responses y_i of a global batch, w = `imitation_weight`, and λ the dual variable of the
+    constraint `L_DPO ≤ L* + ζ` (offline form of [Online Knowledge Distillation with Reward
+    Guidance](https://huggingface.co/papers/2505.18952); derivation in docs/method.md). Preferences weigh the teacher's
+    responses with a_i; ā is the mean of the weights.
 
-    With `dual_init=0` and `dual_learning_rate=0` the preference term is off. Then the preferences weigh the teacher's
-    responses, and the loss is
-
-        L(θ) = w · Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|)
-
-    No reference model and no other response is run.
+    By default `dual_init` and `dual_learning_rate` are 0: the preference term is off. Then no reference model and no other
+    response is run.
 
     Unlike in TRL, `bf16` left unset is `False` where the run has no GPU that can do it; a line in the log says so.
 
     Parameters:
+        learning_rate (`float`, *optional*, defaults to `2e-5`):
+            Peak learning rate of AdamW, as in [`~trl.SFTConfig`].
+
         > Parameters of the imitation term
 
         imitation_weight (`float`, *optional*, defaults to `1.0`):
-            w ≥ 0, the weight of the imitation term. `1.0` is the theory's; `0.0` leaves the preference loss alone.
+            w ≥ 0, the weight of the imitation term. `0.0` leaves the preference loss alone.
         imitation (`str`, *optional*, defaults to `"sequence"`):
-            `"sequence"`: negative log-likelihood of the teacher's response, summed over its tokens (black-box).
-            `"token"`: cross-entropy to the teacher's distribution at each of those tokens (white-box: needs the
-            teacher's weights and its vocabulary). Its value is logged as the KL divergence, which has the same gradient.
+            `"sequence"`: ℓ_q of the tokens of the teacher's response (black-box). `"token"`: KL(teacher ‖ student) at each
+            of those tokens (white-box: needs the teacher's weights and its vocabulary).
         teacher_model_name_or_path (`str`, *optional*):
             Teacher, a Hub id or a folder. Only for `imitation="token"`.
         teacher_model_revision (`str`, *optional*):
@@ -70,8 +73,6 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`. `{"load_in_4bit": true}` and the other fields of
             [`~transformers.BitsAndBytesConfig`] load a quantised teacher.
-
-        > Parameters of the imitation term where the preference term is off
 
         imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
             ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a teacher's response that is preferred with the probability
@@ -98,7 +99,7 @@ class PbKDConfig(DPOConfig, ImitationConfig):
 
         > Parameters of the constraint
 
-        dual_init (`float`, *optional*, defaults to `1.0`):
+        dual_init (`float`, *optional*, defaults to `0.0`):
             λ at the start; in [0, `dual_max`]. The preference term is off if this and `dual_learning_rate` are 0.
         dual_learning_rate (`float`, *optional*, defaults to `0.0`):
             η_λ ≥ 0: λ ← clip(λ + η_λ·violation, 0, `dual_max`) after each optimizer step. `0.0` keeps λ fixed. Above
@@ -123,21 +124,25 @@ class PbKDConfig(DPOConfig, ImitationConfig):
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
+    learning_rate: float = field(default=_LEARNING_RATE, metadata={"help": "The initial learning rate for AdamW."})
     imitation_weight: float = field(
         default=1.0,
-        metadata={
-            "help": "Weight w of the imitation term in L = w·β·L_imit + λ·L_DPO, or w·L_imit for λ = 0; at least 0."
-        },
+        metadata={"help": "Weight w of the imitation term in L = w·L_imit + λ·L_DPO; at least 0."},
     )
     imitation: str = field(
         default="sequence",
         metadata={
-            "help": "Imitation term: 'sequence' (log-likelihood of the teacher's response) or 'token' (cross-entropy "
-            "to the teacher's distribution at each token, needs the teacher's weights).",
+            "help": "Imitation term: 'sequence' (loss of the tokens of the teacher's response) or 'token' (KL divergence "
+            "from the teacher's distribution at each of them, needs the teacher's weights).",
             "choices": ["sequence", "token"],
         },
     )
-    dual_init: float = field(default=1.0, metadata={"help": "Dual variable λ at the start; at least 0."})
+    dual_init: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dual variable λ at the start; at least 0. At 0, with dual_learning_rate 0, there is no DPO term."
+        },
+    )
     dual_learning_rate: float = field(
         default=0.0,
         metadata={
@@ -193,13 +198,6 @@ class PbKDConfig(DPOConfig, ImitationConfig):
     def has_preference_term(self) -> bool:
         """Whether the loss has the term λ·L_DPO: λ is above 0, or can come to be."""
         return self.dual_init > 0 or self.dual_learning_rate > 0
-
-    @property
-    def final_imitation_q(self) -> float:
-        """q of ℓ_q after its warm-up."""
-        if self.imitation_q is not None:
-            return self.imitation_q
-        return 0.5 if self.imitation == "sequence" else 0.0
 
     def _check_ranges(self) -> None:
         check_reasoning(self.reasoning)
@@ -277,27 +275,40 @@ class PbKDConfig(DPOConfig, ImitationConfig):
 
     def _check_terms(self) -> None:
         """Refuses fields of a term that is not in the loss."""
-        if self.has_preference_term:
-            for name in _WITHOUT_PREFERENCE_TERM:
-                if is_changed(self, name):
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, which is read only where the preference term is off, and "
-                        f"`dual_init` is {self.dual_init}: set `dual_init=0` (and `dual_learning_rate=0`), or drop `{name}`."
-                    )
-            return
-        for name in _OF_PREFERENCE_TERM:
-            if is_changed(self, name):
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}, which only the preference term reads, and that is off, since "
-                    f"`dual_init` and `dual_learning_rate` are 0: drop `{name}`, or set `dual_init` above 0."
-                )
-        if self.imitation_weight == 0:
+        if self.imitation_weight == 0 and not self.has_preference_term:
             raise ValueError(
                 "`imitation_weight` is 0 and so are `dual_init` and `dual_learning_rate`: the loss has no term. Set one of "
                 "them above 0."
             )
+        self.refuse_without_weight(self.imitation_weight)
+        if not self.has_preference_term:
+            for name in _OF_PREFERENCE_TERM:
+                if is_changed(self, name):
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, which only the preference term reads, and that is off, since "
+                        f"`dual_init` and `dual_learning_rate` are 0: drop `{name}`, or set `dual_init` above 0."
+                    )
         if self.imitation == "token" and self.final_imitation_q > 0:
             raise ValueError(
                 f"`imitation_q` is {self.imitation_q} and `imitation` 'token', whose loss is KL(teacher ‖ student), that of "
                 "q = 0: drop `imitation_q`, or use `imitation='sequence'`."
             )
+
+
+def settle_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
+    """
+    The settings of a run. A plain [`~trl.DPOConfig`] is taken with our defaults. Its learning rate stays, unless it is TRL's
+    own default.
+
+    Args:
+        args (`DPOConfig`, *optional*):
+            A [`PbKDConfig`], or a plain one.
+        model (`str` or `PreTrainedModel`):
+            The student, after which the output folder is named where there are no `args`.
+
+    Raises:
+        `ValueError`: settings of another class, or that do not go together.
+    """
+    plain = isinstance(args, DPOConfig) and not isinstance(args, PbKDConfig)
+    changed = {} if not plain or is_changed(args, "learning_rate") else {"learning_rate": _LEARNING_RATE}
+    return as_config(args, model, PbKDConfig, "PbKD", **changed)

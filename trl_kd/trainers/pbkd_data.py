@@ -35,9 +35,13 @@ logger = get_logger(__name__)
 
 LABEL_COLUMNS = ("preference", "teacher_side")
 _THIRD_REASON = "teacher_finish_reason"
-OUR_COLUMNS = (*LABEL_COLUMNS, *KIND_COLUMNS, *REASON_COLUMNS)
+ADVANTAGE, SHARE, COMPARED = "imitation_advantage", "imitation_share", "imitation_compared"
+"""Columns of a row that `weigh_texts` adds: a(p, ζ) of the teacher's text, null where neither text is the teacher's; which
+share of the text is this row's, 1/k where it stands in k rows; and whether the text was compared with another one."""
+OUR_COLUMNS = (*LABEL_COLUMNS, *KIND_COLUMNS, *REASON_COLUMNS, ADVANTAGE, SHARE, COMPARED)
 """Columns of a row that are read here and unknown to TRL's collators."""
-BATCH_KEYS = (*LABEL_COLUMNS, "own_mask")
+WEIGHT_KEYS = ("advantage", "weight", "compared")
+BATCH_KEYS = (*LABEL_COLUMNS, "own_mask", *WEIGHT_KEYS)
 """What a batch has beside TRL's."""
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
 SIDES: dict[str | None, int] = {None: NO_TEACHER, "chosen": CHOSEN, "rejected": REJECTED}
@@ -75,7 +79,7 @@ class RowCounts:
         """Raises a `ValueError` if there is nothing to learn."""
         if not self.known and not self.teacher:
             raise ValueError(
-                f"The {name} dataset teaches nothing: no row (that `max_length` leaves) has a known `preference` or a text "
+                f"The {name} dataset teaches nothing: no row has a known `preference` or a text "
                 "of the teacher's. Say who wrote what in `teacher_side`, or what is preferred in `preference`."
             )
 
@@ -358,6 +362,14 @@ def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: st
         )
 
 
+def imitation_weights(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What the imitation term needs to know of each example of a batch, by [`WEIGHT_KEYS`]."""
+    advantage_B = torch.tensor([example[ADVANTAGE] or 0.0 for example in examples], dtype=torch.float32)
+    share_B = torch.tensor([example[SHARE] for example in examples], dtype=torch.float32)
+    compared_B = torch.tensor([example[COMPARED] for example in examples], dtype=torch.bool)
+    return dict(zip(WEIGHT_KEYS, (advantage_B, advantage_B * share_B, compared_B), strict=True))
+
+
 @dataclass
 class PbKDCollator:
     """
@@ -365,6 +377,9 @@ class PbKDCollator:
 
     - `preference`, `[B]`, float32, NaN where unknown;
     - `teacher_side`, `[B]`, int64, see `trl_kd.losses.imitation`;
+    - `advantage`, `[B]`, float32, a(p, ζ) of the teacher's text, 0 where there is none;
+    - `weight`, `[B]`, float32, the row's weight in the imitation term, a/k of a text in k rows;
+    - `compared`, `[B]`, bool, whether the text was compared with another one;
     - `own_mask`, `[2B, T]`, the model's own tokens among those of `completion_mask`, where there are others.
 
     End tokens behind answers that were cut off are taken out of `completion_mask`.
@@ -381,11 +396,13 @@ class PbKDCollator:
         # Read first: the inner collator may change its examples, and need not know these columns
         preferences = [example.get("preference", 1.0) for example in examples]
         sides = [example.get("teacher_side", "chosen") for example in examples]
+        weights = imitation_weights(examples)
         kinds = [self._kinds(example) for example in examples]
         rest = [self._theirs(example) for example in examples]
         batch = self.inner(rest)
         batch["preference"] = torch.tensor([math.nan if p is None else p for p in preferences], dtype=torch.float32)
         batch["teacher_side"] = torch.tensor([SIDES[side] for side in sides])
+        batch.update(weights)
         if any(of_side is not None for both in kinds for of_side in both):
             self._apply(batch, [chosen for chosen, _ in kinds] + [rejected for _, rejected in kinds])
         return batch

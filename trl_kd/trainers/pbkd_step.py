@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 
+from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -26,14 +27,9 @@ class GlobalBatch:
     micro_batches: int
     sums: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
-    @staticmethod
-    def of_micro_batch(batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
+    @classmethod
+    def of_micro_batch(cls, batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
         """The counts of one micro-batch, by field."""
-        raise NotImplementedError
-
-    @property
-    def is_uneven(self) -> bool:
-        """Whether a mean over all of its rows is not the loss."""
         raise NotImplementedError
 
     @classmethod
@@ -69,26 +65,52 @@ class GlobalBatch:
 
 
 @dataclass
-class Window(GlobalBatch):
-    """A global batch of pairs: all `rows`, those with a text of the `teacher`, and those with a `known` preference."""
+class ImitationWindow(GlobalBatch):
+    """A global batch of the teacher's texts: rows with a weight above 0 are `used`, those whose text was `compared` with
+    another; and `tokens` of all texts, `used_tokens` of the used ones."""
 
-    rows: int
-    teacher: int
-    known: int
+    used: int
+    compared: int
+    tokens: int
+    used_tokens: int
+
+    @classmethod
+    def of_micro_batch(cls, batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
+        used_B, tokens_B = batch["advantage"] > 0, cls.imitated(batch).sum(1)
+        return {
+            "used": used_B.sum(),
+            "compared": batch["compared"].sum(),
+            "tokens": tokens_B.sum(),
+            "used_tokens": (tokens_B * used_B).sum(),
+        }
 
     @staticmethod
-    def of_micro_batch(batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
-        preference_B, side_B = batch["preference"], batch["teacher_side"]
-        return {"rows": len(side_B), "teacher": (side_B != 0).sum(), "known": (~preference_B.isnan()).sum()}
+    def imitated(batch: Mapping[str, Any]) -> torch.Tensor:
+        """The teacher's own tokens, `[B, T−1]`, from the second token on."""
+        return batch["labels"][:, 1:] != -100
+
+
+@dataclass
+class Window(ImitationWindow):
+    """A global batch of pairs: besides, all of its `rows`, and those with a `known` preference."""
+
+    rows: int
+    known: int
+
+    @classmethod
+    def of_micro_batch(cls, batch: Mapping[str, Any]) -> dict[str, torch.Tensor | int]:
+        preference_B = batch["preference"]
+        return super().of_micro_batch(batch) | {"rows": len(preference_B), "known": (~preference_B.isnan()).sum()}
+
+    @staticmethod
+    def imitated(batch: Mapping[str, Any]) -> torch.Tensor:
+        side_B, own_2BT = batch["teacher_side"], batch.get("own_mask", batch["completion_mask"])[:, 1:]
+        return teacher_rows(own_2BT.bool(), side_B) & (side_B != NO_TEACHER).unsqueeze(1)
 
     @property
     def null(self) -> int:
         """Rows without a known preference, on any rank."""
         return self.rows - self.known
-
-    @property
-    def is_uneven(self) -> bool:
-        return self.null > 0 or self.teacher < self.rows
 
 
 class CapturingForward:
@@ -103,10 +125,10 @@ class CapturingForward:
             The student, as wrapped for training.
         teacher (`Teacher`, *optional*):
             For token-level imitation.
-        side_B, known_B (`torch.Tensor` of shape `[B]`):
-            Who wrote what; whether the preference is known.
-        own_2BT (`torch.Tensor` of shape `[2B, T−1]`):
-            One for each of the model's own tokens in the responses, which are imitated.
+        side_B, weight_B, known_B (`torch.Tensor` of shape `[B]`):
+            Who wrote what; the weight of the teacher's text; whether the preference is known.
+        imitated_BT (`torch.Tensor` of shape `[B, T−1]`):
+            The teacher's own tokens, which are imitated.
         detach (`bool`):
             Whether any rank's window has rows without a known preference.
 
@@ -116,7 +138,7 @@ class CapturingForward:
         logps_2BT (`torch.Tensor` of shape `[2B, T−1]`):
             Log-probability of each token, with its gradient, zero outside the responses.
         divergence (`torch.Tensor`, *optional*):
-            Σ KL(teacher ‖ student) over the teacher's own tokens, nats.
+            Σ of weight × KL(teacher ‖ student) over the teacher's own tokens, nats.
     """
 
     def __init__(
@@ -124,12 +146,13 @@ class CapturingForward:
         model: Any,
         teacher: Teacher | None,
         side_B: torch.Tensor,
+        weight_B: torch.Tensor,
         known_B: torch.Tensor,
-        own_2BT: torch.Tensor,
+        imitated_BT: torch.Tensor,
         detach: bool,
     ):
         self.model, self.teacher, self.detach = model, teacher, detach
-        self.side_B, self.known_B, self.own_2BT = side_B, known_B, own_2BT
+        self.side_B, self.weight_B, self.known_B, self.imitated_BT = side_B, weight_B, known_B, imitated_BT
         self.output: Any = None
         self.logps_2BT: torch.Tensor = None  # type: ignore[assignment]
         self.divergence: torch.Tensor | None = None
@@ -140,7 +163,13 @@ class CapturingForward:
         if self.teacher is None:
             output = self.model(**kwargs)
         else:
-            output, self.divergence = self.teacher.student_forward(self.model, self.side_B, self.own_2BT, **kwargs)
+            output, self.divergence = self.teacher.student_forward(
+                self.model,
+                self.imitated_BT,
+                self.weight_B,
+                choose=lambda values_2B: teacher_rows(values_2B, self.side_B),
+                **kwargs,
+            )
         # Prompt learning puts virtual tokens in front
         self.logps_2BT = output.log_probs[:, 1 - kwargs["input_ids"].size(1) :]
         if self.detach:

@@ -26,14 +26,16 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling.loading import keep_gradients
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints, make_dual
-from trl_kd.trainers.fields import as_config, settle_end_token
+from trl_kd.trainers.fields import settle_end_token
 from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.imitation_config import imitation_radius
 from trl_kd.trainers.imitation_step import ImitationStep, NoReference
-from trl_kd.trainers.imitation_texts import ADVANTAGE, TEXT_COLUMNS, TextCounts, tokenize_texts, weigh_texts
+from trl_kd.trainers.imitation_term import ImitationTerm
+from trl_kd.trainers.imitation_texts import TEXT_COLUMNS, TextCounts, mean_advantage, tokenize_texts, weigh_texts
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_data import (
+    ADVANTAGE,
     OUR_COLUMNS,
     PbKDCollator,
     RowCounts,
@@ -59,17 +61,19 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class PbKDTrainer(ImitationStep, PreferenceStep, DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer):
+class PbKDTrainer(
+    ImitationStep, PreferenceStep, ImitationTerm, DualCheckpoints, FusedStudent, FiniteTraining, DPOTrainer
+):
     """
     Trainer for offline preference-based knowledge distillation, from [Online Knowledge Distillation with Reward
-    Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses under the
-    constraint that its implicit reward explains the preferences,
+    Guidance](https://huggingface.co/papers/2505.18952): the student imitates the teacher's responses, each weighed with how
+    much better it may be than the student's, as far as preferences tell,
 
-        L(θ, λ) = w·β·L_imit(θ) + λ·L_DPO(θ)
+        L(θ, λ) = w·L_imit(θ) + λ·L_DPO(θ)
 
-    It takes what [`~trl.DPOTrainer`] takes, and does what it does: with `imitation_weight=0` and `dual_init=1` it *is* DPO.
-    With `dual_init=0` and `dual_learning_rate=0` the preference term is off: the preferences weigh the teacher's responses,
-    and a step costs what one of [`~trl.SFTTrainer`] costs.
+    By default λ = 0: the preference term is off, and a step costs what one of [`~trl.SFTTrainer`] costs. With `dual_init`
+    above 0 the implicit reward has to explain the preferences, too. With `imitation_weight=0` and `dual_init=1` it *is*
+    [`~trl.DPOTrainer`], whose arguments it takes.
 
     Example:
 
@@ -98,7 +102,7 @@ optimizers, quantization_config, peft_config:
         row_counts (`dict[str, RowCounts]`):
             Statistics of each dataset that is not a stream.
         text_counts (`dict[str, TextCounts]`):
-            How many of its rows teach, where the preference term is off.
+            How many of its rows are imitated.
         card_results (`dict[str, float | str]`):
             Results to show in the model card; fill it before `create_model_card`.
         card_teacher (`str`, *optional*):
@@ -140,7 +144,7 @@ optimizers, quantization_config, peft_config:
         *,
         teacher_model: str | PreTrainedModel | None = None,
     ):
-        args = as_config(args, model, PbKDConfig, "PbKD")
+        args = settle_config(args, model)
         self.imitates_alone = not args.has_preference_term
         self.row_counts: dict[str, RowCounts] = {}
         self.text_counts: dict[str, TextCounts] = {}
@@ -167,15 +171,18 @@ optimizers, quantization_config, peft_config:
             set_end_token(self._tokenizer, args.eos_token)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer, model)
-            if self.imitates_alone:
-                self.imitation_radius = imitation_radius(args, self._count_known())
+            self.imitation_radius = imitation_radius(args, self._count_known())
             train_dataset = self._tokenize_rows(train_dataset, processing_class, args, "train")
             eval_dataset = each_dataset(
                 eval_dataset, lambda dataset, name: self._tokenize_rows(dataset, processing_class, args, name)
             )
+            self.mean_advantage = mean_advantage(train_dataset, args, self._reader)
             if self.imitates_alone:
-                self._settle_imitation(train_dataset)
                 data_collator = self._imitation_collator(processing_class, args)
+                logger.info(
+                    "The preference term is off (`dual_init` = `dual_learning_rate` = 0): no reference model is loaded, and "
+                    "`rewards/*` and `pbkd/preference_nll` are not logged."
+                )
         self.dual = self._make_dual(args)
 
         super().__init__(
@@ -230,10 +237,9 @@ optimizers, quantization_config, peft_config:
 
     def _tokenize_rows(self, dataset, processing_class, args, name, count=True):
         training = count and name == "train"
-        if self.imitates_alone:
-            dataset, texts = weigh_texts(dataset, name, args, self.imitation_radius, training=training)
-            if count and texts is not None:
-                self.text_counts[name] = texts
+        dataset, texts = weigh_texts(dataset, name, args, self.imitation_radius, training=training)
+        if count and texts is not None:
+            self.text_counts[name] = texts
         if has_images(next(iter(dataset))):  # tokenized batch by batch, in the collator
             self._reader = PairReader(processing_class, args, name)
             return self._reader.look(dataset)
@@ -243,13 +249,12 @@ optimizers, quantization_config, peft_config:
         dataset = tokenize_rows(dataset, processing_class, args, name)
         counts = self.row_counts.get(name) if count else None
         if counts is not None and counts.rows > len(dataset):  # `max_length` has taken some
-            self.row_counts[name] = counts = RowCounts.of_labels(dataset, counts.empty)
-            counts.check(name)
+            self.row_counts[name] = RowCounts.of_labels(dataset, counts.empty)
         return dataset
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         first: dict[str, Any] = next(iter(dataset), {})
-        if (ADVANTAGE if self.imitates_alone else "prompt_ids") in first:
+        if ADVANTAGE in first:
             return dataset  # prepared in `__init__`, and asked for again by `DPOTrainer`
         dataset = self._read_rows(dataset, args, dataset_name, count=False)  # given to `evaluate`
         return self._tokenize_rows(dataset, processing_class, args, dataset_name, count=False)
@@ -309,8 +314,7 @@ optimizers, quantization_config, peft_config:
             whole = type(windows[0]).joined(windows)
             self._log_window(whole)
             # A mean over all rows, which `Trainer` takes, weighs batches by their rows, not by what counts of them
-            if whole.is_uneven:
-                output.metrics[f"{metric_key_prefix}_loss"] = self._mean_loss(whole, whole.reduce(self.accelerator))
+            output.metrics[f"{metric_key_prefix}_loss"] = self._mean_loss(whole, whole.reduce(self.accelerator))
         return output
 
 

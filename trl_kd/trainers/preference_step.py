@@ -1,4 +1,4 @@
-"""One micro-batch of pairs, as a loss with the preference term: L = w·β·L_imit + λ·L_DPO.
+"""One micro-batch of pairs, as a loss with the preference term: L = w·L_imit + λ·L_DPO.
 
 It goes forward once, through `DPOTrainer`'s own loss, and what that forward computed is reused for our terms.
 """
@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from trl_kd.losses.dual import DualVariable
-from trl_kd.losses.imitation import sequence_imitation
+from trl_kd.losses.imitation import teacher_rows
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
 from trl_kd.sampling.loading import keep_gradients
-from trl_kd.trainers.pbkd_data import BATCH_KEYS, check_labels
+from trl_kd.trainers.pbkd_data import BATCH_KEYS, WEIGHT_KEYS, check_labels
 from trl_kd.trainers.pbkd_step import CapturingForward, Window, null_rows_total
 from trl_kd.trainers.teacher import Teacher
 
 
 class PreferenceStep:
-    """Mixin before `DPOTrainer`: the loss of a micro-batch, and what is logged of a global batch."""
+    """Mixin before [`~trl_kd.trainers.imitation_term.ImitationTerm`] and `DPOTrainer`: the loss of a micro-batch, and what
+    is logged of a global batch."""
 
     args: Any
     model: Any
@@ -41,6 +42,11 @@ class PreferenceStep:
     _window: Any
     _evaluation: list[Any] | None
     _extend_collator: Any
+    _imitation: Any
+    _imitation_scale: Any
+    _count_imitation: Any
+    _mean_imitation: Any
+    _log_imitation: Any
 
     def _window_over(self, batches):
         return Window.over(batches, self.accelerator)
@@ -63,36 +69,41 @@ class PreferenceStep:
     def _compute_loss(self, model, inputs, return_outputs):
         window = self._window_of(inputs)
         inputs = dict(inputs)  # the labels must not reach the model's forward
+        imitated_BT = window.imitated(inputs)
         preference_B, side_B = inputs.pop("preference"), inputs.pop("teacher_side")
-        own_2BT = inputs.pop("own_mask", inputs["completion_mask"])[:, 1:]
+        advantage_B, weight_B, compared_B = (inputs.pop(name) for name in WEIGHT_KEYS)
+        inputs.pop("own_mask", None)
         known_B, preference_B = ~preference_B.isnan(), preference_B.nan_to_num(1.0)
         if self._streams:
             check_labels(self.args, soft=bool((preference_B != 1).any()), null=window.null > 0, name="streamed")
 
         reference, reference_2BT = self._reference_logps(inputs)
         inputs |= reference
-        forward = CapturingForward(model, self.teacher, side_B, known_B, own_2BT, detach=window.null > 0)
+        forward = CapturingForward(model, self.teacher, side_B, weight_B, known_B, imitated_BT, detach=window.null > 0)
         loss, outputs = self._trl_loss(forward, inputs, return_outputs)
 
         mask_2BT = inputs["completion_mask"][:, 1:]
         margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
         preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
-        logps_2B, own_2B = forward.logps_2BT.sum(1), (forward.logps_2BT * own_2BT).sum(1)
-        imitation = sequence_imitation(own_2B, side_B).sum() if self.teacher is None else forward.divergence
+        theirs_BT = teacher_rows(forward.logps_2BT, side_B).float() * imitated_BT
+        if self.teacher is None:
+            tokens_BT = teacher_rows(inputs["input_ids"][:, 1:], side_B)
+            imitation = self._imitation(theirs_BT, tokens_BT, weight_B)
+        else:
+            imitation = forward.divergence
         auxiliary = self._auxiliary_loss(forward.output)
-        weight = self.args.imitation_weight * self.beta
-        loss = self.dual.value * preference_loss + auxiliary + weight * window.mean(imitation, window.teacher)
+        share = window.mean(imitation, self._imitation_scale(window))
+        loss = self.dual.value * preference_loss + auxiliary + self.args.imitation_weight * share
 
         if self.ld_alpha is not None and reference_2BT is not None:  # the constraint is on the unweighted log-ratios
             with torch.no_grad():
                 plain = reference_2BT.sum(1).chunk(2)
-                margin_B = self._margin(logps_2B.chunk(2), plain)
+                margin_B = self._margin(forward.logps_2BT.sum(1).chunk(2), plain)
         excess_B = bradley_terry_nll(margin_B.detach(), preference_B) - label_entropy(preference_B)
+        self._count_imitation(window, imitation, theirs_BT, advantage_B, compared_B)
         window.add(
             preference=preference_loss * (window.known / window.micro_batches),
             auxiliary=torch.as_tensor(auxiliary, device=loss.device),
-            imitation=imitation,
-            teacher_logps=-sequence_imitation(own_2B.detach(), side_B).sum(),
             preference_nll=(excess_B * known_B).sum(),
         )
         self._keep_window(window)
@@ -191,9 +202,8 @@ class PreferenceStep:
     def _mean_loss(self, window: Window, sums: dict[str, float]) -> float:
         """The loss of a whole window."""
         preference = sums["preference"] / max(window.known, 1)
-        imitation = sums["imitation"] / max(window.teacher, 1)
         auxiliary = sums["auxiliary"] / window.micro_batches
-        return self.dual.value * preference + auxiliary + self.args.imitation_weight * self.beta * imitation
+        return self.dual.value * preference + auxiliary + self._mean_imitation(window, sums)
 
     def _log_window(self, window: Window) -> float | None:
         """Records our metrics of a global batch; returns the constraint's violation, if a preference is known."""
@@ -203,9 +213,7 @@ class PreferenceStep:
         metrics["pbkd/known_preferences"].append(float(window.known))
         slack = self.dual.target + self.dual.radius
         metrics["pbkd/lagrangian"].append(self._mean_loss(window, sums) - self.dual.value * slack)
-        if window.teacher:
-            metrics["pbkd/imitation"].append(sums["imitation"] / window.teacher)
-            metrics["pbkd/teacher_logps"].append(sums["teacher_logps"] / window.teacher)
+        self._log_imitation(window, sums)
         if not window.known:
             return None
         nll = sums["preference_nll"] / window.known

@@ -25,9 +25,8 @@ from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
-from trl_kd.trainers.fields import as_config
 from trl_kd.trainers.model_card import add_rounds_section, public_name
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
@@ -155,7 +154,7 @@ class PbKDRounds:
         **pairs_options: Any,
     ):
         self.model = model
-        self.args = as_config(args, model, PbKDConfig, "PbKD")
+        self.args = settle_config(args, model)
         self.prompts = prompts
         self.preference = preference
         self.rounds = rounds

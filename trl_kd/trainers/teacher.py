@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.losses.heads import Head
-from trl_kd.losses.imitation import NO_TEACHER, teacher_rows
 from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
@@ -249,7 +248,12 @@ class Teacher:
             return self._redirect(self.model, unwrapped, forward, input_ids=input_ids, attention_mask=attention_mask)
 
     def student_forward(
-        self, model: Any, side_B: torch.Tensor, own_2BT: torch.Tensor, **kwargs
+        self,
+        model: Any,
+        imitated_BT: torch.Tensor,
+        weight_B: torch.Tensor,
+        choose: Callable[[torch.Tensor], torch.Tensor] = lambda values_B: values_B,
+        **kwargs: Any,
     ) -> tuple[Any, torch.Tensor]:
         """
         The student's forward, with the imitation term made inside it: a wrapped student (DDP, FSDP, DeepSpeed) allows one
@@ -258,47 +262,21 @@ class Teacher:
         Args:
             model (`torch.nn.Module`):
                 The student as wrapped for training.
-            side_B (`torch.Tensor` of shape `[B]`):
-                Who wrote what, see `trl_kd.losses.imitation`.
-            own_2BT (`torch.Tensor` of shape `[2B, T−1]`):
-                One for each of the model's own tokens in the responses, from the second token on.
-            **kwargs:
-                What `DPOTrainer` gives the student: `input_ids`, `attention_mask`, `labels` of shape `[2B, T]`.
-
-        Returns:
-            The student's output, and Σ over rows and tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)) on the teacher's own tokens, in
-            nats. Its gradient is that of the cross-entropy −⟨μ, log π_θ⟩.
-        """
-        mask_BT = teacher_rows(own_2BT.bool(), side_B) & (side_B != NO_TEACHER).unsqueeze(1)
-        return self._student_forward(model, lambda values_2B: teacher_rows(values_2B, side_B), mask_BT, None, kwargs)
-
-    def weighted_forward(self, model: Any, weight_B: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
-        """
-        As [`student_forward`], on B texts of the teacher's, each with a weight.
-
-        Args:
-            model (`torch.nn.Module`):
-                The student as wrapped for training.
+            imitated_BT (`torch.Tensor` of shape `[B, T−1]`):
+                The teacher's own tokens in its texts, from the second token on.
             weight_B (`torch.Tensor` of shape `[B]`):
-                The weights.
+                Weight of each text.
+            choose (`Callable`, *optional*):
+                Takes the rows of the teacher's texts, `[B, ...]`, out of those that the student is given. By default they
+                are the same.
             **kwargs:
-                What the student is given: `input_ids`, `attention_mask`, `labels` of shape `[B, T]`.
+                What the student is given: `input_ids`, `attention_mask` and `labels`, of T tokens a row.
 
         Returns:
-            The student's output, and Σ over rows of weight × Σ over tokens with a label of KL(μ(·|s_t) ‖ π_θ(·|s_t)), nats.
+            The student's output, and Σ over texts of weight × Σ over tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)), nats. Its gradient
+            is that of the cross-entropy −⟨μ, log π_θ⟩.
         """
-        mask_BT = kwargs["labels"][:, 1:] != -100
-        weight_N = weight_B.unsqueeze(1).expand_as(mask_BT)[mask_BT]
-        return self._student_forward(model, lambda values_B: values_B, mask_BT, weight_N, kwargs)
-
-    def _student_forward(
-        self,
-        model: Any,
-        choose: Callable[[torch.Tensor], torch.Tensor],
-        mask_BT: torch.Tensor,
-        weight_N: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, torch.Tensor]:
+        weight_N = weight_B.unsqueeze(1).expand_as(imitated_BT)[imitated_BT]
         length = kwargs["input_ids"].size(1)
         teacher_BTH = self.hidden_states(choose(kwargs["input_ids"]), choose(kwargs["attention_mask"]))[:, :-1]
         student = self._accelerator.unwrap_model(model)
@@ -314,7 +292,7 @@ class Teacher:
                 hook.remove()
             # Prompt learning puts virtual tokens in front
             student_BTH = choose(captured[0][:, -length:][:, :-1])
-            divergence = self._divergence(student, student_BTH[mask_BT], teacher_BTH[mask_BT], weight_N)
+            divergence = self._divergence(student, student_BTH[imitated_BT], teacher_BTH[imitated_BT], weight_N)
             # A tuple: DDP rebuilds a dataclass from its own fields
             return tuple(output.keys()), tuple(output.values()), divergence
 
@@ -322,41 +300,17 @@ class Teacher:
         return _trl.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
 
     def _divergence(
-        self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor, weight_N: torch.Tensor | None
+        self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor, weight_N: torch.Tensor
     ) -> torch.Tensor:
         teacher = self._accelerator.unwrap_model(self.model)
-        if self.own is not None or weight_N is not None:
-            # TRL's loss takes hidden states and a matrix, and has one weight for all tokens
-            with self._accelerator.autocast():
-                theirs = self.head(teacher_NH)
-            ours = output_head(student, student_NH)
-            layers = [p for m in (student, teacher) for p in m.get_output_embeddings().parameters()]
-            matched = moment_matching(
-                ours, theirs, beta=0.0, vocab_size=self.shared_tokens, gather=lambda: whole(layers)
-            )
-            return matched.divergence_N.sum() if weight_N is None else (weight_N * matched.divergence_N).sum()
-        settings: dict[str, Any] = {}
-        for who, model in (("student", student), ("teacher", teacher)):
-            head = model.get_output_embeddings()
-            settings[f"{who}_lm_head_weight"] = self._shared(head.weight)
-            settings[f"{who}_lm_head_bias"] = None if head.bias is None else self._shared(head.bias)
-            settings[f"{who}_logit_scale"] = _trl.logit_scale(model.config)
-            settings[f"{who}_final_logit_softcapping"] = getattr(
-                model.config.get_text_config(), "final_logit_softcapping", None
-            )
-        device = settings["student_lm_head_weight"].device
-        total, _, _ = _trl.chunked_divergence_loss(
-            student_hidden_states=student_NH.to(device).unsqueeze(0),
-            teacher_hidden_states=teacher_NH.to(device).unsqueeze(0),
-            completion_mask=torch.ones(1, len(student_NH), device=device),
-            beta=0.0,  # KL(teacher ‖ student)
-            num_items_in_batch=1,  # the sum
-            **settings,
+        with self._accelerator.autocast():
+            theirs = self.head(teacher_NH)
+        layers = [p for m in (student, teacher) for p in m.get_output_embeddings().parameters()]
+        matched = moment_matching(
+            output_head(student, student_NH),
+            theirs,
+            beta=0.0,
+            vocab_size=self.shared_tokens,
+            gather=lambda: whole(layers),
         )
-        return total
-
-    def _shared(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.shared_tokens is None:
-            return weight
-        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        return whole[: self.shared_tokens]
+        return (weight_N * matched.divergence_N).sum()

@@ -1,0 +1,158 @@
+"""The imitation term of `PbKDTrainer`, with and without the preference term: its loss, its metrics, and what of it is saved.
+
+L_imit = Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|)
+"""
+
+import json
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+
+from trl_kd.losses.imitation import imitation_losses
+from trl_kd.trainers.dual_checkpoints import DUAL_FILE
+from trl_kd.trainers.imitation_schedule import ImitationSchedule
+from trl_kd.trainers.pbkd_step import ImitationWindow
+
+
+logger = get_logger(__name__)
+
+IMITATION_FILE = "pbkd_imitation.json"
+FIRST_STEPS = 10
+"""Training steps over which it is looked at how much of the gradient ℓ_q leaves."""
+LITTLE_LEFT = 0.1
+"""Mean of π^q below which it is said that the student hardly learns."""
+
+
+class ImitationTerm(ImitationSchedule):
+    """
+    Mixin before `DPOTrainer`.
+
+    Attributes:
+        imitates_alone (`bool`):
+            Whether the preference term is off. Settled at construction.
+        mean_advantage (`float`):
+            ā. It is saved in checkpoints.
+        imitation_radius (`float`):
+            ζ of a(p, ζ), nats per pair.
+    """
+
+    accelerator: Any
+    _metrics: dict[str, defaultdict[str, list[float]]]
+
+    imitates_alone = False
+    mean_advantage = 1.0
+    imitation_radius = 0.0
+    _left: list[float]
+    """Mean of π^q in each of the first steps."""
+
+    # ---- The loss --------------------------------------------------------------------------------------------------
+
+    def _imitation(self, logps_BT: torch.Tensor, tokens_BT: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
+        """Σ weight × Σ_t ℓ_q over texts `[B]`, of whose tokens those that are not imitated have a log-probability of 0."""
+        losses_BT = imitation_losses(logps_BT, self._is_end(tokens_BT), self.imitation_q)
+        return (weight_B * losses_BT.sum(1)).sum()
+
+    def _count_imitation(
+        self,
+        window: ImitationWindow,
+        imitation: torch.Tensor,
+        logps_BT: torch.Tensor,
+        advantage_B: torch.Tensor,
+        compared_B: torch.Tensor,
+    ) -> None:
+        """Adds what is logged of a micro-batch. Arguments as in `_imitation`."""
+        logps_BT, used_B1 = logps_BT.detach(), (advantage_B > 0).unsqueeze(1)
+        lost_BT = -torch.expm1(self.imitation_q * logps_BT)  # 1 − π^q, and 0 where nothing is imitated
+        window.add(
+            imitation=imitation,
+            nll=-logps_BT.sum(),
+            lost=(lost_BT * used_B1).sum(),
+            advantage=(advantage_B * compared_B).sum(),
+        )
+
+    # ---- A global batch --------------------------------------------------------------------------------------------
+
+    def _imitation_scale(self, window: ImitationWindow) -> float:
+        """What the sum over the global batch is divided by."""
+        return window.used_tokens * self.mean_advantage
+
+    def _mean_imitation(self, window: ImitationWindow, sums: dict[str, float]) -> float:
+        """w·L_imit of a whole window."""
+        return self.args.imitation_weight * sums["imitation"] / (self._imitation_scale(window) or 1)
+
+    def _log_imitation(self, window: ImitationWindow, sums: dict[str, float]) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["pbkd/rows_used"].append(float(window.used))
+        metrics["pbkd/q"].append(self.imitation_q)
+        if window.tokens:
+            metrics["pbkd/teacher_nll"].append(sums["nll"] / window.tokens)
+        if window.compared:
+            metrics["pbkd/advantage"].append(sums["advantage"] / window.compared)
+        if window.used_tokens:
+            metrics["pbkd/imitation"].append(sums["imitation"] / self._imitation_scale(window))
+            if self.model.training:
+                self._look_at_gradient(1 - sums["lost"] / window.used_tokens)
+
+    def _look_at_gradient(self, left: float) -> None:
+        """Says so if the gradient of ℓ_q, which is π^q times that of −log π, is next to nothing over the first steps."""
+        self._left = [*getattr(self, "_left", []), left][: FIRST_STEPS + 1]
+        if len(self._left) == FIRST_STEPS and sum(self._left) / FIRST_STEPS < LITTLE_LEFT:
+            logger.warning(
+                f"Over the first {FIRST_STEPS} steps the mean of π^q is {sum(self._left) / FIRST_STEPS:.2g} with q = "
+                f"{self.imitation_q:g}: the student finds the teacher's tokens so unlikely that it hardly learns them. "
+                "Raise `imitation_q_warmup`, or lower `imitation_q`."
+            )
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def _imitation_state(self) -> dict[str, float]:
+        return {
+            "mean_advantage": self.mean_advantage,
+            "imitation_radius": self.imitation_radius,
+            "imitation_q": self.args.final_imitation_q,
+            "imitation_q_warmup": self.args.imitation_q_warmup,
+        }
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            state = self._imitation_state() | {"alone": self.imitates_alone}
+            with open(os.path.join(output_dir, IMITATION_FILE), "w", encoding="utf-8") as file:
+                json.dump(state, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        saved = _read_json(checkpoint, IMITATION_FILE)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint, saved)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if saved is None:
+            return
+        for name, now in self._imitation_state().items():
+            if saved[name] != now and name != "mean_advantage":
+                logger.warning(f"`{name}` was {saved[name]} in the checkpoint and is now {now}.")
+        self.mean_advantage = saved["mean_advantage"]
+
+    def _check_checkpoint(self, checkpoint: str, saved: dict[str, Any] | None) -> None:
+        """Raises a `ValueError` for a checkpoint of the other loss."""
+        dual = (_read_json(checkpoint, DUAL_FILE) or {}).get("value", 0.0)
+        if self.imitates_alone and dual > 0:
+            raise ValueError(
+                f"The checkpoint {checkpoint!r} was saved with the preference term, λ = {dual}, and that is off in this "
+                "run, since `dual_init` and `dual_learning_rate` are 0: give them as they were, or begin anew."
+            )
+        if not self.imitates_alone and saved is not None and saved.get("alone", True):
+            raise ValueError(
+                f"The checkpoint {checkpoint!r} was saved without the preference term, and this run has it, with "
+                f"`dual_init` = {self.args.dual_init}: set `dual_init=0` and `dual_learning_rate=0`, or begin anew."
+            )
+
+
+def _read_json(folder: str | None, name: str) -> dict[str, Any] | None:
+    path = None if folder is None else os.path.join(folder, name)
+    if path is None or not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
