@@ -31,7 +31,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from white_box_tasks import spread
 
-from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds
+from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds, PbKDTrainer
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
@@ -60,13 +60,20 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, se
     "rloo": ("RLOO on the true reward (ceiling)", {"adversary": "off", "beta": 0.01} | NO_IMITATION),
     "rloo_imitation": ("RLOO on the true reward, imitation", {"adversary": "off", "beta": 0.01}),
 }
-METHODS = {
-    "pbkd": "PbKD, offline",
-    "pbkd_6": "PbKD, offline, six answers of the start to each prompt",
-    "rounds": "PbKD in rounds, pairs accumulate",
-    "rounds_newest": "PbKD in rounds, newest pairs",
-    **{name: seen for name, (seen, _) in ONLINE.items()},
+WITHOUT_PREFERENCES = {"dual_init": 0.0}
+GATED = WITHOUT_PREFERENCES | {"student_wins": "gated"}
+IMPLICIT: dict[str, tuple[str, dict[str, Any]]] = {  # settings of the training, and of rounds
+    "pbkd": ("PbKD, offline", WITHOUT_PREFERENCES),
+    "pbkd_6": ("PbKD, offline, six answers of the start to each prompt", WITHOUT_PREFERENCES),
+    "pbkd_6_gated": ("PbKD, offline, six answers, the student's wins too", GATED),
+    "rounds": ("PbKD in rounds, pairs accumulate", WITHOUT_PREFERENCES),
+    "rounds_gated": ("PbKD in rounds, pairs accumulate, the student's wins too", GATED),
+    "rounds_fresh": ("PbKD in rounds, a fresh optimizer in each", WITHOUT_PREFERENCES | {"optimizer": "fresh"}),
+    "rounds_newest": ("PbKD in rounds, newest pairs", WITHOUT_PREFERENCES | {"accumulate": False}),
 }
+READ = ("prompt", "chosen", "rejected", "preference", "teacher_side", "student_count")
+OF_ROUNDS = ("optimizer", "accumulate")
+METHODS = {name: seen for name, (seen, _) in (IMPLICIT | ONLINE).items()}
 LEADS = {"pbkd": "offline PbKD", "rounds": "rounds", "rloo": "RLOO"}
 OF_ONLINE = {  # found on validation questions of another seed
     "per_device_train_batch_size": 64,  # answers: as many as 32 pairs have
@@ -116,8 +123,10 @@ class OnlineCell(Cell):
         return load_pairs(folder).to_list()
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
-        if method == "pbkd_6":
-            return super().recipe("pbkd", self.more_pairs())
+        if method in IMPLICIT:
+            pairs = self.more_pairs() if method.startswith("pbkd_6") else rows[: self.prompts]
+            data = Dataset.from_list([{name: pair.get(name) for name in READ} for pair in pairs])
+            return Recipe(PbKDTrainer, PbKDConfig, data, {"max_length": 128} | IMPLICIT[method][1], {})
         if method not in (*ONLINE, "reward_model"):
             return super().recipe(method, rows[: self.prompts])
         own = WARM_UP if method == "reward_model" else ONLINE[method][1]
@@ -141,7 +150,7 @@ class OnlineCell(Cell):
 
     def distil(self, method: str, folder: Path) -> dict[str, Any]:
         if method.startswith("rounds"):
-            return self._rounds(folder, accumulate=method == "rounds")
+            return self._rounds(folder, IMPLICIT[method][1])
         try:
             trainer = self.trainer(method, folder)
             trainer.remove_callback(PrinterCallback)
@@ -150,7 +159,7 @@ class OnlineCell(Cell):
             return {"failed": str(failed)}
         tested = self._test(trainer.model, trainer.processing_class)
         learner = getattr(trainer, "learner", None)
-        pairs = {"pbkd": self.prompts, "pbkd_6": ROUNDS * self.prompts}.get(method)
+        pairs = ROUNDS * self.prompts if method.startswith("pbkd_6") else self.prompts if method in IMPLICIT else None
         tested |= {"pairs": pairs if learner is None else len(learner.pool)}
         return tested | {"steps": trainer.state.global_step, "log": trainer.state.log_history}
 
@@ -165,7 +174,7 @@ class OnlineCell(Cell):
         trainer.save_model(str(folder))
         return {"log": trainer.state.log_history}
 
-    def _rounds(self, folder: Path, accumulate: bool) -> dict[str, Any]:
+    def _rounds(self, folder: Path, changed: dict[str, Any]) -> dict[str, Any]:
         settings = self.settings
         with tempfile.TemporaryDirectory() as scratch:
             args = self._arguments(
@@ -176,6 +185,7 @@ class OnlineCell(Cell):
                 learning_rate=settings.learning_rate,
                 max_steps=settings.steps // ROUNDS,
                 max_length=128,
+                **{name: value for name, value in changed.items() if name not in OF_ROUNDS},
             )
             args.output_dir = scratch
             found = PbKDRounds(
@@ -186,8 +196,8 @@ class OnlineCell(Cell):
                 preference=RewardFunctionPreference(self.task.score),
                 student=self.start(),
                 rounds=ROUNDS,
-                accumulate=accumulate,
                 show_progress=False,
+                **{name: value for name, value in changed.items() if name in OF_ROUNDS},
             ).run()
             tested = self._test(*load(Path(scratch)))
         tested |= {"pairs": sum(record["new_pairs"] for record in found["rounds"])}
@@ -253,7 +263,7 @@ def main() -> None:
         "warm-up": WARM_UP,
     }
     told = json.loads(json.dumps(asdict(settings) | online))
-    own = {name: changed for name, (_, changed) in ONLINE.items()}
+    own = {name: changed for name, (_, changed) in (IMPLICIT | ONLINE).items()}
     rows = earlier_rows(arguments.output, told | {"methods": own})
     for seed in arguments.seeds:
         for task in (TASKS[name] for name in arguments.tasks):

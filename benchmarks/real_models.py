@@ -212,7 +212,8 @@ def train_and_answer(
         config = DPOConfig(**shared, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0])
         trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     else:
-        trainer = PbKDTrainer(model, args=PbKDConfig(**shared), train_dataset=pairs, processing_class=tokenizer)
+        config = PbKDConfig(**shared, dual_init=1.0)  # with the preference term
+        trainer = PbKDTrainer(model, args=config, train_dataset=pairs, processing_class=tokenizer)
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started

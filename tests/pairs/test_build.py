@@ -46,7 +46,7 @@ def test_a_dataset_with_all_that_belongs_to_it(tmp_path):
     assert made.column_names == [
         *("prompt", "chosen", "rejected", "preference", "teacher_side", "teacher", "score_chosen", "score_rejected"),
         *("chosen_source", "rejected_source", "chosen_finish_reason", "rejected_finish_reason"),
-        *("teacher_finish_reason", "source_row", "level"),
+        *("student_count", "teacher_finish_reason", "source_row", "level"),
     ]
     assert made["source_row"] == sorted(made["source_row"])
     for row in made:

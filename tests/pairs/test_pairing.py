@@ -230,3 +230,21 @@ def test_messages():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         PairingSettings(**options)
+
+
+def test_rows_count_how_often_the_student_gave_their_answer():
+    def counts(*args, **options):
+        return [(row["chosen"] + row["rejected"], row["student_count"]) for row in pair(*args, **options)]
+
+    assert counts("t", "a") == [("ta", 1)]
+    assert counts("t", "aataba") == [("ta", 4), ("tt", 1), ("tb", 1)]
+    assert counts("tu", "aaab") == [("ta", 3), ("ua", 3), ("ub", 1)]  # of all samples, whichever were compared
+    assert counts("tt", "a") == [("ta", 1)]
+    assert counts("tu", "aab", "all", labels=ALWAYS) == [
+        ("tu", None),
+        ("ta", 2),
+        ("bt", 1),
+        ("ua", 2),
+        ("bu", 1),
+        ("ab", None),
+    ]

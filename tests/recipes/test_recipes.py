@@ -166,7 +166,7 @@ def test_the_rounds_are_the_demos_too():
         for name in ("pbkd", "pbkd_rounds", "pairs_rounds")
     )
     assert rounds["rounds"] * rounds["max_steps"] == offline["max_steps"]
-    for name in ("model_name_or_path", "per_device_train_batch_size", "learning_rate", "beta", "seed", "max_length"):
+    for name in ("model_name_or_path", "per_device_train_batch_size", "learning_rate", "seed", "max_length"):
         assert rounds[name] == offline[name]
     assert pairs["dataset_name"] == f"{offline['dataset_name']}/data"
     assert str(RECIPES.parent / rounds["pairs_config"]) == str(RECIPES / "running_sums/pairs_rounds.yaml")

@@ -179,7 +179,20 @@ def test_the_page_explains_every_metric(trl_kd, mm_base, tmp_path, jsonl, pairs,
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "saved")
     words = replaced(mm_base, "--dataset_name", str(tmp_path / "saved"))
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--pair_held_out", "0.3"]
-    ok(trl_kd(*words, *evaluation, "--lmbda", "0.5", "--logging_steps", "1", "--max_steps", "1"))
+    ok(
+        trl_kd(
+            *words,
+            *evaluation,
+            "--lmbda",
+            "0.5",
+            "--imitation_weight",
+            "0.1",
+            "--logging_steps",
+            "1",
+            "--max_steps",
+            "1",
+        )
+    )
     logged = {name for entry in trained[0].state.log_history for name in entry if "mmpbkd/" in name}
     page = (Path(__file__).parents[2] / "docs" / "white_box.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `(mmpbkd/\w+)`", page, re.MULTILINE))

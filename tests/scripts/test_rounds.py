@@ -157,6 +157,31 @@ def test_options_and_an_adapter(trl_kd, rounds, out, pairs_config, tmp_path):
     assert second["adapter"] == str(out / "round-1/student")
 
 
+TURNING = """
+calls = []
+
+def turning(completions, **columns):
+    calls.append(0)
+    return [float(sum(map(str.isdigit, text))) if len(calls) == 1 else 0.0 for text in completions]
+"""
+
+
+def test_a_round_in_which_nothing_teaches_is_a_success(trl_kd, rounds, out, pairs_config, tmp_path):
+    (tmp_path / "turning.py").write_text(TURNING)
+    pairs_config(preference=f"verifier:{tmp_path / 'turning.py'}:turning")
+    words = [*rounds, "--dual_init", "0", "--imitation_radius", "0", "--no_accumulate", "--rounds", "3"]
+    done = trl_kd(*words)
+    assert done.code == 0, done.err
+    assert "After 1 rounds: the student wins 50.0 %" in done.out
+    said = "No row of the data of round 2 teaches (0 of "
+    assert said in done.out
+    assert said in (out / "rounds.html").read_text()
+    AutoModelForCausalLM.from_pretrained(out)
+    dry = trl_kd(*words, "--dry_run")
+    assert "3, of which 1 are finished, after which no row teaches" in dry.out
+    assert "The pairs of round" not in dry.out
+
+
 def test_help_lists_it(trl_kd):
     done = trl_kd("pbkd", "--help")
     for name in (
@@ -186,6 +211,12 @@ def test_a_dry_run(trl_kd, rounds, out):
     assert re.search(r"about .* one model at a time: student .*, teacher ", told["memory to sample"])
     assert "P(teacher ≻ student) =" in told["preference"]
     assert not out.exists()
+    assert told["optimizer"] == "carried in each round"
+    alone = trl_kd(*rounds, "--dry_run", "--dual_init", "0", "--student_wins", "gated", "--prompts_per_round", "3")
+    told = dict(re.findall(r"^  ([\w' ]+?)  +(.*)$", alone.out, re.MULTILINE))
+    assert "reference" not in told["memory"]
+    assert told["preference term"].startswith("off: the teacher's answers are imitated")
+    assert told["student's wins"] == "imitated where 3 answers to a prompt were compared; at most 2 are: never"
     epochs = trl_kd(*replaced(rounds, "--max_steps"), "--dry_run", "--num_train_epochs", "1")
     assert "at most 3 in the first to 6 in the last round, 9 in all" in epochs.out
 

@@ -60,7 +60,9 @@ class TestRound:
     def test_what_it_leaves(self, whole, tiny_dir):
         out, told, _ = whole
         for number in (1, 2):
-            assert {path.name for path in (out / f"round-{number}").iterdir()} == {"pairs", "student", "metrics.json"}
+            assert {path.name for path in (out / f"round-{number}").iterdir()} == {
+                *("pairs", "student", "metrics.json", "carried.pt")
+            }
             assert not list((out / f"round-{number}/student").glob("checkpoint-*"))
         assert json.loads((out / "rounds.json").read_text()) == told
         assert told["rounds"] == [json.loads((out / f"round-{n}/metrics.json").read_text()) for n in (1, 2)]

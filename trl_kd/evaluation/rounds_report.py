@@ -8,7 +8,7 @@ from typing import Any
 from trl_kd import __version__
 from trl_kd.evaluation.charts import LineChart, Point, Series
 from trl_kd.evaluation.report import Page, Section, Table, write_report
-from trl_kd.trainers.rounds_folder import REPORT
+from trl_kd.trainers.rounds_folder import REPORT, has_preference_term
 
 
 def write_rounds_report(output_dir: str | Path) -> Path:
@@ -45,12 +45,15 @@ def make_page(told: dict[str, Any], name: str) -> Page:
     settings = told["settings"]
     grown = "the pairs of all rounds so far" if settings["accumulate"] else "the pairs of that round alone"
     reference = "the start" if settings["reference"] == "start" else "the student of the round before"
+    uses = f"; the reference is {reference}" if has_preference_term(settings) else ""
+    ended = (told["final"] or {}).get("ended")
     return Page(
         title=f"Rounds of preference-based distillation: {name}",
         lead=[
             "Each round samples the student as it is, compares its answers with its teacher's, and trains it on the pairs.",
-            f"It trains on {grown}; the reference is {reference}. Numbers of a round are those of its beginning (win rate) "
-            "and of its end (accuracy of its second half, λ).",
+            f"It trains on {grown}{uses}. Numbers of a round are those of its beginning (win rate) and of its end (means "
+            "over its second half).",
+            *([ended] if ended else []),
         ],
         sections=[_results(told), _regret(told), _settings(settings)],
         footer=f"Made by trl-kd {__version__}.",
@@ -58,7 +61,7 @@ def make_page(told: dict[str, Any], name: str) -> Page:
 
 
 def _results(told: dict[str, Any]) -> Section:
-    rounds, final = told["rounds"], told["final"]
+    rounds, final, prefers = told["rounds"], told["final"], has_preference_term(told["settings"])
     measured = [*rounds, *([final] if final is not None else [])]
     wins = [(record["round"], record["student_win_rate"]) for record in measured]
     known = [record for record in measured if record["teacher_preferred"] is not None]
@@ -67,28 +70,38 @@ def _results(told: dict[str, Any]) -> Section:
     rates = [
         Series("student wins, equal answers counting half", _points(with_ties), 0),
         Series("student wins where the answers differ", _points(wins), 1),
-        Series("accuracy", _logged(rounds, "accuracy"), 2),
+        *([Series("accuracy", _logged(rounds, "accuracy"), 2)] if prefers else []),
         Series("as good as its teacher", level, 4, dashed=True),
     ]
     note = (
         "How often the student's answer is preferred to its teacher's, as it comes into the round; the last point is the "
-        "student after all rounds, on prompts that the last one trained on. Accuracy: of the training pairs, at each end."
+        "student after all rounds, on prompts that the last one trained on."
     )
-    imitation = Series("−log π(teacher's answer)", _logged(rounds, "imitation"), 3)
+    if prefers:
+        note += " Accuracy: of the training pairs, at each end."
+    dual = Series("λ", _logged(rounds, "dual"), 0)
     charts = [
         LineChart("Against the teacher", "round", "share", rates, percent=True, note=note, whole=True),
-        LineChart(
-            "λ, the weight of the preferences", "round", "λ", [Series("λ", _logged(rounds, "dual"), 0)], whole=True
-        ),
+        *([LineChart("λ, the weight of the preferences", "round", "λ", [dual], whole=True)] if prefers else []),
         LineChart(
             "Size of D", "round", "pairs", [Series("pairs trained on", _logged(rounds, "pairs"), 1)], whole=True
         ),
-        LineChart("Imitation", "round", "nats per answer", [imitation], whole=True),
+        _imitation(rounds, told["settings"]),
     ]
-    return Section(title="Round by round", tables=[_table(rounds, final)], charts=charts)
+    return Section(title="Round by round", tables=[_table(rounds, final, prefers)], charts=charts)
 
 
-def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None) -> Table:
+def _imitation(rounds: list[dict[str, Any]], settings: dict[str, Any]) -> LineChart:
+    """Rounds of before there was `imitation_q` have sums over an answer."""
+    points = _logged(rounds, "imitation")
+    if "imitation_q" not in settings:
+        return LineChart("Imitation", "round", "nats per answer", [Series("−log π(answer)", points, 3)], whole=True)
+    note = "It is smaller for a larger q, which rises over the rounds: it does not show how much was learnt."
+    series = [Series("ℓ_q of the imitated answers", points, 3)]
+    return LineChart("Imitation", "round", "ℓ_q per token", series, note=note, whole=True)
+
+
+def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None, prefers: bool) -> Table:
     header = [
         "round",
         "prompts",
@@ -96,8 +109,8 @@ def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None) -> Table:
         "equal answers",
         "new pairs",
         "pairs in D",
-        "accuracy",
-        "λ",
+        *(("accuracy", "λ") if prefers else ()),
+        "mean advantage",
         "regret",
     ]
     lines = []
@@ -106,16 +119,26 @@ def _table(rounds: list[dict[str, Any]], final: dict[str, Any] | None) -> Table:
             f"{record['equal_answers']:,}",
             f"{record['new_pairs']:,}",
             f"{record['pairs']:,}",
-            _percent(record.get("accuracy")),
+            *((_percent(record.get("accuracy")), _number(record.get("dual"))) if prefers else ()),
         ]
-        values += [_number(record.get("dual")), _number(record["regret"])]
+        values += [_number(record.get("advantage")), _number(record["regret"])]
         lines.append([str(record["round"]), f"{record['prompts']:,}", _wins(record), *values])
     if final is not None:
         lines.append(
-            ["after the last", f"{final['prompts']:,}", _wins(final), f"{final['equal_answers']:,}", *[""] * 5]
+            [
+                "after the last",
+                f"{final['prompts']:,}",
+                _wins(final),
+                f"{final['equal_answers']:,}",
+                *[""] * (len(header) - 4),
+            ]
         )
     highlighted = len(lines) - 1 if final is not None else None
-    return Table(header, lines, highlighted=highlighted, caption="In small print: 95 % interval, clustered by prompt.")
+    caption = (
+        "In small print: 95 % interval, clustered by prompt. Mean advantage: the mean weight of the teacher's answers in D "
+        "that were compared with another answer, those of weight 0 among them."
+    )
+    return Table(header, lines, highlighted=highlighted, caption=caption)
 
 
 def _regret(told: dict[str, Any]) -> Section:
@@ -140,7 +163,8 @@ def _settings(settings: dict[str, Any]) -> Section:
     ours = ["model", "teacher", "student", "preference", "prompts", "prompts_per_round", "accumulate", "reference"]
     ours += ["optimizer", "schedule", "num_teacher_samples", "num_student_samples", "peft_config"]
     trained = ["learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"]
-    trained += ["gradient_accumulation_steps", "beta", "imitation_weight", "dual_init", "dual_learning_rate", "seed"]
+    trained += ["gradient_accumulation_steps", "imitation_weight", "imitation_radius", "imitation_q", "student_wins"]
+    trained += ["dual_init", "dual_learning_rate", "beta", "seed"]
     rows = [[name, _told(settings.get(name))] for name in (*ours, *trained)]
     return Section(title="Settings", tables=[Table(["setting", "value"], rows, words=True)], folded=True)
 

@@ -98,6 +98,8 @@ def build_pairs(
               no row of the prompt has one, otherwise null;
             - `score_chosen`, `score_rejected`: null where the preference gives no scores;
             - `chosen_source`, `rejected_source`, `chosen_finish_reason`, `rejected_finish_reason`;
+            - `student_count`: how often the student gave its answer, since equal answers to a prompt make one row; null
+              where the two answers are of one source;
             - `source_row`: index of the prompt's row;
             - the other columns of the prompts, but for those that are read as answers. Names that trainers read get the
               prefix `source_`.

@@ -70,6 +70,7 @@ _COLUMNS = """\
 | `score_chosen`, `score_rejected` | scores that the preference comes from; null where there are none |
 | `chosen_source`, `rejected_source` | who wrote each: `"teacher"` or `"student"` |
 | `chosen_finish_reason`, `rejected_finish_reason` | why each ended; `"length"` and the like if it was cut off |
+| `student_count` | how often the student gave its answer, since equal ones make one row; null for two of one source |
 | `source_row` | number of the prompt's row in its own dataset |
 
 All other columns are the prompts' own; a name that a trainer would read has the prefix `source_`.

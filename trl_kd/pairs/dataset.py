@@ -30,6 +30,7 @@ FIXED = {
     "chosen_finish_reason": pa.string(),
     "rejected_finish_reason": pa.string(),
     "teacher_finish_reason": pa.string(),
+    "student_count": pa.int64(),
     "source_row": pa.int64(),
 }
 """Columns of ours besides `TEXTS`, and their types."""

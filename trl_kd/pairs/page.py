@@ -23,7 +23,8 @@ _LONGEST_TEXT = 8000
 _LONGEST_VALUE = 400
 _SHOWN = {
     *("prompt", "chosen", "rejected", "teacher", "preference", "teacher_side", "score_chosen", "score_rejected"),
-    *("chosen_source", "rejected_source", "chosen_finish_reason", "rejected_finish_reason", "source_row"),
+    *("chosen_source", "rejected_source", "chosen_finish_reason", "rejected_finish_reason"),
+    *("student_count", "source_row"),
 }
 _UNSAFE = "<>&\u2028\u2029"
 

@@ -200,9 +200,10 @@ def make_rows(prompt: PromptPairs, settings: PairingSettings, preference: Any = 
     Returns:
         `list[dict[str, Any]]`: Rows as of [`pair_row`], but with a null `teacher_side` where the teacher wrote neither text;
         `score_chosen`, `score_rejected`, `chosen_source`, `rejected_source`, `chosen_finish_reason`,
-        `rejected_finish_reason`; and `teacher` and `teacher_finish_reason` where the policy can need them. They are null
-        unless no row of the prompt has a text of the teacher's: then its first row carries the best of them, which is
-        imitated there. Rows that teach nothing are left out.
+        `rejected_finish_reason`; `student_count`, how many of the student's samples are the row's text of the student's,
+        null where the two texts are of one source; and `teacher` and `teacher_finish_reason` where the policy can need them.
+        They are null unless no row of the prompt has a text of the teacher's: then its first row carries the best of them,
+        which is imitated there. Rows that teach nothing are left out.
     """
     candidates, scores = prompt.candidates, prompt.scores
     pairs = prompt.pairs
@@ -226,6 +227,7 @@ def make_rows(prompt: PromptPairs, settings: PairingSettings, preference: Any = 
             row["score_chosen"], row["score_rejected"] = (scores[j], scores[i]) if flipped else (scores[i], scores[j])
         row["chosen_source"], row["rejected_source"] = chosen.source, rejected.source
         row["chosen_finish_reason"], row["rejected_finish_reason"] = chosen.finish_reason, rejected.finish_reason
+        row["student_count"] = _student_count(prompt, i, j)
         if settings.needs_teacher:
             row["teacher_finish_reason"] = None
         rows.append(row)
@@ -236,6 +238,14 @@ def make_rows(prompt: PromptPairs, settings: PairingSettings, preference: Any = 
         if best is not None:
             rows[0]["teacher"], rows[0]["teacher_finish_reason"] = best.text, best.finish_reason
     return [row for row in rows if row["preference"] is not None or row["teacher_side"] or row["teacher"] is not None]
+
+
+def _student_count(prompt: PromptPairs, i: int, j: int) -> int | None:
+    """How often the student gave its answer of a pair, of which one row is made; `None` for a pair of one source."""
+    students = [prompt.candidates[k].text for k in (i, j) if prompt.candidates[k].source == "student"]
+    if len(students) != 1:
+        return None
+    return sum(one.source == "student" and one.text == students[0] for one in prompt.candidates)
 
 
 def _probability(prompt: PromptPairs, i: int, j: int) -> float | None:

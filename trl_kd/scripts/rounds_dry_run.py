@@ -26,6 +26,7 @@ from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
 from trl_kd.scripts.rounds import checked_rounds, read_pairs_config
 from trl_kd.trainers.rounds_folder import TRAINED
+from trl_kd.trainers.student_answers import LEAST_COMPARISONS
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, processes: int = 1) -> str:
@@ -48,7 +49,7 @@ def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, proce
     pairs = read_pairs_config(script_args, training_args, model_args)
     table = as_text(lambda: _describe(rounds, pairs, training_args, model_args, processes), what)
     done = _finished(rounds)
-    if done == rounds.rounds:
+    if done == rounds.rounds or rounds.folder.ended() is not None:
         return table
     return f"{table}\n\nThe pairs of round {done + 1}. {_of_a_round(rounds, done + 1)}"
 
@@ -59,7 +60,8 @@ def _finished(rounds: Any) -> int:
 
 def _describe(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelConfig, processes: int) -> Table:
     table, done = describe_output(args), _finished(rounds)
-    table.append(("rounds", f"{rounds.rounds}" + (f", of which {done} are finished" if done else "")))
+    after = ", after which no row teaches" if rounds.folder.ended() is not None else ""
+    table.append(("rounds", f"{rounds.rounds}" + (f", of which {done} are finished{after}" if done else "")))
     prompts, each = len(rounds.prompts), rounds.prompts_per_round or len(rounds.prompts)
     table.append(("prompts", f"{each:,} a round, of {prompts:,}"))
     table += _describe_answers(rounds, each)
@@ -76,7 +78,20 @@ def _describe(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelCo
     table += _describe_steps(sizes, args, processes)
     over = "one schedule over all rounds" if rounds.schedule == "all" else "a schedule for each round"
     table.append(("learning rate", f"{args.learning_rate:g}, {over} ({args.lr_scheduler_type.value})"))
+    table.append(("optimizer", f"{rounds.optimizer} in each round"))
+    if not args.has_preference_term:
+        table.append(("preference term", "off: the teacher's answers are imitated, and no reference is loaded"))
+    if args.student_wins == "gated":
+        table.append(("student's wins", _describe_wins(rounds, each)))
     return table + _describe_memory(rounds, pairs, args, model_args)
+
+
+def _describe_wins(rounds: Any, each: int) -> str:
+    """Whether p̄ will have as many comparisons as it needs."""
+    times = math.ceil(rounds.rounds * each / len(rounds.prompts)) if rounds.accumulate else 1
+    most = times * rounds.num_student_samples
+    told = f"imitated where {LEAST_COMPARISONS} answers to a prompt were compared; at most {most} are"
+    return told if most >= LEAST_COMPARISONS else f"{told}: never"
 
 
 def _describe_answers(rounds: Any, each: int) -> Table:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from trl_kd import _trl
 from trl_kd.trainers.imitation_collator import ImitationCollator
 from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.pbkd_data import WEIGHT_KEYS, each_dataset
+from trl_kd.trainers.pbkd_data import WEIGHT_KEYS
 from trl_kd.trainers.pbkd_step import ImitationWindow
 from trl_kd.trainers.response_rows import PairReader
 from trl_kd.trainers.teacher import Teacher
@@ -50,7 +50,6 @@ class ImitationStep:
     _tp_size: int
     _metrics: dict[str, defaultdict[str, list[float]]]
     _total_train_tokens: float
-    _is_vision_dataset: bool
     _reader: PairReader | None
     _window_of: Any
     _keep_window: Any
@@ -115,7 +114,7 @@ class ImitationStep:
         share = window.mean(imitation, self._imitation_scale(window))
         loss = self.args.imitation_weight * share + auxiliary
 
-        self._count_imitation(window, imitation, logps_BT, advantage_B, compared_B)
+        self._count_imitation(window, imitation, logps_BT, labels_BT, labels_BT != -100, advantage_B, compared_B)
         window.add(auxiliary=torch.as_tensor(auxiliary, device=loss.device))
         self._record_tokens(output, inputs, labels_BT != -100)
         self._keep_window(window)
@@ -151,17 +150,3 @@ class ImitationStep:
             return super()._log_window(window)  # type: ignore[misc]
         self._log_imitation(window, window.reduce(self.accelerator))
         return None
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        # `DPOTrainer` prepares what is given here, but for images
-        if (
-            self.imitates_alone
-            and self._is_vision_dataset
-            and eval_dataset is not None
-            and not isinstance(eval_dataset, str)
-        ):
-            prepare = self._prepare_dataset  # type: ignore[attr-defined]
-            eval_dataset = each_dataset(
-                eval_dataset, lambda dataset, name: prepare(dataset, self.processing_class, self.args, name)
-            )
-        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]

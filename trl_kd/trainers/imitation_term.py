@@ -5,7 +5,7 @@ L_imit = Σ_i a_i Σ_t ℓ_q(π(y_t|s_t)) / (ā · Σ_{a_i>0} |y_i|)
 
 import json
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from trl_kd.trainers.pbkd_step import ImitationWindow
 logger = get_logger(__name__)
 
 IMITATION_FILE = "pbkd_imitation.json"
-FIRST_STEPS = 10
+STEPS = 10
 """Training steps over which it is looked at how much of the gradient ℓ_q leaves."""
-LITTLE_LEFT = 0.1
-"""Mean of π^q below which it is said that the student hardly learns."""
+LITTLE_LEFT = 0.3
+"""Mean of π^q below which it is said that the student learns little but end tokens (benchmarks/README.md)."""
 
 
 class ImitationTerm(ImitationSchedule):
@@ -45,8 +45,9 @@ class ImitationTerm(ImitationSchedule):
     imitates_alone = False
     mean_advantage = 1.0
     imitation_radius = 0.0
-    _left: list[float]
-    """Mean of π^q in each of the first steps."""
+    _left: deque[float]
+    """Mean of π^q in each of the last steps."""
+    _said_little = False
 
     # ---- The loss --------------------------------------------------------------------------------------------------
 
@@ -60,16 +61,19 @@ class ImitationTerm(ImitationSchedule):
         window: ImitationWindow,
         imitation: torch.Tensor,
         logps_BT: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        imitated_BT: torch.Tensor,
         advantage_B: torch.Tensor,
         compared_B: torch.Tensor,
     ) -> None:
-        """Adds what is logged of a micro-batch. Arguments as in `_imitation`."""
-        logps_BT, used_B1 = logps_BT.detach(), (advantage_B > 0).unsqueeze(1)
-        lost_BT = -torch.expm1(self.imitation_q * logps_BT)  # 1 − π^q, and 0 where nothing is imitated
+        """Adds what is logged of a micro-batch. Arguments as in `_imitation`, and which tokens are imitated."""
+        logps_BT = logps_BT.detach()
+        inner_BT = imitated_BT & ~self._is_end(tokens_BT) & (advantage_B > 0).unsqueeze(1)
         window.add(
             imitation=imitation,
             nll=-logps_BT.sum(),
-            lost=(lost_BT * used_B1).sum(),
+            left=(torch.exp(self.imitation_q * logps_BT) * inner_BT).sum(),
+            inner=inner_BT.sum(),
             advantage=(advantage_B * compared_B).sum(),
         )
 
@@ -84,6 +88,8 @@ class ImitationTerm(ImitationSchedule):
         return self.args.imitation_weight * sums["imitation"] / (self._imitation_scale(window) or 1)
 
     def _log_imitation(self, window: ImitationWindow, sums: dict[str, float]) -> None:
+        if not self.args.imitation_weight:
+            return
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["pbkd/rows_used"].append(float(window.used))
         metrics["pbkd/q"].append(self.imitation_q)
@@ -93,17 +99,21 @@ class ImitationTerm(ImitationSchedule):
             metrics["pbkd/advantage"].append(sums["advantage"] / window.compared)
         if window.used_tokens:
             metrics["pbkd/imitation"].append(sums["imitation"] / self._imitation_scale(window))
-            if self.model.training:
-                self._look_at_gradient(1 - sums["lost"] / window.used_tokens)
+            if self.model.training and sums["inner"]:
+                self._look_at_gradient(sums["left"] / sums["inner"])
 
     def _look_at_gradient(self, left: float) -> None:
-        """Says so if the gradient of ℓ_q, which is π^q times that of −log π, is next to nothing over the first steps."""
-        self._left = [*getattr(self, "_left", []), left][: FIRST_STEPS + 1]
-        if len(self._left) == FIRST_STEPS and sum(self._left) / FIRST_STEPS < LITTLE_LEFT:
+        """Says once if little is left of the gradient: that of ℓ_q is π^q times that of −log π."""
+        if self._said_little:
+            return
+        self._left.append(left)
+        mean = sum(self._left) / len(self._left)
+        if len(self._left) == STEPS and mean < LITTLE_LEFT:
+            self._said_little = True
             logger.warning(
-                f"Over the first {FIRST_STEPS} steps the mean of π^q is {sum(self._left) / FIRST_STEPS:.2g} with q = "
-                f"{self.imitation_q:g}: the student finds the teacher's tokens so unlikely that it hardly learns them. "
-                "Raise `imitation_q_warmup`, or lower `imitation_q`."
+                f"Over {STEPS} steps the mean of π^q is {mean:.2g}, with q = {self.imitation_q:g}: the student finds the "
+                "teacher's tokens so unlikely that it learns little but where answers end. Raise `imitation_q_warmup`, or "
+                "lower `imitation_q`."
             )
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
@@ -138,12 +148,14 @@ class ImitationTerm(ImitationSchedule):
     def _check_checkpoint(self, checkpoint: str, saved: dict[str, Any] | None) -> None:
         """Raises a `ValueError` for a checkpoint of the other loss."""
         dual = (_read_json(checkpoint, DUAL_FILE) or {}).get("value", 0.0)
-        if self.imitates_alone and dual > 0:
+        # Earlier checkpoints have the file only without the preference term
+        was_alone = dual == 0 if saved is None else saved.get("alone", True)
+        if self.imitates_alone and not was_alone:
             raise ValueError(
                 f"The checkpoint {checkpoint!r} was saved with the preference term, λ = {dual}, and that is off in this "
                 "run, since `dual_init` and `dual_learning_rate` are 0: give them as they were, or begin anew."
             )
-        if not self.imitates_alone and saved is not None and saved.get("alone", True):
+        if not self.imitates_alone and saved is not None and was_alone:
             raise ValueError(
                 f"The checkpoint {checkpoint!r} was saved without the preference term, and this run has it, with "
                 f"`dual_init` = {self.args.dual_init}: set `dual_init=0` and `dual_learning_rate=0`, or begin anew."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
+from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value, concatenate_datasets
 from trl import extract_prompt
 
 from trl_kd.losses.confidence import imitation_advantage
@@ -23,6 +23,7 @@ from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
 from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, tokenize_rows
+from trl_kd.trainers.student_answers import COUNT, StudentWins, Win, student_count
 
 
 logger = get_logger(__name__)
@@ -57,6 +58,11 @@ class TextCounts:
         unused (`int`, *optional*):
             Rows from which nothing is learnt, where the preference term is on: neither imitated nor with a known preference.
             `None` where it is off, so that these are all that are not imitated.
+        advantage (`float`, *optional*):
+            Mean weight of the teacher's texts that were compared with another one, those of weight 0 among them. `None` if
+            there are none.
+        student (`int`):
+            Winning answers of the student's that are imitated too.
     """
 
     rows: int
@@ -66,6 +72,8 @@ class TextCounts:
     scored: bool = False
     training: bool = True
     unused: int | None = None
+    advantage: float | None = None
+    student: int = 0
 
     @property
     def told(self) -> str:
@@ -79,6 +87,8 @@ class TextCounts:
         merged = f" ({self.texts:,} different texts)" if self.texts < self.used else ""
         if self.training and self.unused:
             left_out.append(f"{self.unused:,} of them left out: no known preference either")
+        if self.student:
+            left_out.append(f"{self.student:,} winning answers of the student's teach too")
         return "; ".join(
             [f"{self.used:,} of {self.rows:,} rows {'teach' if alone else 'are imitated'}{merged}", *left_out]
         )
@@ -92,44 +102,56 @@ class TextCounts:
                 f"The {name} dataset has no text of the teacher's, and nothing else is learnt from, since `dual_init` and "
                 "`dual_learning_rate` are 0: say who wrote what in `teacher_side`, or set `dual_init` above 0."
             )
-        if not self.used:
-            raise nothing_teaches(name, args, f": {self.told}")
+        if not self.used and not self.student:
+            raise nothing_teaches(name, args, self.told)
 
 
-def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> ValueError:
+class NothingTeaches(ValueError):
+    """Training data in which every text has the weight 0. In rounds it is no error: the student has caught up. `told` says
+    how many rows there are, and why they teach nothing."""
+
+    def __init__(self, message: str, told: str):
+        super().__init__(message)
+        self.told = told
+
+
+def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> NothingTeaches:
     """What to say of training data in which every teacher's text has the weight 0."""
     score = "" if args.imitation_min_score is None else ", or lower `imitation_min_score`"
-    return ValueError(
-        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{told}. Raise it ('inf' "
-        f"imitates all of the teacher's responses){score}."
+    why = f": {told}" if told else ""
+    return NothingTeaches(
+        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{why}. Raise it ('inf' "
+        f"imitates all of the teacher's responses){score}.",
+        told,
     )
 
 
 @dataclass
 class _Text:
-    """One text of the teacher's for one prompt, and what is known of it from all of its pairs."""
+    """One text of the teacher's for one prompt, and what is known of it from all of its pairs: Σ p over the student's
+    answers with a known preference, and how many these are."""
 
-    preferences: list[float] = field(default_factory=list)
+    won: float = 0.0
+    known: int = 0
     scores: list[float] = field(default_factory=list)
     compared: bool = False
 
     def advantage(self, args: PbKDConfig, radius: float) -> float:
         if args.imitation_min_score is not None and self.scores:
             return float(sum(self.scores) / len(self.scores) >= args.imitation_min_score)
-        known = self.preferences
-        return imitation_advantage(sum(known) / len(known) if known else None, radius)
+        return imitation_advantage(self.won / self.known if self.known else None, radius)
 
     def add(self, row: dict[str, Any]) -> None:
-        side = _side(row)
-        score = _known(row.get(f"score_{side}"))
+        score = _known(row.get(f"score_{_side(row)}"))
         if score is not None:
             self.scores.append(score)
         if row["chosen"] == row["rejected"]:
             return  # a label of equal texts says nothing
         self.compared = True
-        preference = _known(row.get("preference", 1.0))
+        preference = _of_teacher(row)
         if preference is not None:
-            self.preferences.append(preference if side == "chosen" else 1 - preference)
+            self.won += student_count(row) * preference
+            self.known += student_count(row)
 
 
 def _known(value: float | None) -> float | None:
@@ -140,10 +162,14 @@ def _side(row: dict[str, Any]) -> str | None:
     return row.get("teacher_side", "chosen")
 
 
-def _key(row: dict[str, Any]) -> bytes:
-    """What two rows have in common whose teacher's texts are one text to imitate."""
-    side = _side(row)
-    assert side is not None
+def _of_teacher(row: dict[str, Any]) -> float | None:
+    """P(teacher's text ≻ the other)."""
+    preference = _known(row.get("preference", 1.0))
+    return preference if preference is None or _side(row) == "chosen" else 1 - preference
+
+
+def _key(row: dict[str, Any], side: str) -> bytes:
+    """What two rows have in common whose texts on these sides are one text to imitate."""
     parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *IMAGES)]
     text = json.dumps([*parts, row[side]], sort_keys=True, default=_digest)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -162,8 +188,11 @@ def weigh_texts(
     are not imitated and, where the preference term is on, have no known preference. Where it is off, training pairs with one
     text of the teacher's for one prompt are merged into one row.
 
-    The probability p of a text is the mean over its pairs with a known preference and different texts. Rows of a stream are
-    taken each for itself.
+    The probability p of a text is the mean over its pairs with a known preference and different texts, each as often as the
+    student gave that answer. Rows of a stream are taken each for itself.
+
+    With `student_wins="gated"` the student's winning answers become further rows of training data, with `teacher_side` on
+    their side.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -181,7 +210,8 @@ def weigh_texts(
         The dataset, with a `prompt` column, and its `TextCounts` (`None` for a stream, and where nothing is imitated).
 
     Raises:
-        `ValueError`: no row of training data is left, or there are no scores for `imitation_min_score`.
+        `ValueError`: no row of training data is left, there are no scores for `imitation_min_score`, or a stream is to tell
+        the student's winning answers.
     """
     first: dict[str, Any] = next(iter(dataset))
     if args.imitation_min_score is not None and not any(column in first for column in SCORE_COLUMNS):
@@ -192,16 +222,27 @@ def weigh_texts(
     if "prompt" not in first:
         dataset = dataset.map(extract_prompt)
     if not isinstance(dataset, Dataset):
+        if training and args.student_wins == "gated":
+            raise ValueError(
+                f"`student_wins` is 'gated', which compares all pairs of a prompt, and the {name} dataset is a stream: load "
+                "it whole, or use 'off'."
+            )
         return _weigh_stream(dataset, name, args, radius, training), None
     texts: dict[bytes, _Text] = {}
     keys: list[bytes | None] = []
-    for row in _read(dataset):
-        key = None if _side(row) is None else _key(row)
+    wins = StudentWins()
+    for index, row in enumerate(_read(dataset)):
+        side = _side(row)
+        key = None if side is None else _key(row, side)
         if key is not None:
             texts.setdefault(key, _Text()).add(row)
+            if training and args.student_wins == "gated":
+                _compare(wins, key, index, row, args)
         keys.append(key)
     weights = {key: text.advantage(args, radius) for key, text in texts.items()}
     advantages = [None if key is None else weights[key] for key in keys]
+    unequal = [weights[key] for key, text in texts.items() if text.compared]
+    found = wins.found()
     kept = _taught(dataset, keys, advantages, args)
     counts = TextCounts(
         rows=len(keys),
@@ -211,6 +252,8 @@ def weigh_texts(
         scored=args.imitation_min_score is not None,
         training=training,
         unused=len(keys) - len(kept) if args.has_preference_term else None,
+        advantage=math.fsum(unequal) / len(unequal) if unequal else None,
+        student=len(found),
     )
     of_text = Counter(keys) if args.has_preference_term else {}
     for column, values, kind in (
@@ -223,14 +266,43 @@ def weigh_texts(
         return (_known_alone(dataset, kept, name) if training else dataset), None
     if training:
         counts.check(name, args)
-        if len(kept) < len(keys):
-            dataset = dataset.select(kept)
+        if len(kept) < len(keys) or found:
+            dataset = _with_wins(dataset, kept, found)
             logger.warning(f"Of the {name} dataset {counts.told}.")
     elif not counts.used:
         logger.warning(
             f"Of the {name} dataset {counts.told}: its {'imitation' if args.has_preference_term else 'loss'} is 0."
         )
     return dataset, counts
+
+
+def _compare(wins: StudentWins, key: bytes, index: int, row: dict[str, Any], args: PbKDConfig) -> None:
+    """Adds the student's text of a row. That of another teacher is none."""
+    side = "rejected" if _side(row) == "chosen" else "chosen"
+    if row.get(f"{side}_source") == "teacher":
+        wins.add(key, key, index, side, None, count=0)
+        return
+    score, least = _known(row.get(f"score_{side}")), args.imitation_min_score
+    is_good = score is None or least is None or score >= least
+    wins.add(key, _key(row, side), index, side, _of_teacher(row), student_count(row), is_good)
+
+
+def _with_wins(dataset: Dataset, kept: list[int], found: list[Win]) -> Dataset:
+    """Of the rows with their weights those that are kept, and one for each winning answer of the student's."""
+    if found and "teacher_side" not in dataset.column_names:
+        dataset = dataset.add_column("teacher_side", ["chosen"] * len(dataset))  # type: ignore[arg-type]
+    texts = dataset.select(kept)
+    if not found:
+        return texts
+    answers = dataset.select([win.row for win in found])
+    for column, values in (
+        ("teacher_side", [win.side for win in found]),
+        (ADVANTAGE, [win.weight for win in found]),
+        (COMPARED, [False] * len(found)),  # not among what is said of the teacher's texts
+    ):
+        kind = texts.features[column]
+        answers = answers.remove_columns([column]).add_column(column, values, feature=kind)  # type: ignore[arg-type]
+    return concatenate_datasets([texts, answers])
 
 
 def _known_alone(dataset: Dataset, kept: list[int], name: str) -> Dataset:
@@ -270,9 +342,8 @@ def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
             dataset = dataset.cast_column(column, Image(decode=False))
         elif isinstance(getattr(kind, "feature", None), Image):
             dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
-    yield from _rows(
-        dataset, (*_OF_PROMPT, *IMAGES, *SCORE_COLUMNS, "chosen", "rejected", "preference", "teacher_side")
-    )
+    labels = ("preference", "teacher_side", COUNT, "chosen_source", "rejected_source", *SCORE_COLUMNS)
+    yield from _rows(dataset, (*_OF_PROMPT, *IMAGES, "chosen", "rejected", *labels))
 
 
 def _rows(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

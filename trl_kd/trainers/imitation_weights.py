@@ -108,7 +108,7 @@ class PairWeights:
 
 def _of_text(row: dict[str, Any], text: Any) -> bytes:
     """What a text of one dataset has in common with the same of another, for the prompt of `row`."""
-    return _key({**{name: row.get(name) for name in _OF_PROMPT}, "chosen": without_nulls(text)})
+    return _key({**{name: row.get(name) for name in _OF_PROMPT}, "chosen": without_nulls(text)}, "chosen")
 
 
 def _rows(dataset: Dataset, names: Iterable[str]) -> Iterator[dict[str, Any]]:

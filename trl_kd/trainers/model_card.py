@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from trl_kd import __version__
 from trl_kd._trl import get_config_model_id
 from trl_kd.pairs.labels import describe_preference
+from trl_kd.trainers.rounds_folder import has_preference_term
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _NO_RESULTS = ("_runtime", "_per_second", "_num_tokens", "_model_preparation_tim
 _OF_TRAINING = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed")
 _OF_IMITATION = ("imitation_radius", "imitation_q", "imitation_q_warmup", "imitation_min_score")
 _IMITATION_SETTINGS = (
-    *("imitation_weight", "imitation", *_OF_IMITATION),
+    *("imitation_weight", "imitation", *_OF_IMITATION, "student_wins"),
     *_OF_TRAINING,
 )
 """Of a run without the preference term."""
@@ -146,25 +147,33 @@ def add_rounds_section(path: str, told: dict[str, Any]) -> None:
     grown = "the pairs of all rounds so far" if settings["accumulate"] else "the pairs of that round"
     reference = "the start" if settings["reference"] == "start" else "the student of the round before"
     schedule = "one over all rounds" if settings["schedule"] == "all" else "anew in each round"
-    header = ("round", "prompts", "pairs trained on", "student wins, before it", "accuracy", "λ")
+    columns = {"round": "round", "prompts": "prompts", "pairs": "pairs trained on"}
+    columns |= {"student_win_rate": "student wins, before it", "equal_answers": "equal answers"}
+    uses = ""
+    if has_preference_term(settings):
+        uses = f", with {reference} as the reference"
+        columns |= {"accuracy": "accuracy", "dual": "λ"}
+    columns |= {"advantage": "mean advantage"}
     lines = [
         "## Rounds",
         "",
         f"Each round sampled the student as it was, had its answers compared with its teacher's by {comparer}, and trained "
-        f"it on {grown}, with {reference} as the reference. Learning-rate schedule: {schedule}; optimizer in each round: "
+        f"it on {grown}{uses}. Learning-rate schedule: {schedule}; optimizer in each round: "
         f"{settings['optimizer']}.",
         "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
+        f"| {' | '.join(columns.values())} |",
+        "|---" * len(columns) + "|",
     ]
     for record in told["rounds"]:
-        values = (record[k] for k in ("round", "prompts", "pairs", "student_win_rate", "accuracy", "dual"))
+        values = (record.get(name) for name in columns)
         lines.append(f"| {' | '.join('' if value is None else _cell(value) for value in values)} |")
     if final is not None and final["student_win_rate"] is not None:
         own = f"win rate against the teacher | {_cell(final['student_win_rate'])} |"
         card.text = re.sub(r"win rate against the teacher, before this round \| \S+ \|", own, card.text, count=1)
         wins = f"{100 * final['student_win_rate']:.1f} % of {final['teacher_pairs']} comparisons with its teacher"
         lines += ["", f"This student, after the last round, wins {wins}, on the last round's prompts."]
+    if final is not None and "ended" in final:
+        lines += ["", final["ended"]]
     steps = sum(record.get("steps", 0) for record in told["rounds"])
     card.text = re.sub(
         r"\| optimizer steps \| \d+ \|", f"| optimizer steps, of all rounds | {steps} |", card.text, count=1
@@ -228,7 +237,7 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
 
 def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[str]:
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(getattr(trainer.args, name))} |" for name in settings]
+    lines += [f"| `{name}` | {_cell(_setting(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
     if hasattr(trainer, "text_counts") and trainer.args.imitation_weight:
         lines += [
@@ -252,6 +261,10 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     else:
         lines += ["No evaluation was run in this training.", ""]
     return lines
+
+
+def _setting(args: Any, name: str) -> Any:
+    return args.final_imitation_q if name == "imitation_q" else getattr(args, name)
 
 
 def _versions() -> str:

@@ -26,7 +26,14 @@ _LOSS_TYPES = {
 }
 _OF_PREFERENCE_TERM = (
     *("beta", "loss_type", "loss_weights", "ld_alpha", "f_divergence_type", "label_smoothing", "use_weighting"),
-    *("sync_ref_model", "precompute_ref_log_probs", "preference_nll_target", "confidence_radius"),
+    *("f_alpha_divergence_coef", "discopop_tau", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    *(
+        "precompute_ref_log_probs",
+        "precompute_ref_batch_size",
+        "preference_nll_target",
+        "confidence_radius",
+        "dual_max",
+    ),
 )
 """What nothing but the preference term reads."""
 
@@ -87,6 +94,12 @@ class PbKDConfig(DPOConfig, ImitationConfig):
             Where the columns `score_chosen` and `score_rejected` hold absolute scores: the weight is 1 if the score of the
             teacher's response is at least this, else 0. Where the score is missing, the label decides.
 
+        student_wins (`str`, *optional*, defaults to `"off"`):
+            `"gated"`: the student's own winning answers are imitated too, so that the expert of a prompt is the better of
+            teacher and student. Their weight is (1 − 2p̄)₊, where p̄ is P(teacher's response ≻ student's) over at least
+            three answers of the student's to the prompt, equal ones counting ½. For pairs with several such answers, and
+            rounds. Not for streamed data, nor with the preference term. `"off"`: the teacher's responses alone.
+
         > Parameters of the data
 
         reasoning (`str`, *optional*):
@@ -135,6 +148,14 @@ class PbKDConfig(DPOConfig, ImitationConfig):
             "help": "Imitation term: 'sequence' (loss of the tokens of the teacher's response) or 'token' (KL divergence "
             "from the teacher's distribution at each of them, needs the teacher's weights).",
             "choices": ["sequence", "token"],
+        },
+    )
+    student_wins: str = field(
+        default="off",
+        metadata={
+            "help": "Whether the student's own winning answers are imitated too, where at least three of its answers to a "
+            "prompt were compared with the teacher's ('gated').",
+            "choices": ["off", "gated"],
         },
     )
     dual_init: float = field(
@@ -203,6 +224,8 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         check_reasoning(self.reasoning)
         if self.imitation not in ("sequence", "token"):
             raise ValueError(f"`imitation` is {self.imitation!r}: use 'sequence' or 'token'.")
+        if self.student_wins not in ("off", "gated"):
+            raise ValueError(f"`student_wins` is {self.student_wins!r}: use 'off' or 'gated'.")
         for name in ("imitation_weight", "dual_init", "dual_learning_rate", "learning_rate"):
             check_number(name, getattr(self, name), lambda value: value >= 0, "at least 0")
         if self.f_divergence_type not in _DIVERGENCES:
@@ -275,6 +298,17 @@ class PbKDConfig(DPOConfig, ImitationConfig):
 
     def _check_terms(self) -> None:
         """Refuses fields of a term that is not in the loss."""
+        if self.student_wins == "gated":
+            if self.has_preference_term:
+                raise ValueError(
+                    f"`student_wins` is 'gated', which adds texts that are no pairs, and `dual_init` is {self.dual_init}, "
+                    f"`dual_learning_rate` {self.dual_learning_rate}, so that rows stay pairs: use 'off', or set both to 0."
+                )
+            if self.imitation == "token":
+                raise ValueError(
+                    "`student_wins` is 'gated' and `imitation` 'token', which learns the teacher's distribution, also along "
+                    "the student's texts: use 'off', or `imitation='sequence'`."
+                )
         if self.imitation_weight == 0 and not self.has_preference_term:
             raise ValueError(
                 "`imitation_weight` is 0 and so are `dual_init` and `dual_learning_rate`: the loss has no term. Set one of "

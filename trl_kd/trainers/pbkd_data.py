@@ -5,6 +5,7 @@ Beside TRL's `prompt` (optional), `chosen` and `rejected`, a row may have
 - `preference`: P(chosen ≻ rejected), 1 by default; a soft label, ½ for a tie, or null where nothing is known;
 - `teacher_side`: "chosen" or "rejected", which of the two the teacher wrote, or null for neither;
 - `teacher`: the teacher's response where it is neither of the two;
+- `student_count`: how many of the student's answers the row stands for, 1 by default;
 - `chosen_finish_reason`, `rejected_finish_reason`, `teacher_finish_reason`: why a response ended, see
   `trl_kd.responses.finish_reasons`. No end token is learnt behind one that was cut off.
 """
@@ -29,6 +30,7 @@ from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.responses.tokens import LEFT_OUT, OWN
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, PairReader
+from trl_kd.trainers.student_answers import COUNT, check_count, student_count
 
 
 logger = get_logger(__name__)
@@ -194,6 +196,7 @@ class _RowReader:
             )
         for column in (*REASON_COLUMNS, _THIRD_REASON):
             check_finish_reason(row.get(column), f"{where}: `{column}`")
+        check_count(row.get(COUNT), where)
         preference = self._preference(row.get("preference", 1.0), where)
         side = row.get("teacher_side") if self.has_side else None if self.third else "chosen"
         if side not in SIDES:
@@ -235,7 +238,7 @@ class _RowReader:
 
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
-        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, _THIRD_REASON}
+        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, _THIRD_REASON, COUNT}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
         batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
         rows = (
@@ -261,7 +264,7 @@ class _RowReader:
         if features is not None:  # said outright, since the first rows may hold nothing but nulls
             features = features.copy()
             del features["teacher"]
-            features |= {"preference": Value("float64"), "teacher_side": Value("string")}
+            features |= {"preference": Value("float64"), "teacher_side": Value("string"), COUNT: Value("int64")}
             if _THIRD_REASON in features:
                 features |= dict.fromkeys(REASON_COLUMNS, Value("string"))
         mapping = {"desc": f"Reading the labels of the {self.name} dataset"} if isinstance(dataset, Dataset) else {}
@@ -280,9 +283,11 @@ class _RowReader:
                 row |= {column: row.get(column) for column in REASON_COLUMNS}
                 if text is None and side is not None:  # the teacher's text is one of the two
                     row[f"{side}_finish_reason"] = row[f"{side}_finish_reason"] or reason
+            row[COUNT] = student_count(row)
             expanded.append({**row, "preference": preference, "teacher_side": side})
             if text is not None:
                 third = {"chosen": text, "rejected": text, "preference": None, "teacher_side": "chosen"}
+                third[COUNT] = 0
                 reasons = {column: reason for column in REASON_COLUMNS if column in row}
                 scores = dict.fromkeys(column for column in SCORE_COLUMNS if column in row)  # which are of the others
                 expanded.append({**row, **third, **reasons, **scores})

@@ -5,7 +5,7 @@ It reads as follows. Everything before the weights load is in `pbkd_data` and `i
 off; here a global batch begins and ends.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from trl_kd.trainers.fields import settle_end_token
 from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.imitation_config import imitation_radius
 from trl_kd.trainers.imitation_step import ImitationStep, NoReference
-from trl_kd.trainers.imitation_term import ImitationTerm
+from trl_kd.trainers.imitation_term import STEPS, ImitationTerm
 from trl_kd.trainers.imitation_texts import TEXT_COLUMNS, TextCounts, mean_advantage, tokenize_texts, weigh_texts
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
@@ -155,6 +155,7 @@ optimizers, quantization_config, peft_config:
         self._evaluation: list[GlobalBatch] | None = None  # of the evaluation under way, one a batch
         self._streams = False  # whether any dataset has labels that nobody has seen
         self._reader: PairReader | None = None  # of rows with images
+        self._left = deque(maxlen=STEPS)
         if teacher_model is not None and teacher_model is model:
             raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
         if self.imitates_alone:
@@ -179,7 +180,7 @@ optimizers, quantization_config, peft_config:
             self.mean_advantage = mean_advantage(train_dataset, args, self._reader)
             if self.imitates_alone:
                 data_collator = self._imitation_collator(processing_class, args)
-                logger.info(
+                logger.warning(
                     "The preference term is off (`dual_init` = `dual_learning_rate` = 0): no reference model is loaded, and "
                     "`rewards/*` and `pbkd/preference_nll` are not logged."
                 )
@@ -298,6 +299,15 @@ optimizers, quantization_config, peft_config:
                 )
             self._window = None
         return loss
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        # `DPOTrainer` prepares what is given here, but for images
+        if self._is_vision_dataset and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = each_dataset(
+                eval_dataset,
+                lambda dataset, name: self._prepare_dataset(dataset, self.processing_class, self.args, name),
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

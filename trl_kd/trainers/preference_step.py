@@ -86,11 +86,10 @@ class PreferenceStep:
         margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
         preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
         theirs_BT = teacher_rows(forward.logps_2BT, side_B).float() * imitated_BT
-        if self.teacher is None:
-            tokens_BT = teacher_rows(inputs["input_ids"][:, 1:], side_B)
+        tokens_BT = teacher_rows(inputs["input_ids"][:, 1:], side_B)
+        imitation = forward.divergence
+        if imitation is None:
             imitation = self._imitation(theirs_BT, tokens_BT, weight_B)
-        else:
-            imitation = forward.divergence
         auxiliary = self._auxiliary_loss(forward.output)
         share = window.mean(imitation, self._imitation_scale(window))
         loss = self.dual.value * preference_loss + auxiliary + self.args.imitation_weight * share
@@ -100,7 +99,7 @@ class PreferenceStep:
                 plain = reference_2BT.sum(1).chunk(2)
                 margin_B = self._margin(forward.logps_2BT.sum(1).chunk(2), plain)
         excess_B = bradley_terry_nll(margin_B.detach(), preference_B) - label_entropy(preference_B)
-        self._count_imitation(window, imitation, theirs_BT, advantage_B, compared_B)
+        self._count_imitation(window, imitation, theirs_BT, tokens_BT, imitated_BT, advantage_B, compared_B)
         window.add(
             preference=preference_loss * (window.known / window.micro_batches),
             auxiliary=torch.as_tensor(auxiliary, device=loss.device),

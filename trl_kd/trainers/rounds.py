@@ -25,12 +25,14 @@ from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
+from trl_kd.trainers.imitation_texts import NothingTeaches
 from trl_kd.trainers.model_card import add_rounds_section, public_name
 from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
+    ENDED,
     SAMPLED,
     TRAINED,
     RoundsFolder,
@@ -108,12 +110,14 @@ class PbKDRounds:
             Whether D is the pairs of all rounds so far, or those of the newest alone.
         reference (`str`, *optional*, defaults to `"start"`):
             π_ref of each round: the `"start"`, or the student of the `"previous"` round.
-        optimizer (`str`, *optional*, defaults to `"fresh"`):
+        optimizer (`str`, *optional*):
             Whether each round begins with a `"fresh"` optimizer and λ at `dual_init`, or moments and λ are `"carried"` on
-            from the round before.
+            from the round before. By default as the rounds in `output_dir` were begun; in new ones `"carried"`, and
+            `"fresh"` under FSDP and DeepSpeed.
         schedule (`str`, *optional*, defaults to `"all"`):
             Whether the learning rate runs through its schedule once over `"all"` rounds, warm-up in the first and decay to
-            the last, or anew in each `"round"`. With more `rounds` than before, it is the schedule of them all.
+            the last, or anew in each `"round"`; q of the imitation term likewise through its warm-up. With more `rounds`
+            than before, it is the schedule of them all.
         num_teacher_samples, num_student_samples (`int`, *optional*, defaults to `1`):
             Answers of each to a prompt, in each round.
         eval_dataset (`Dataset`, *optional*), quantization_config, peft_config, callbacks (*optional*):
@@ -142,7 +146,7 @@ class PbKDRounds:
         prompts_per_round: int | None = None,
         accumulate: bool = True,
         reference: Literal["start", "previous"] = "start",
-        optimizer: Literal["fresh", "carried"] = "fresh",
+        optimizer: Literal["fresh", "carried"] | None = None,
         schedule: Literal["all", "round"] = "all",
         num_teacher_samples: int = 1,
         num_student_samples: int = 1,
@@ -184,7 +188,8 @@ class PbKDRounds:
 
     def run(self) -> dict[str, Any]:
         """
-        Runs the rounds that are not finished, and saves the last student in `output_dir`.
+        Runs the rounds that are not finished, and saves the last student in `output_dir`. A round after the first in which
+        no row teaches ends them: the student of the round before is the last.
 
         Returns:
             `dict[str, Any]`: What `rounds.json` holds: `rounds`, the metrics of each; `final`, the last student's own win
@@ -195,9 +200,11 @@ class PbKDRounds:
         """
         with self._begun():
             for number in range(1, self.rounds + 1):
-                if self.folder.stage(number) != TRAINED:
+                if self.folder.stage(number) not in (TRAINED, ENDED):
                     self._sample(number)
                     self._train(number, self.data(number))
+                if self.folder.stage(number) == ENDED:
+                    break
             self._finish()
         return self._report()
 
@@ -244,6 +251,7 @@ class PbKDRounds:
             trainer.number, trainer.rounds = number, self.rounds
         if self.optimizer == "carried" and number > 1:
             carried = Carried(self.folder.round(number - 1) / CARRIED)
+            carried.check(self.args)
             trainer.add_callback(carried)
             trainer.dual.load_state_dict(carried.state["dual"])
         name = self.teacher.describe().get("model")
@@ -317,11 +325,20 @@ class PbKDRounds:
 
     def _train(self, number: int, data: Dataset) -> None:
         """Trains a round's student, saves it with its card, and writes down how it went."""
-        trainer, folder = self.trainer(number, data), self.folder
+        folder = self.folder
+        try:
+            trainer = self.trainer(number, data)
+        except NothingTeaches as nothing:
+            if number == 1:
+                raise
+            self._end(number, nothing.told)
+            return
         trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number), is_unfinished))
         steps = trainer.state.global_step
         record = (folder.record(folder.round(number)) or {}) | late_means(trainer.state.log_history, steps)
         record |= {"stage": TRAINED, "steps": steps, "schedule_rounds": trainer.rounds}
+        texts = trainer.text_counts.get("train")
+        record["advantage"] = None if texts is None else texts.advantage
         trainer.save_model()
         trainer.card_results = {CARD_RESULTS[k]: record[k] for k in CARD_RESULTS if record[k] is not None}
         trainer.create_model_card(model_name=folder.path.name)
@@ -334,6 +351,17 @@ class PbKDRounds:
             self._report()
         free(trainer)
         wait_until(lambda: folder.stage(number) == TRAINED)
+
+    def _end(self, number: int, why: str) -> None:
+        """Writes down that a round has nothing to teach. Its pairs have measured the student, which stays as it is."""
+        folder = self.folder
+        if PartialState().is_main_process:
+            said = (
+                f"No row of the data of round {number} teaches ({why}): the rounds end, and the student stays as it is"
+            )
+            record = folder.record(folder.round(number)) or {}
+            folder.note(folder.round(number), record | {"stage": ENDED, "ended": f"{said}."})
+        wait_until(lambda: folder.stage(number) == ENDED)
 
     def _tidy(self, number: int) -> None:
         """Removes what was there to go on from, in a round that is finished; this one can still be done again."""
@@ -380,8 +408,16 @@ class PbKDRounds:
             yield
 
     def _finish(self) -> None:
-        """The last student answers the last round's prompts too, which nobody trains on, and is saved as the result."""
+        """The last student answers the last round's prompts too, which nobody trains on, and is saved as the result. One
+        that a further round has measured, and not trained, is saved as it is."""
         folder, number = self.folder, self.rounds + 1
+        ended = folder.ended()
+        if ended is not None and ended["round"] <= self.rounds:
+            if PartialState().is_main_process:
+                self._say(ended)
+                folder.publish(ended["round"] - 1)
+                add_rounds_section(str(folder.path / "README.md"), self._report())
+            return
         place = folder.after(self.rounds)
         if PartialState().is_main_process:
             if folder.record(place) is None:

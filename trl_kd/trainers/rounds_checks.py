@@ -46,6 +46,8 @@ def check_rounds(rounds: Any) -> None:
         `ValueError`, `TypeError`: the sentence names the argument, its value and the way out.
     """
     rounds.args = _as_begun(rounds.args, rounds.folder.begun_with)
+    if rounds.optimizer is None:
+        rounds.optimizer = _optimizer(rounds.args, rounds.folder.begun_with)
     _check_numbers(rounds)
     if not callable(rounds.student):
         raise TypeError(
@@ -137,8 +139,7 @@ def _check_model(rounds: Any) -> None:
             f"`schedule` is 'all', but `lr_scheduler_type` is {args.lr_scheduler_type.value!r}, which is not of such a kind "
             "that rounds could share it: use 'round', or another scheduler."
         )
-    sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if rounds.optimizer == "carried" and (sharded or args.deepspeed or args.fsdp):
+    if rounds.optimizer == "carried" and _is_sharded(args):
         raise ValueError(
             "`optimizer` is 'carried', but under FSDP or DeepSpeed its state is cut up among the processes: use 'fresh'."
         )
@@ -164,6 +165,18 @@ def _check_model(rounds: Any) -> None:
             "`reference` is 'previous', but the start is quantized, and an adapter cannot be merged into it without loss: "
             "use 'start', whose reference is the start without its adapter."
         )
+
+
+def _is_sharded(args: Any) -> bool:
+    sharded = args.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return bool(sharded or args.deepspeed or args.fsdp)
+
+
+def _optimizer(args: Any, settings: dict[str, Any]) -> str:
+    """What becomes of the optimizer where nothing is said: as in the rounds that are there ("fresh" was the default)."""
+    if settings:
+        return settings.get("optimizer", "fresh")
+    return "fresh" if _is_sharded(args) else "carried"
 
 
 def _as_begun(args: Any, settings: dict[str, Any]) -> Any:

@@ -17,8 +17,9 @@ from trl_kd.trainers.rounds_regret import regret_coefficient
 
 
 RECORD, REPORT = "metrics.json", "rounds.json"
-SAMPLED, TRAINED = "sampled", "trained"
-"""Stages of a round, as its record has them: its pairs are finished, its student is."""
+SAMPLED, TRAINED, ENDED = "sampled", "trained", "ended"
+"""Stages of a round, as its record has them: its pairs are finished, its student is; or no row of them teaches, so that the
+student that came into it is the last one."""
 
 LOGGED = {
     "accuracy": "rewards/accuracies",
@@ -93,17 +94,22 @@ class RoundsFolder:
         return _read(place / RECORD)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Those of the rounds, in order."""
+        """Those of the rounds, in order. One in which nothing teaches is none of them: it has measured the last student."""
         number = 1
-        while (record := self.record(self.round(number))) is not None:
+        while (record := self.record(self.round(number))) is not None and record["stage"] != ENDED:
             yield record
             number += 1
+
+    def ended(self) -> dict[str, Any] | None:
+        """The record of the round in which nothing teaches any more, which comes after the last."""
+        record = self.record(self.round(1 + sum(1 for _ in self.records())))
+        return record if record is not None and record["stage"] == ENDED else None
 
     def note(self, place: Path, record: dict[str, Any]) -> None:
         write_json(place / RECORD, record)
 
     def stage(self, number: int) -> str | None:
-        """How far a round has got: `None`, `SAMPLED` or `TRAINED`."""
+        """How far a round has got: `None`, `SAMPLED`, `TRAINED` or `ENDED`."""
         return (self.record(self.round(number)) or {}).get("stage")
 
     @property
@@ -144,7 +150,7 @@ class RoundsFolder:
         return {
             "settings": settings,
             "rounds": records,
-            "final": self.record(self.after(last)),
+            "final": self.record(self.after(last)) or self.ended(),
             "regret_coefficient": regret_coefficient([record["regret"] for record in records]),
         }
 
@@ -232,6 +238,11 @@ def late_means(history: list[dict[str, Any]], steps: int) -> dict[str, float | N
     return found
 
 
+def has_preference_term(settings: dict[str, Any]) -> bool:
+    """Whether rounds of these settings train on preferences too, with a reference."""
+    return bool(settings.get("dual_init") or settings.get("dual_learning_rate"))
+
+
 def told_of_round(record: dict[str, Any], rounds: int) -> str:
     """A line on a round that is finished, or on the measurement after the last."""
     rate = record["student_win_rate"]
@@ -241,10 +252,12 @@ def told_of_round(record: dict[str, Any], rounds: int) -> str:
         else f"the student wins {100 * rate:.1f} % against its teacher"
     )
     wins += f" where they differ, {record['equal_answers']:,} answers are equal"
+    if record["stage"] == ENDED:
+        return f"After {record['round'] - 1} rounds: {wins}. {record['ended']}"
     if record["stage"] != TRAINED:
         return f"After {rounds} rounds: {wins}."
-    logged = {"accuracy": "accuracy", "dual": "λ", "imitation": "imitation"}
-    values = [f"{name} {record[key]:.4g}" for key, name in logged.items() if record[key] is not None]
+    logged = {"accuracy": "accuracy", "dual": "λ", "advantage": "advantage", "imitation": "imitation"}
+    values = [f"{name} {record[key]:.4g}" for key, name in logged.items() if record.get(key) is not None]
     pairs = f"D has {record['pairs']:,} pairs, {record['new_pairs']:,} of them new"
     told = [f"at its start {wins}", pairs, *values, f"regret {record['regret']:.3g}"]
     return f"Round {record['round']} of {rounds}: {', '.join(told)}."

@@ -134,6 +134,15 @@ class Carried(TrainerCallback):
             )
         self.state = torch.load(path, map_location="cpu", weights_only=True)
 
+    def check(self, args: Any) -> None:
+        """Raises a `ValueError` for a λ that the training has no term for."""
+        dual = self.state["dual"]["value"]
+        if dual > 0 and not args.has_preference_term:
+            raise ValueError(
+                f"The optimizer is to be carried on with λ = {dual}, and the preference term is off in this run, since "
+                "`dual_init` and `dual_learning_rate` are 0: give them as they were, or begin in another `output_dir`."
+            )
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step:  # a checkpoint has brought its own
             return
