@@ -60,8 +60,8 @@ def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Pa
             "SeqKD imitates the teacher's answers; its dft form trusts the tokens that the student finds likely. SFT "
             "on chosen imitates the preferred answers. DPO learns from the preferences alone, and DPO + sft from both. "
             "PbKD, the method of this package, imitates the teacher's answers where the preferences leave it an "
-            "advantage over the student. All models here are tiny and were made on this machine; the numbers say how the methods "
-            "compare on these tasks, and nothing about large models.",
+            "advantage over the student. All models here are tiny and were made on this machine; the numbers say how "
+            "the methods compare on these tasks, and nothing about large models.",
         ],
         sections=[*sections, _settings(cells, count)],
         footer=f"Made by trl-kd {__version__}, command `trl-kd demo`.",
