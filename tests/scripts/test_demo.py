@@ -42,6 +42,8 @@ TINY = DemoSettings(
     test_samples=2,
     curve_questions=20,
     curve_every=4,
+    learning_rate=1e-2,
+    learning_rates={"dpo": 3e-2},
 )
 
 
@@ -84,13 +86,15 @@ def interrupted_then_finished(task_file, tmp_path_factory):
 
 def test_goes_on_where_it_stopped(interrupted_then_finished):
     _, _, trained = interrupted_then_finished
-    assert trained == [["teacher"], ["start", "seqkd", "dpo"], ["dpo_sft", "pbkd"], []]
+    clean, wrong = ["seqkd", "seqkd_dft", "sft_chosen", "dpo"], ["sft_chosen", "dpo_sft", "pbkd"]
+    assert trained == [["teacher"], ["start", *clean], ["dpo_sft", "pbkd", *wrong], []]
 
 
 def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_finished):
     _, results, _ = interrupted_then_finished
     methods = [results[method] for method in demo_methods.METHODS]
-    assert [method["steps"] for method in methods] == [TINY.steps] * 4
+    methods += [results[method]["flipped"] for method in demo_methods.FLIPPED]
+    assert [method["steps"] for method in methods] == [TINY.steps] * 9
     curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in methods]
     assert len({curve[0] for curve in curves}) == 1
     assert all(len(curve) == 1 + TINY.steps // TINY.curve_every for curve in curves)
@@ -108,6 +112,8 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
     length = {"max_length": 128}
     seqkd = recipe("seqkd").data
     assert list(seqkd["completion"]) == [row[row["teacher_side"]] for row in rows]
+    assert recipe("seqkd_dft").data.to_list() == seqkd.to_list()
+    assert recipe("seqkd_dft").settings == length | {"loss_type": "dft"}
     pbkd = recipe("pbkd")
     assert pbkd.data.to_list() == [
         {name: row[name] for name in ("prompt", "chosen", "rejected", "preference", "teacher_side")} for row in rows
@@ -116,13 +122,63 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
     right = [row[f"score_{row['teacher_side']}"] == 1 for row in rows]
     assert 0 < sum(right) < len(rows)
     assert len(recipe("seqkd_verified").data) == sum(right)
-    verified = recipe("pbkd_verified").data.to_list()
-    assert [row["teacher_side"] is not None for row in verified] == right
-    assert [row["preference"] for row in verified] == [row["preference"] for row in rows]
+    verified = recipe("pbkd_verified")
+    assert verified.settings["imitation_min_score"] == 1
+    assert [row[f"score_{row['teacher_side']}"] == 1 for row in verified.data] == right
+    chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows if row["preference"] == 1]
+    assert recipe("sft_chosen").data.to_list() == chosen
     for method, extra in (("dpo", {}), ("dpo_sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]})):
         found = recipe(method)
         assert len(found.data) == counts["strict"]
         assert found.settings == length | extra
+
+
+def test_flipped_labels_change_sides_and_no_texts(interrupted_then_finished, task_file):
+    folder, results, _ = interrupted_then_finished
+    rows = load_pairs(folder / "size/seed0/pairs").to_list()
+    wrong = demo_methods.flip_labels(rows, 0.2, seed=0)
+    changed = [index for index, (old, new) in enumerate(zip(rows, wrong, strict=True)) if old != new]
+    strict = [index for index, row in enumerate(rows) if row["preference"] == 1]
+    assert set(changed) < set(strict)
+    assert len(changed) == round(0.2 * len(strict)) > 0
+    assert all(wrong[index] == rows[index] | {"preference": 0.0} for index in changed)
+    assert wrong == demo_methods.flip_labels(rows, 0.2, seed=0) != demo_methods.flip_labels(rows, 0.2, seed=1)
+
+    task = load_task(task_file, {})
+    dpo = demo_methods.recipe("dpo", wrong, folder, task).data
+    assert len(dpo) == len(strict)
+    for index, pair in zip(strict, dpo, strict=True):
+        texts = [rows[index]["chosen"], rows[index]["rejected"]]
+        assert [pair["chosen"], pair["rejected"]] == (texts[::-1] if index in changed else texts)
+    cell = demo_experiment.Cell(task, 0, TINY, folder / "size/seed0", flipped=True)
+    assert cell.rows() == wrong
+    assert any(results[method]["answers"] != results[method]["flipped"]["answers"] for method in demo_methods.FLIPPED)
+
+
+def test_measures_at_the_temperature_that_validation_questions_choose(
+    interrupted_then_finished, task_file, monkeypatch
+):
+    """And validation cells are measured on questions that chose nothing."""
+    folder, _, _ = interrupted_then_finished
+    asked = []
+
+    def counted(model, tokenizer, questions, scorer, longest, samples=1, seed=0, temperature=1.0):
+        asked.append((tuple(questions["prompt"]), samples, temperature))
+        return demo_experiment.Accuracy.of([0.5 - (temperature - 0.7) ** 2]), [""]
+
+    monkeypatch.setattr(demo_experiment, "exact_match", counted)
+    for split in ("test", "validation"):
+        cell = demo_experiment.Cell(load_task(task_file, {}), 0, TINY, folder / "size/seed0", split=split)
+        found = cell._test(*demo_experiment.load(cell.model_folder("start")))
+        assert found["temperature"] == 0.7
+        assert found["best"] == 0.5 > found["sampled"] == found["greedy"]
+        chose, measured = {prompt for prompt, *_ in asked[:4]}, {prompt for prompt, *_ in asked[4:]}
+        assert [temperature for *_, temperature in asked] == [*TINY.temperatures, 1.0, 0.7, 1.0]
+        assert [samples for _, samples, _ in asked] == [TINY.test_samples] * 6 + [0]
+        assert len(chose) == len(measured) == 1
+        assert len(measured.pop()) == TINY.test_questions
+        assert not set(asked[0][0]) & set(asked[4][0])
+        asked.clear()
 
 
 def test_white_box_adds_its_rows(interrupted_then_finished, task_file, tmp_path, capsys):
@@ -161,7 +217,7 @@ def test_page_shows_what_was_found(interrupted_then_finished):
     assert "<b>" not in html
     assert f"{100 * results['pbkd']['sampled']:.1f} %" in html
     assert html.count('class="sample"') == 10
-    assert html.count("<polyline") == 5 + 4 + 2  # methods and teacher, losses, violation and dual
+    assert html.count("<polyline") == 7 + 6 + 2  # methods and teacher, losses, PbKD's loss and NLL
     for text in ("prompts", "transformers", "cores"):
         assert text in html
 
@@ -242,12 +298,18 @@ def test_help_loads_nothing_heavy():
 
 def test_several_seeds_give_mean_and_spread():
     def result(value):
-        return {key: {"sampled": value, "greedy": 1.0} for key in demo.NAMES}
+        own = {key: {"sampled": value, "best": 0.9, "greedy": 1.0} for key in demo.NAMES}
+        own["pbkd"]["flipped"] = {"sampled": value / 2}
+        return own
 
     table = demo.text_table([result(0.5), result(0.7)])
     assert "60.0 ± 14.1 %" in table
     assert "100.0 ± 0.0 %" in table
     assert "of 2 seeds" in table
+    last = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in table.splitlines()}
+    assert last["PbKD (ours)"] == "30.0 ± 7.1 %"
+    assert last["SeqKD with dft"] == "60.0 ± 14.1 %"
+    assert last["Teacher"] == last["DPO"] == "–"
 
 
 class TestStage:

@@ -14,6 +14,7 @@ def generate(
     max_new_tokens: int,
     sample: bool = True,
     seed: int = 0,
+    temperature: float = 1.0,
     batch_size: int = 512,
 ) -> list[str]:
     """Answers each prompt once.
@@ -28,18 +29,21 @@ def generate(
         max_new_tokens (`int`):
             Longest response, in tokens, its end-of-sequence token included.
         sample (`bool`, *optional*, defaults to `True`):
-            Sample from the model's own distribution (temperature 1, no top-k or top-p); otherwise take the most
-            likely token each time.
+            Sample from the model's own distribution (no top-k or top-p); otherwise take the most likely token each
+            time.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling. The global random state is left as it was, so that evaluating during a training run
             does not change that run.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Above 0. Temperature of the sampling.
         batch_size (`int`, *optional*, defaults to `512`):
             Prompts a batch. It is part of the random stream: another value samples other answers.
 
     Returns:
         `list[str]`: one response a prompt, without special tokens.
     """
-    strategy = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    strategy = sampled if sample else {"do_sample": False}
     responses: list[str] = []
     was_training = model.training
     model.eval()

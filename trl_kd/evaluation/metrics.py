@@ -54,6 +54,7 @@ def exact_match(
     max_new_tokens: int,
     samples: int = 1,
     seed: int = 0,
+    temperature: float = 1.0,
 ) -> tuple[Accuracy, list[str]]:
     """Lets a model answer questions and scores the answers.
 
@@ -69,9 +70,11 @@ def exact_match(
         max_new_tokens (`int`):
             Longest answer, in tokens.
         samples (`int`, *optional*, defaults to `1`):
-            Answers sampled for each question at temperature 1; `0` for one greedy answer.
+            Answers sampled for each question; `0` for one greedy answer.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the sampling, above 0.
 
     Returns:
         `tuple[Accuracy, list[str]]`: the share of right answers, and the first answer to each question.
@@ -79,7 +82,9 @@ def exact_match(
     repeats = max(samples, 1)
     repeated = {name: [value for value in values for _ in range(repeats)] for name, values in questions.items()}
     prompts = repeated.pop("prompt")
-    completions = generate(model, tokenizer, prompts, max_new_tokens, sample=samples > 0, seed=seed)
+    completions = generate(
+        model, tokenizer, prompts, max_new_tokens, sample=samples > 0, seed=seed, temperature=temperature
+    )
     scores = scorer(prompts=prompts, completions=completions, **repeated)
     means = [sum(scores[i : i + repeats]) / repeats for i in range(0, len(scores), repeats)]
     return Accuracy.of(means), completions[::repeats]

@@ -20,6 +20,8 @@ NAMES = {
     "teacher": "Teacher",
     "start": "Student, start",
     "seqkd": "SeqKD",
+    "seqkd_dft": "SeqKD with dft",
+    "sft_chosen": "SFT on chosen",
     "dpo": "DPO",
     "dpo_sft": "DPO + sft",
     "pbkd": "PbKD (ours)",
@@ -33,6 +35,12 @@ WHITE_BOX_NAMES = {
     "mm_pbkd": "MM-PbKD (ours)",
 }
 """Further rows of `--white_box`: these students read the teacher's distributions."""
+
+LABEL_FREE = ("seqkd", "seqkd_dft")
+"""Rows that wrong labels do not change, since they read none."""
+
+MEASURES = {"sampled": "sampled", "best": "best temp.", "greedy": "greedy"}
+"""Columns of the table: at temperature 1, at the temperature that is best on validation questions, and greedy."""
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +93,7 @@ def run(
     results: dict[str, list[dict[str, Any]]] = {}
     for number, cell in enumerate(cells, 1):
         print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
-        results.setdefault(cell.task.name, []).append(cell.run(cell.methods(white_box)))
+        results.setdefault(cell.task.name, []).append(cell.compare(white_box))
     _finish(output_dir, cells, results, time.monotonic() - started)
     return results
 
@@ -95,8 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="trl-kd demo",
         allow_abbrev=False,
         description="Trains a tiny teacher and a weak student, builds preference pairs from their answers, and "
-        "distils the student four ways from the same start: SeqKD, DPO, DPO + sft and PbKD. Some minutes on two CPU "
-        "cores. Run again, it goes on where it stopped.",
+        "distils the student six ways from the same start: SeqKD, SeqKD with TRL's dft loss, SFT on the chosen answers, "
+        "DPO, DPO + sft and PbKD; three of them again with a fifth of the labels wrong. Some minutes on two "
+        "CPU cores. Run again, it goes on where it stopped.",
     )
     parser.add_argument(
         "--seeds", type=_positive, default=1, metavar="N", help="repetitions with different seeds (default: 1)"
@@ -181,14 +190,24 @@ def text_table(seeds: list[dict[str, Any]]) -> str:
     """
     names = rows(seeds)
     width = max(map(len, names.values()))
-    columns = [18 if len(seeds) > 1 else 22] * 2
-    header = f"  {'':<{width}}  {'sampled':>{columns[0]}}  {'greedy':>{columns[1]}}"
-    lines = [header]
-    for key, name in names.items():
-        sampled, greedy = (spread(seeds, key, measure) for measure in ("sampled", "greedy"))
-        lines.append(f"  {name:<{width}}  {sampled:>{columns[0]}}  {greedy:>{columns[1]}}")
+    cells = [["", *MEASURES.values(), "wrong labels"]]
+    cells += [[name, *(spread(seeds, key, m) for m in MEASURES), flipped(seeds, key)] for key, name in names.items()]
+    lines = [f"  {name:<{width}}" + "".join(f"  {cell:>19}" for cell in row) for name, *row in cells]
     note = f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "with 95 % interval"
-    return "\n".join([*lines, f"  ({note})"])
+    return "\n".join(
+        [
+            *lines,
+            f"  ({note}; sampled at temperature 1, at the temperature that is best on validation questions, and greedy;",
+            "  wrong labels: sampled, after training on pairs of which a fifth of the labels is flipped)",
+        ]
+    )
+
+
+def flipped(seeds: list[dict[str, Any]], key: str) -> str:
+    """Sampled accuracy after learning from partly wrong labels, or a dash for what does not learn from pairs' labels."""
+    if "flipped" in seeds[0][key]:
+        return spread([{key: seed[key]["flipped"]} for seed in seeds], key, "sampled")
+    return spread(seeds, key, "sampled") if key in LABEL_FREE else "–"
 
 
 def spread(seeds: list[dict[str, Any]], key: str, measure: str) -> str:

@@ -1,11 +1,11 @@
-"""The demo's experiment: one task and one seed, from an untrained teacher to four distilled students."""
+"""The demo's experiment: one task and one seed, from an untrained teacher to distilled students."""
 
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +17,21 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_kd import __version__
 from trl_kd.evaluation.callback import ExactMatchCallback
-from trl_kd.evaluation.metrics import exact_match
+from trl_kd.evaluation.metrics import Accuracy, exact_match
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.scripts.demo_methods import METHODS, VERIFIED, WHITE_BOX, Recipe, recipe
+from trl_kd.scripts.demo_methods import (
+    FLIPPED,
+    LEARNING_RATES,
+    METHODS,
+    VERIFIED,
+    WHITE_BOX,
+    Recipe,
+    flip_labels,
+    recipe,
+)
 from trl_kd.scripts.demo_stage import MARKER, stage
 from trl_kd.scripts.errors import InputError
 from trl_kd.tasks import SPLITS, Question, Task
@@ -48,6 +57,8 @@ class DemoSettings:
         steps (`int`): Optimizer steps of each method.
         batch_size (`int`): Rows a step.
         learning_rate (`float`): Peak learning rate of each method, decayed to 0 linearly.
+        learning_rates (`dict[str, float]`): The same of methods for which another one is better.
+        flipped (`float`): Share of the strict labels that are flipped where methods learn from wrong labels.
         teacher_accuracy, start_accuracy (`float`): Share of right sampled answers at which pretraining stops.
         teacher_size, student_size (`tuple[int, int]`): Width and number of layers.
         pretraining_questions (`int`): Questions with right answers that both learn from before.
@@ -56,7 +67,8 @@ class DemoSettings:
         pretraining_learning_rate (`float`): Learning rate of pretraining, constant after 50 steps.
         test_questions (`int`): Unseen questions of the final table.
         test_samples (`int`): Answers sampled for each of them.
-        curve_questions (`int`): Validation questions at each point of a learning curve.
+        temperatures (`tuple[float, ...]`): Those of which the best on validation questions is tested too.
+        curve_questions (`int`): Validation questions at each point of a learning curve, and for each temperature.
         curve_every (`int`): Steps between two points.
     """
 
@@ -64,6 +76,8 @@ class DemoSettings:
     steps: int = 600
     batch_size: int = 32
     learning_rate: float = 1e-3
+    learning_rates: dict[str, float] = field(default_factory=lambda: dict(LEARNING_RATES))
+    flipped: float = 0.2
     teacher_accuracy: float = 0.8
     start_accuracy: float = 0.35
     teacher_size: tuple[int, int] = (64, 2)
@@ -74,6 +88,7 @@ class DemoSettings:
     pretraining_learning_rate: float = 1.5e-3
     test_questions: int = 1000
     test_samples: int = 4
+    temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
     curve_questions: int = 300
     curve_every: int = 50
 
@@ -88,6 +103,10 @@ class Cell:
         folder (`Path`): Where the stages keep their files.
         make_bar (`Callable`, *optional*): Makes a progress bar, a callback, of a title and `goal`, the accuracy at
             which training stops or `None`.
+        flipped (`bool`, *optional*, defaults to `False`): Whether methods learn from pairs of which a share has flipped
+            labels. Teacher, start and pairs are the same; the students have a folder of their own.
+        split (`str`, *optional*, defaults to `"test"`): Questions on which models are measured. `"validation"` takes others
+            than those of the learning curves.
     """
 
     def __init__(
@@ -97,12 +116,16 @@ class Cell:
         settings: DemoSettings,
         folder: Path,
         make_bar: Callable[..., TrainerCallback] | None = None,
+        flipped: bool = False,
+        split: str = "test",
     ):
         self.task = task
         self.seed = seed
         self.settings = settings
         self.folder = folder
         self.make_bar = make_bar
+        self.flipped = flipped
+        self.split = split
 
     def run(self, methods: Iterable[str] = METHODS) -> dict[str, Any]:
         """Runs what is missing, and returns the results of every stage by its name."""
@@ -112,16 +135,26 @@ class Cell:
             "pairs": stage(self.folder / "pairs", self._pairs),
         }
         for method in methods:
-            results[method] = stage(self.folder / method, partial(self._distil, method))
+            results[method] = stage(self.stage_folder(method), partial(self._distil, method))
         return results
 
-    def methods(self, white_box: bool) -> list[str]:
-        """What the demo runs."""
-        return [*METHODS, *(WHITE_BOX if white_box else ())]
+    def compare(self, white_box: bool = False) -> dict[str, Any]:
+        """Runs what the demo shows. What a method learnt from labels of which a share is flipped is in its `flipped`."""
+        results = self.run([*METHODS, *(WHITE_BOX if white_box else ())])
+        wrong = Cell(self.task, self.seed, self.settings, self.folder, self.make_bar, flipped=True, split=self.split)
+        found = wrong.run(FLIPPED)
+        for method in FLIPPED:
+            results[method]["flipped"] = found[method]
+        return results
+
+    def stage_folder(self, name: str) -> Path:
+        """Where a stage keeps its files."""
+        shared = not self.flipped or name in ("teacher", "start", "pairs")
+        return self.folder / name if shared else self.folder / "flipped" / name
 
     def model_folder(self, name: str) -> Path:
         """Where the model of a stage is saved."""
-        return self.folder / name / f"{self.task.name}-{name.replace('_', '-')}"
+        return self.stage_folder(name) / f"{self.task.name}-{name.replace('_', '-')}"
 
     # ---- Stages ----------------------------------------------------------------------------------------------------
 
@@ -189,11 +222,11 @@ class Cell:
         """Ready to train the start by a method, with some of its settings changed."""
         settings = self.settings
         model, tokenizer = load(self.model_folder("start"))
-        rows = load_pairs(self.folder / "pairs").to_list()
-        found = self.recipe(method, rows)
+        found = self.recipe(method, self.rows())
+        told = self.task.name + (", wrong labels" if self.flipped else "")
         shared = {
             "per_device_train_batch_size": settings.batch_size,
-            "learning_rate": settings.learning_rate,
+            "learning_rate": self.learning_rate(method),
             "max_steps": settings.steps,
         }
         return found.trainer(
@@ -201,9 +234,18 @@ class Cell:
             args=self._arguments(found.config, folder, seed=self.seed, **{**shared, **found.settings, **changed}),
             train_dataset=found.data,
             processing_class=tokenizer,
-            callbacks=[*self._callbacks(f"{NAMES.get(method, method)} on {self.task.name}", tokenizer), *callbacks],
+            callbacks=[*self._callbacks(f"{NAMES.get(method, method)} on {told}", tokenizer), *callbacks],
             **found.arguments,
         )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The pairs, with the labels that methods learn from."""
+        rows = load_pairs(self.folder / "pairs").to_list()
+        return flip_labels(rows, self.settings.flipped, self.seed) if self.flipped else rows
+
+    def learning_rate(self, method: str) -> float:
+        """Of a method, at its peak."""
+        return self.settings.learning_rates.get(method, self.settings.learning_rate)
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         """How to distil; benchmarks add ways of their own."""
@@ -277,15 +319,25 @@ class Cell:
         path.write_text(card.replace("## Quick start", f"{about}## Quick start", 1), encoding="utf-8")
 
     def _test(self, model, tokenizer) -> dict[str, Any]:
-        questions = columns(self.task.questions("test", self.settings.test_questions, self.seed))
-        arguments = (model, tokenizer, questions, self.task.score, self.task.max_response_tokens)
-        sampled, answers = exact_match(*arguments, samples=self.settings.test_samples, seed=self.seed)
-        greedy, greedy_answers = exact_match(*arguments, samples=0)
-        return {
-            "sampled": sampled.value,
-            "sampled_interval": [sampled.low, sampled.high],
-            "greedy": greedy.value,
-            "greedy_interval": [greedy.low, greedy.high],
+        settings = self.settings
+
+        def measure(questions: list[Question], **how) -> tuple[Accuracy, list[str]]:
+            arguments = (columns(questions), self.task.score, self.task.max_response_tokens)
+            return exact_match(model, tokenizer, *arguments, seed=self.seed, **how)
+
+        others = self.task.questions("validation", settings.curve_questions, self.seed)
+        at = {t: measure(others, samples=settings.test_samples, temperature=t)[0] for t in settings.temperatures}
+        temperature = max(at, key=lambda t: at[t].value)
+        skipped = settings.curve_questions if self.split == "validation" else 0
+        questions = self.task.questions(self.split, skipped + settings.test_questions, self.seed)[skipped:]
+        sampled, answers = measure(questions, samples=settings.test_samples)
+        best, _ = measure(questions, samples=settings.test_samples, temperature=temperature)
+        greedy, greedy_answers = measure(questions, samples=0)
+        values: dict[str, Any] = {}
+        for name, found in {"sampled": sampled, "greedy": greedy, "best": best}.items():
+            values |= {name: found.value, f"{name}_interval": [found.low, found.high]}
+        return values | {
+            "temperature": temperature,
             "questions": sampled.questions,
             "answers": answers[:10],
             "greedy_answers": greedy_answers[:10],

@@ -12,7 +12,7 @@ from typing import Any
 from trl_kd import __version__
 from trl_kd.evaluation.charts import LineChart, Point, Series
 from trl_kd.evaluation.report import Answer, Page, Sample, Section, Table
-from trl_kd.scripts.demo import rows, spread
+from trl_kd.scripts.demo import MEASURES, flipped, rows, spread
 from trl_kd.scripts.demo_experiment import Cell
 from trl_kd.scripts.demo_methods import METHODS, WHITE_BOX
 
@@ -21,16 +21,18 @@ LEARNS_FROM = {
     "teacher": "right answers, but not for long enough",
     "start": "right answers, for a shorter time",
     "seqkd": "all teacher answers",
+    "seqkd_dft": "all teacher answers, likely tokens counting most",
+    "sft_chosen": "the better answers of pairs with a winner",
     "dpo": "pairs with a winner",
     "dpo_sft": "pairs with a winner, and their better answer",
-    "pbkd": "all teacher answers, under the constraint that the preferences are explained",
+    "pbkd": "teacher answers, as much as the preferences speak for them",
     "forward_kl": "the teacher's distributions along its own answers",
     "reverse_kl": "the teacher's distributions along the student's answers",
     "mm": "as on-policy reverse KL, and where an adversary tells it from its teacher",
     "mm_pbkd": "as MM, with an adversary that explains the preferences",
 }
 
-COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "start": 4}
+COLORS = {"pbkd": 0, "seqkd": 1, "dpo": 2, "dpo_sft": 3, "teacher": 4, "seqkd_dft": 5, "sft_chosen": 6}
 WHITE_BOX_COLORS = {"mm_pbkd": 0, "forward_kl": 1, "reverse_kl": 2, "mm": 3, "teacher": 4}
 
 
@@ -55,10 +57,11 @@ def make_page(cells: list[Cell], results: dict[str, list[dict[str, Any]]]) -> Pa
             "questions; a program checks the answers, and where one is right and the other wrong, that is a "
             "preference. From the same start, with the same number of updates, the student is then distilled in "
             "several ways.",
-            "SeqKD imitates the teacher's answers. DPO learns from the preferences alone. DPO + sft adds TRL's own "
-            "loss on the preferred answers. PbKD, the method of this package, imitates the teacher under the "
-            "constraint that the student explains the preferences. All models here are tiny and were made on this "
-            "machine; the numbers say how the methods compare on these tasks, and nothing about large models.",
+            "SeqKD imitates the teacher's answers; its dft form trusts the tokens that the student finds likely. SFT "
+            "on chosen imitates the preferred answers. DPO learns from the preferences alone, and DPO + sft from both. "
+            "PbKD, the method of this package, imitates the teacher's answers where the preferences leave it an "
+            "advantage over the student. All models here are tiny and were made on this machine; the numbers say how "
+            "the methods compare on these tasks, and nothing about large models.",
         ],
         sections=[*sections, _settings(cells, count)],
         footer=f"Made by trl-kd {__version__}, command `trl-kd demo`.",
@@ -72,7 +75,7 @@ def _task_sections(cell: Cell, seeds: list[dict[str, Any]]) -> list[Section]:
     return [
         _results(cell, seeds),
         *curves,
-        _constraint(cell, seeds),
+        _imitation(cell, seeds),
         _samples(cell, seeds[0]),
     ]
 
@@ -91,7 +94,8 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
     lines = [
         [
             f"{name}\n{LEARNS_FROM[key]}",
-            *(spread(seeds, key, kind).replace(" (", "\n(") for kind in ("sampled", "greedy")),
+            *(spread(seeds, key, measure).replace(" (", "\n(") for measure in MEASURES),
+            flipped(seeds, key).replace(" (", "\n("),
         ]
         for key, name in models.items()
     ]
@@ -102,13 +106,22 @@ def _results(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
             f"Of {average['total']:.0f} questions answered by both, {average['strict']:.0f} gave a winner (the "
             f"teacher in {wins:.0%} of the pairs with a known preference, a tie counting half), "
             f"{average['ties']:.0f} a tie, since both were wrong or both right in different words, and "
-            f"{average['unknown']:.0f} twice the same answer. DPO can use the pairs with a winner only, PbKD all.",
-            "Sampled means drawn from the model's own distribution, which is what a student is in use; greedy means "
-            "the most likely token each time, which hides how unsure a model is.",
+            f"{average['unknown']:.0f} twice the same answer. SFT on chosen and DPO use the pairs with a winner, PbKD "
+            "the teacher's answers that won, tied or were the student's too.",
+            "Sampled means drawn from the model's own distribution, which is what a student is in use; at the best "
+            "temperature means drawn from a sharper one, if that is better on validation questions; greedy means the "
+            "most likely token each time, which hides how unsure a model is. With wrong labels means sampled, after "
+            f"learning from pairs of which {cell.settings.flipped:.0%} of the labels say the opposite.",
         ],
         tables=[
             Table(
-                ["model, and what it learned from", "sampled", "greedy"],
+                [
+                    "model, and what it learned from",
+                    "sampled",
+                    "at the best temperature",
+                    "greedy",
+                    "with wrong labels",
+                ],
                 lines,
                 bars=[mean(seed[key]["sampled"] for seed in seeds) for key in models],
                 highlighted=list(models).index("pbkd"),
@@ -150,23 +163,22 @@ def _curves(
     )
 
 
-def _constraint(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
+def _imitation(cell: Cell, seeds: list[dict[str, Any]]) -> Section:
     return Section(
-        title=f"{cell.task.name}: the constraint",
+        title=f"{cell.task.name}: what PbKD learns",
         text=[
-            "PbKD weighs the preferences by λ, the multiplier of its constraint. By default λ is fixed. The "
-            "violation says how far the student still is from explaining the preferences: their mean negative "
-            "log-likelihood in nats per pair, above its target (0 unless one was set). A student that tells nothing "
-            "apart has ln 2 ≈ 0.69 on a pair with a winner and 0 on a tie; from there it should fall.",
+            "PbKD's loss ℓ_q of a token begins as the negative log-likelihood and becomes a bounded one, which rare tokens "
+            "of the teacher's, mistakes among them, move little. So its mean falls by itself in the first half, while q "
+            "rises. The negative log-likelihood of the same answers says how close the student comes to them.",
         ],
         charts=[
             LineChart(
-                "λ and the violation of the constraint",
+                "The teacher's answers, as far as they are imitated",
                 "updates",
-                "λ; nats per pair",
+                "loss; nats per token",
                 [
-                    Series("violation", _logged(seeds, "pbkd", "pbkd/violation"), 2),
-                    Series("λ", _logged(seeds, "pbkd", "pbkd/dual"), 0),
+                    Series("negative log-likelihood", _logged(seeds, "pbkd", "pbkd/teacher_nll"), 2),
+                    Series("loss ℓ_q", _logged(seeds, "pbkd", "pbkd/imitation"), 0),
                 ],
             )
         ],

@@ -1,0 +1,214 @@
+"""What each part of PbKD's loss does, on validation questions of seeds that no test uses: one setting is changed at a time.
+
+    python benchmarks/imitation_ablations.py
+    python benchmarks/imitation_ablations.py --rates     # and which learning rate each method of the demo is best at
+
+Tasks: the two bundled ones, one in which ties are mostly both right, and one whose labels are drawn from a hidden score
+(`imitation_tasks.py`). All settings make 600 updates of 32 rows from the same start. Every stage is kept under `runs/`, so
+that an interrupted run goes on where it stopped. Results go to benchmarks/results/imitation_ablations.json and
+learning_rates.json after every seed.
+"""
+
+import argparse
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bundled_tasks import spread
+from imitation_tasks import EITHER_SEPARATOR, GRADED
+
+from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
+from trl_kd.scripts.demo_methods import LABELLED, METHODS, Recipe
+from trl_kd.scripts.demo_quiet import quiet_libraries
+from trl_kd.scripts.demo_report import environment
+from trl_kd.scripts.demo_stage import MARKER, check_settings, stage, write_json
+from trl_kd.tasks import TASKS
+
+
+BASE = DemoSettings(curve_every=600, test_questions=500)
+SIZES = {  # task: what differs from the demo
+    **dict.fromkeys(TASKS.values(), BASE),
+    EITHER_SEPARATOR: replace(BASE, teacher_accuracy=0.85, start_accuracy=0.7),
+    GRADED: replace(BASE, teacher_accuracy=0.78, start_accuracy=0.66),
+}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, fields of PbKDConfig)
+    "default": ("default: ζ = 0.05, q rises to 0.5, equal texts 1, λ = 0", {}),
+    "q_0": ("q = 0 (−log π)", {"imitation_q": 0.0}),
+    "q_constant": ("q = 0.5 from the start", {"imitation_q_warmup": 0.0}),
+    "q_1": ("q rises to 1", {"imitation_q": 1.0}),
+    "radius_0": ("ζ = 0", {"imitation_radius": 0.0}),
+    "radius_0.2": ("ζ = 0.2", {"imitation_radius": 0.2}),
+    "radius_inf": ("ζ = ∞ (labels unused)", {"imitation_radius": math.inf}),
+    "equal_0": ("equal texts 0 (left out)", {}),
+    "lambda_1": ("λ = 1", {"dual_init": 1.0}),
+    "lambda_3": ("λ = 3", {"dual_init": 3.0}),
+}
+RATES = {
+    **dict.fromkeys(METHODS, (0.0003, 0.001, 0.003)),
+    "dpo": (1e-6, 1e-5, 3e-5, 1e-4),
+}
+MEASURES = ("sampled", "best", "greedy")
+SCALE = 0.1
+"""Of the graded task's labels: P(first ≻ second) = σ((its score − the other's) / SCALE)."""
+
+
+class AblationCell(Cell):
+    """PbKD with one setting changed, measured on validation questions."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        return draw_labels(super().rows(), self.seed) if self.task is GRADED else super().rows()
+
+    def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
+        if method not in SETTINGS:
+            return super().recipe(method.partition(":")[0], rows)
+        if method == "equal_0":
+            rows = [row for row in rows if row["chosen"] != row["rejected"]]
+        found = super().recipe("pbkd", rows)
+        return found._replace(settings=found.settings | SETTINGS[method][1])
+
+    def learning_rate(self, method: str) -> float:
+        _, _, rate = method.partition(":")
+        return float(rate) if rate else super().learning_rate(method)
+
+    def cell_folder(self, method: str) -> Path:
+        return self.stage_folder(method.replace(":", "_"))
+
+    def measured(self, method: str) -> dict[str, Any]:
+        """The row of one cell; `method` is a setting, or one of the demo's methods and its learning rate."""
+        return self.row(method, stage(self.cell_folder(method), partial(self._distil, method)))
+
+    def row(self, method: str, found: dict[str, Any]) -> dict[str, Any]:
+        values = {measure: round(found[measure], 5) for measure in MEASURES}
+        names = {"task": self.task.name, "flipped": self.flipped, "setting": method, "seed": self.seed}
+        return names | values | {"temperature": found["temperature"], "steps": found["steps"]}
+
+
+def draw_labels(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Bradley–Terry draws of the scores; equal texts keep their unknown label."""
+    rng = random.Random(f"labels/{seed}")
+    drawn = []
+    for row in rows:
+        p = 1 / (1 + math.exp((row["score_rejected"] - row["score_chosen"]) / SCALE))
+        label = float(rng.random() < p)
+        drawn.append(row if row["preference"] is None else row | {"preference": label})
+    return drawn
+
+
+def cells(arguments: argparse.Namespace) -> Iterable[AblationCell]:
+    """Seed by seed, so that an early end leaves whole seeds; teachers and starts are made where they are missing."""
+    for seed in arguments.seeds:
+        for task, settings in SIZES.items():
+            folder = arguments.cells / task.name
+            cell = AblationCell(task, seed, settings, folder / f"seed{seed}", split="validation")
+            if task.name not in arguments.tasks or (arguments.finished and not is_finished(cell, "pairs")):
+                continue
+            check_settings(folder, fingerprint(task, settings))
+            # Pretraining is looked at more often than these curves are, or it would overshoot its goal
+            often = replace(settings, curve_every=DemoSettings().curve_every)
+            Cell(task, seed, often, cell.folder, split="validation").run([])
+            yield cell
+
+
+def is_finished(cell: AblationCell, method: str) -> bool:
+    return (cell.cell_folder(method) / MARKER).is_file()
+
+
+def ablations(arguments: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for cell in cells(arguments):
+        found = cell.run([])
+        rows += [cell.row(name, found[name]) for name in ("teacher", "start")]
+        rows += rows_of(cell, arguments.settings, arguments.finished)
+        what = "share of right answers, or mean score, on validation questions, in [0, 1]: mean and standard deviation"
+        seen = {"teacher": "teacher", "start": "student at the start"} | {k: v[0] for k, v in SETTINGS.items()}
+        write(arguments.results / "imitation_ablations.json", what, rows, seen)
+
+
+def rates(arguments: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for clean in cells(arguments):
+        flipped = AblationCell(clean.task, clean.seed, clean.settings, clean.folder, flipped=True, split="validation")
+        for cell in (clean, flipped):
+            methods = [name for name in arguments.methods if name in LABELLED or not cell.flipped]
+            asked = [f"{method}:{rate:g}" for method in methods for rate in RATES[method]]
+            rows += rows_of(cell, asked, arguments.finished)
+        what = (
+            "exact match on validation questions, in [0, 1], by method and learning rate: mean and standard deviation"
+        )
+        write(arguments.results / "learning_rates.json", what, rows, {})
+
+
+def rows_of(cell: AblationCell, methods: Iterable[str], finished: bool) -> list[dict[str, Any]]:
+    """The rows of a cell's methods, of those that are finished or of all."""
+    rows = []
+    for method in methods:
+        if not finished or is_finished(cell, method):
+            rows.append(cell.measured(method))
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def write(path: Path, what: str, rows: list[dict[str, Any]], seen: dict[str, str]) -> None:
+    content = {"what": what, "settings seen": seen, "summary": summarise(rows), "rows": rows}
+    sizes = {task.name: asdict(settings) for task, settings in SIZES.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content | {"settings": sizes, "environment": environment()})
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By task and setting: mean and standard deviation over seeds, and of the difference to the default of the same seed."""
+    lines: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(partial(defaultdict, dict))
+    for row in rows:
+        lines[row["task"] + (", flipped labels" if row["flipped"] else "")][row["setting"]][row["seed"]] = row
+    summary: dict[str, Any] = {}
+    for task, settings in lines.items():
+        summary[task] = {}
+        for name, seeds in settings.items():
+            told: dict[str, Any] = {"seeds": len(seeds)}
+            for measure in MEASURES:
+                told[measure] = spread({seed: row[measure] for seed, row in seeds.items()})
+                theirs = settings.get("default", {})
+                leads = {s: row[measure] - theirs[s][measure] for s, row in seeds.items() if s in theirs}
+                if leads and name not in ("default", "teacher", "start"):
+                    told[f"{measure}, difference to default"] = spread(leads)
+            told["temperature"] = round(mean(row["temperature"] for row in seeds.values()), 2)
+            summary[task][name] = told
+    return summary
+
+
+def main() -> None:
+    arguments = _arguments()
+    quiet_libraries()
+    (rates if arguments.rates else ablations)(arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--rates", action="store_true", help="learning rates of the demo's methods, on the bundled tasks"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
+    parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--finished", action="store_true", help="write the results of finished cells, and run no others"
+    )
+    parser.add_argument("--cells", type=Path, default=Path("runs/imitation_ablations"), help="where stages are kept")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results"
+    )
+    arguments = parser.parse_args()
+    if arguments.tasks is None:
+        arguments.tasks = list(TASKS) if arguments.rates else [task.name for task in SIZES]
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
