@@ -243,7 +243,8 @@ class _RowReader:
 
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
-        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, _THIRD_REASON, COUNT}
+        read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, *SCORE_COLUMNS}
+        read |= {_THIRD_REASON, COUNT}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
         batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
         rows = (
