@@ -24,7 +24,8 @@ from trl_kd.scripts.dry_run import (
     teacher_memory,
 )
 from trl_kd.trainers.imitation_config import imitation_radius
-from trl_kd.trainers.imitation_texts import only_teachers_text, weigh_texts
+from trl_kd.trainers.imitation_texts import weigh_texts
+from trl_kd.trainers.imitation_tokens import only_teachers_text
 from trl_kd.trainers.pbkd_data import (
     RowCounts,
     check_tokenizer,

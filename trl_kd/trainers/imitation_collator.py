@@ -8,7 +8,8 @@ import torch
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.tokens import OWN
-from trl_kd.trainers.imitation_texts import IGNORED, IMAGES, only_teachers_text
+from trl_kd.trainers.imitation_texts import IMAGES
+from trl_kd.trainers.imitation_tokens import IGNORED, only_teachers_text
 from trl_kd.trainers.pbkd_data import ADVANTAGE, imitation_weights
 from trl_kd.trainers.response_rows import PairReader
 

@@ -9,7 +9,7 @@ from trl import extract_prompt
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.imitation_config import ImitationConfig, imitation_radius
-from trl_kd.trainers.imitation_texts import _key, _Text
+from trl_kd.trainers.imitation_texts import TeacherText, text_key
 from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
 
 
@@ -32,7 +32,7 @@ def weigh_answer(pairs: Iterable[dict[str, Any]], args: ImitationConfig, radius:
     Returns:
         a(p, ζ) with the mean p of its known pairs, 1 without one; and whether it was compared with another text.
     """
-    text = _Text()
+    text = TeacherText()
     for pair in pairs:
         text.add(pair)
     return text.advantage(args, radius), text.compared  # type: ignore[arg-type]
@@ -67,14 +67,14 @@ class PairWeights:
         self.pairs = 0 if pairs is None else len(pairs)
         self._args = args
         self._radius = imitation_radius(args, self.pairs)
-        self._texts: dict[bytes, _Text] = {}
+        self._texts: dict[bytes, TeacherText] = {}
         if pairs is None:
             return
         if "prompt" not in columns:
             pairs = pairs.map(extract_prompt)
         for pair in _rows(pairs, (*_OF_PROMPT, *_OF_PAIR)):
             for side in ("chosen", "rejected"):
-                text = self._texts.setdefault(_of_text(pair, pair[side]), _Text())
+                text = self._texts.setdefault(_of_text(pair, pair[side]), TeacherText())
                 text.add({**pair, "teacher_side": side})
 
     def of(self, row: dict[str, Any]) -> tuple[float, bool]:
@@ -108,7 +108,7 @@ class PairWeights:
 
 def _of_text(row: dict[str, Any], text: Any) -> bytes:
     """What a text of one dataset has in common with the same of another, for the prompt of `row`."""
-    return _key({**{name: row.get(name) for name in _OF_PROMPT}, "chosen": without_nulls(text)}, "chosen")
+    return text_key({**{name: row.get(name) for name in _OF_PROMPT}, "chosen": without_nulls(text)}, "chosen")
 
 
 def _rows(dataset: Dataset, names: Iterable[str]) -> Iterator[dict[str, Any]]:

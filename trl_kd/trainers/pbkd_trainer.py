@@ -31,7 +31,8 @@ from trl_kd.trainers.finite import FiniteTraining
 from trl_kd.trainers.imitation_config import imitation_radius
 from trl_kd.trainers.imitation_step import ImitationStep, NoReference
 from trl_kd.trainers.imitation_term import STEPS, ImitationTerm
-from trl_kd.trainers.imitation_texts import TEXT_COLUMNS, TextCounts, mean_advantage, tokenize_texts, weigh_texts
+from trl_kd.trainers.imitation_texts import TextCounts, weigh_texts
+from trl_kd.trainers.imitation_tokens import TEXT_COLUMNS, mean_advantage, tokenize_texts
 from trl_kd.trainers.model_card import PAPER, add_pbkd_sections
 from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_data import (
