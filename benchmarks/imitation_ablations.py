@@ -29,6 +29,9 @@ from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import MARKER, check_settings, stage, write_json
 from trl_kd.tasks import TASKS
+from trl_kd.trainers.imitation_tokens import mean_advantage
+from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED
+from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 
 
 BASE = DemoSettings(curve_every=600, test_questions=500)
@@ -45,10 +48,19 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, 
     "radius_0": ("ζ = 0", {"imitation_radius": 0.0}),
     "radius_0.2": ("ζ = 0.2", {"imitation_radius": 0.2}),
     "radius_inf": ("ζ = ∞ (labels unused)", {"imitation_radius": math.inf}),
+    "radius_0_q_1": ("ζ = 0, q rises to 1", {"imitation_radius": 0.0, "imitation_q": 1.0}),
+    "radius_0_q_0.7": ("ζ = 0, q rises to 0.7", {"imitation_radius": 0.0, "imitation_q": 0.7}),
+    "radius_0.02_q_1": ("ζ = 0.02, q rises to 1", {"imitation_radius": 0.02, "imitation_q": 1.0}),
+    "radius_0.02_q_0.7": ("ζ = 0.02, q rises to 0.7", {"imitation_radius": 0.02, "imitation_q": 0.7}),
     "equal_0": ("equal texts 0 (left out)", {}),
+    "equal_0.3": ("equal texts 0.3", {}),
+    "equal_0.3_radius_0": ("equal texts 0.3, ζ = 0", {"imitation_radius": 0.0}),
+    "equal_0.6_radius_0": ("equal texts 0.6, ζ = 0", {"imitation_radius": 0.0}),
     "lambda_1": ("λ = 1", {"dual_init": 1.0}),
     "lambda_3": ("λ = 3", {"dual_init": 3.0}),
 }
+EQUAL = {"equal_0.3": 0.3, "equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
+"""Weight of equal texts, which is no field of PbKDConfig."""
 RATES = {
     **dict.fromkeys(METHODS, (0.0003, 0.001, 0.003)),
     "dpo": (1e-6, 1e-5, 3e-5, 1e-4),
@@ -59,10 +71,13 @@ SCALE = 0.1
 
 
 class AblationCell(Cell):
-    """PbKD with one setting changed, measured on validation questions."""
+    """PbKD with one setting changed, on the pairs of the first `prompts` questions, measured on validation questions."""
+
+    prompts = BASE.prompts
 
     def rows(self) -> list[dict[str, Any]]:
-        return draw_labels(super().rows(), self.seed) if self.task is GRADED else super().rows()
+        rows = super().rows()[: self.prompts]
+        return draw_labels(rows, self.seed) if self.task is GRADED else rows
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         if method not in SETTINGS:
@@ -72,12 +87,19 @@ class AblationCell(Cell):
         found = super().recipe("pbkd", rows)
         return found._replace(settings=found.settings | SETTINGS[method][1])
 
+    def trainer(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        trainer = super().trainer(method, *args, **kwargs)
+        if method in EQUAL:
+            weigh_equal_texts(trainer, EQUAL[method])
+        return trainer
+
     def learning_rate(self, method: str) -> float:
         _, _, rate = method.partition(":")
         return float(rate) if rate else super().learning_rate(method)
 
     def cell_folder(self, method: str) -> Path:
-        return self.stage_folder(method.replace(":", "_"))
+        few = "" if self.prompts == self.settings.prompts else f"_of_{self.prompts}"
+        return self.stage_folder(method.replace(":", "_") + few)
 
     def measured(self, method: str) -> dict[str, Any]:
         """The row of one cell; `method` is a setting, or one of the demo's methods and its learning rate."""
@@ -87,6 +109,15 @@ class AblationCell(Cell):
         values = {measure: round(found[measure], 5) for measure in MEASURES}
         names = {"task": self.task.name, "flipped": self.flipped, "setting": method, "seed": self.seed}
         return names | values | {"temperature": found["temperature"], "steps": found["steps"]}
+
+
+def weigh_equal_texts(trainer: PbKDTrainer, weight: float) -> None:
+    """Gives the teacher's texts that were only compared with themselves another weight than 1."""
+    rows = trainer.train_dataset
+    weights = [a if compared else weight * a for a, compared in zip(rows[ADVANTAGE], rows[COMPARED], strict=True)]
+    kind = rows.features[ADVANTAGE]
+    trainer.train_dataset = rows.remove_columns([ADVANTAGE]).add_column(ADVANTAGE, weights, feature=kind)
+    trainer.mean_advantage = mean_advantage(trainer.train_dataset, trainer.args)
 
 
 def draw_labels(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
@@ -106,6 +137,7 @@ def cells(arguments: argparse.Namespace) -> Iterable[AblationCell]:
         for task, settings in SIZES.items():
             folder = arguments.cells / task.name
             cell = AblationCell(task, seed, settings, folder / f"seed{seed}", split="validation")
+            cell.prompts = arguments.prompts
             if task.name not in arguments.tasks or (arguments.finished and not is_finished(cell, "pairs")):
                 continue
             check_settings(folder, fingerprint(task, settings))
@@ -127,7 +159,8 @@ def ablations(arguments: argparse.Namespace) -> None:
         rows += rows_of(cell, arguments.settings, arguments.finished)
         what = "share of right answers, or mean score, on validation questions, in [0, 1]: mean and standard deviation"
         seen = {"teacher": "teacher", "start": "student at the start"} | {k: v[0] for k, v in SETTINGS.items()}
-        write(arguments.results / "imitation_ablations.json", what, rows, seen)
+        few = "" if arguments.prompts == BASE.prompts else f"_{arguments.prompts}"
+        write(arguments.results / f"imitation_ablations{few}.json", what, rows, seen)
 
 
 def rates(arguments: argparse.Namespace) -> None:
@@ -194,6 +227,7 @@ def _arguments() -> argparse.Namespace:
         "--rates", action="store_true", help="learning rates of the demo's methods, on the bundled tasks"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
+    parser.add_argument("--prompts", type=int, default=BASE.prompts, help="questions that settings learn from")
     parser.add_argument("--tasks", nargs="+", default=None, help="names of tasks")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

@@ -44,7 +44,10 @@ TEMPERATURE = 0.7  # of the answers that pairs are made of
 GRID = (0.5, 0.7, 1.0)  # temperatures to choose from on validation prompts
 FAR = 1e-3  # probability below which a token counts as lost
 LABELS = {"cut": "teacher_wins", "repaired": "teacher_likelihood"}
-RISING = {"imitation_q": 0.5, "imitation_q_warmup": 0.5}
+
+
+def rising(q: float) -> dict[str, Any]:
+    return {"imitation_q": q, "imitation_q_warmup": 0.5}
 
 
 def fixed(q: float) -> dict[str, Any]:
@@ -56,10 +59,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (student, settings)
     for student in LABELS
     for name, settings in {
         "q = 0": fixed(0.0),
-        "q rising to 0.5": RISING,
+        "q rising to 0.3": rising(0.3),
+        "q rising to 0.5": rising(0.5),
+        "q rising to 0.7": rising(0.7),
+        "q rising to 1": rising(1.0),
         "q = 0.5": fixed(0.5),
-        "q = 0.3": fixed(0.3),
-        "q = 1": fixed(1.0),
     }.items()
 }
 REPAIRING = "cut, q = 0"

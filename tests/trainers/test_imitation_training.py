@@ -19,6 +19,7 @@ from tests.trainers.test_pbkd_vision import dataset as image_dataset
 from tests.trainers.test_pbkd_vision import llava_dir  # noqa: F401
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.trainers.imitation_step import NoReference
+from trl_kd.trainers.pbkd_config import settle_config
 
 
 OFF = {"dual_init": 0.0}
@@ -258,6 +259,31 @@ def test_compute_metrics_sees_one_row_a_text(tiny_dir, rows, settings):
 def test_a_plain_dpo_config_is_taken(tiny_dir, rows, settings):
     trainer = PbKDTrainer(model=tiny_dir, args=DPOConfig(**settings), train_dataset=Dataset.from_list(rows))
     assert trainer.imitates_alone
+
+
+def test_the_default_rate_of_a_plain_dpo_config_is_not_silently_another(tmp_path, caplog):
+    other = DPOConfig(output_dir=str(tmp_path), use_cpu=True, learning_rate=3e-6)
+    with caplog.at_level(logging.WARNING):
+        assert settle_config(other, "model").learning_rate == 3e-6
+        assert "learning_rate" not in caplog.text
+        assert settle_config(DPOConfig(output_dir=str(tmp_path), use_cpu=True), "model").learning_rate == 2e-5
+    assert "`learning_rate` is 2e-05, not the 1e-06 of `DPOConfig`" in caplog.text
+
+
+def test_an_evaluation_without_scores_goes_by_its_labels(tiny_dir, rows, settings):
+    scored = [{**row, "score_chosen": 1.0, "score_rejected": 1.0} for row in rows]
+    trainer = make(tiny_dir, scored, settings, eval_dataset=Dataset.from_list(rows), imitation_min_score=0.5)
+    alone = make(tiny_dir, rows, settings, eval_dataset=Dataset.from_list(rows))
+    found, expected = (one.evaluate()["eval_loss"] * one.mean_advantage for one in (trainer, alone))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_evaluation_in_which_nothing_teaches_is_said(stream, tiny_dir, rows, settings, caplog):
+    lost = Dataset.from_list([{**row, "preference": 0.0, "teacher_side": "chosen"} for row in rows])
+    with caplog.at_level(logging.WARNING):
+        make(tiny_dir, rows, settings, eval_dataset=lost.to_iterable_dataset() if stream else lost)
+    assert "its loss is 0." in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -50,6 +50,14 @@ def test_scores_of_completions_decide_where_they_are_asked_for(settings):
         assert PairWeights(pairs, args).of(ROWS[0]) == (weight, True)
 
 
+def test_a_label_counts_as_often_as_the_student_gave_its_answer(settings):
+    args = MMPbKDConfig(**settings, lmbda=0.0, imitation_weight=1.0, imitation_radius=0.0)
+    pair = {"prompt": ROWS[0]["prompt"], "chosen": "2", "rejected": "3", "preference": 1.0, "student_count": 3}
+    lost = {**pair, "rejected": "4", "preference": 0.0, "student_count": 1}
+    weights = PairWeights(Dataset.from_list([pair, lost]), args)
+    assert weights.of(ROWS[0]) == (pytest.approx(0.5), True)
+
+
 def test_messages_are_found_whatever_fields_other_rows_have(settings):
     args = MMPbKDConfig(**settings, lmbda=0.0, imitation_weight=1.0)
     ask, say = [{"role": "user", "content": "1"}], [{"role": "assistant", "content": "2"}]

@@ -21,6 +21,7 @@ from trl_kd.losses.confidence import imitation_advantage
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
+from trl_kd.trainers.response_rows import map_rows
 from trl_kd.trainers.student_answers import COUNT, StudentWins, Win, student_count
 
 
@@ -215,13 +216,14 @@ def weigh_texts(
         the student's winning answers.
     """
     first: dict[str, Any] = next(iter(dataset))
-    if args.imitation_min_score is not None and not any(column in first for column in SCORE_COLUMNS):
+    if training and args.imitation_min_score is not None and not any(column in first for column in SCORE_COLUMNS):
         raise ValueError(
             f"`imitation_min_score` is {args.imitation_min_score}, but the {name} dataset has no column `score_chosen` or "
             "`score_rejected`: give the scores, or drop the setting."
         )
     if "prompt" not in first:
-        dataset = dataset.map(extract_prompt)
+        doing = f"Extracting the prompts of the {name} dataset"
+        dataset = map_rows(dataset, extract_prompt, doing, args.dataset_num_proc)
     if not isinstance(dataset, Dataset):
         if training and args.student_wins == "gated":
             raise ValueError(
@@ -250,7 +252,7 @@ def weigh_texts(
         used=sum(bool(advantage) for advantage in advantages),
         lost=sum(advantage == 0 for advantage in advantages),
         texts=sum(weight > 0 for weight in weights.values()),
-        scored=args.imitation_min_score is not None,
+        scored=args.imitation_min_score is not None and any(text.scores for text in texts.values()),
         training=training,
         unused=len(keys) - len(kept) if args.has_preference_term else None,
         advantage=math.fsum(unequal) / len(unequal) if unequal else None,
@@ -367,10 +369,13 @@ def _weigh_stream(
         return prefers or bool(args.imitation_weight and row[ADVANTAGE])
 
     dataset = dataset.map(weigh)
-    if not training:
-        return dataset
     taught = dataset.filter(teaches)
-    if next(iter(taught), None) is None:
+    empty = next(iter(taught), None) is None
+    if not training:
+        if empty:
+            logger.warning(f"No row of the {name} dataset teaches: its loss is 0.")
+        return dataset
+    if empty:
         if not args.imitation_weight:
             raise nothing_known(name)
         lost = sum(row[ADVANTAGE] is not None for row in dataset.take(1000))

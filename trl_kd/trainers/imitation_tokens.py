@@ -11,7 +11,7 @@ from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.imitation_texts import IMAGES, read_columns, side_of_teacher
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import ADVANTAGE, SHARE
-from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, tokenize_rows
+from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, map_rows, tokenize_rows
 
 
 logger = get_logger(__name__)
@@ -76,11 +76,9 @@ def tokenize_texts(
     Raises:
         `ValueError`: as [`~trl_kd.trainers.response_rows.tokenize_rows`].
     """
-    if isinstance(dataset, Dataset):
-        doing = f"Taking the teacher's texts of the {name} dataset"
-        dataset = dataset.map(only_teachers_text, features=_of_both(dataset.features), desc=doing)
-    else:
-        dataset = dataset.map(only_teachers_text)
+    kinds = {"features": _of_both(dataset.features)} if isinstance(dataset, Dataset) else {}
+    doing = f"Taking the teacher's texts of the {name} dataset"
+    dataset = map_rows(dataset, only_teachers_text, doing, args.dataset_num_proc, **kinds)
     dataset = tokenize_rows(dataset, processing_class, args, name)
     whole = _slice(args)
 
@@ -99,12 +97,8 @@ def tokenize_texts(
     written += [column for column in KIND_COLUMNS if column in dataset.column_names]
     ids = {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))}
     kept = {column: kind for column, kind in dataset.features.items() if column not in written}
-    dataset = dataset.map(
-        label,
-        remove_columns=written,
-        features=Features({**kept, **ids}),
-        desc=f"Labelling the tokens of the {name} dataset",
-    )
+    doing, kinds = f"Labelling the tokens of the {name} dataset", {"features": Features({**kept, **ids})}
+    dataset = map_rows(dataset, label, doing, args.dataset_num_proc, remove_columns=written, **kinds)
     return _with_labels(dataset, name) if training else dataset
 
 

@@ -11,10 +11,11 @@ from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.imitation_config import ImitationConfig, imitation_radius
 from trl_kd.trainers.imitation_texts import TeacherText, text_key
 from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
+from trl_kd.trainers.student_answers import COUNT
 
 
 _OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
-_OF_PAIR = ("chosen", "rejected", "preference", *SCORE_COLUMNS)
+_OF_PAIR = ("chosen", "rejected", "preference", COUNT, *SCORE_COLUMNS)
 
 
 def weigh_answer(pairs: Iterable[dict[str, Any]], args: ImitationConfig, radius: float) -> tuple[float, bool]:

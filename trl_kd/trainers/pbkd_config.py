@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.logging import get_logger
 from trl import DPOConfig
 
 from trl_kd.trainers.fields import (
@@ -17,6 +18,8 @@ from trl_kd.trainers.fields import (
 )
 from trl_kd.trainers.imitation_config import ImitationConfig, is_changed
 
+
+logger = get_logger(__name__)
 
 # TRL refuses another one in the middle of the first step
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -343,6 +346,11 @@ def settle_config(args: DPOConfig | None, model: Any) -> PbKDConfig:
     Raises:
         `ValueError`: settings of another class, or that do not go together.
     """
-    plain = isinstance(args, DPOConfig) and not isinstance(args, PbKDConfig)
-    changed = {} if not plain or is_changed(args, "learning_rate") else {"learning_rate": _LEARNING_RATE}
+    changed = {}
+    if isinstance(args, DPOConfig) and not isinstance(args, PbKDConfig) and not is_changed(args, "learning_rate"):
+        changed["learning_rate"] = _LEARNING_RATE
+        logger.warning(
+            f"`learning_rate` is {_LEARNING_RATE:g}, not the {args.learning_rate:g} of `DPOConfig`, since the loss is of "
+            "the size of SFT's. Pass a `PbKDConfig` to set another one."
+        )
     return as_config(args, model, PbKDConfig, "PbKD", **changed)

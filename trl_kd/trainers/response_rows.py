@@ -87,6 +87,15 @@ def tokenize_rows(
     return dataset
 
 
+def map_rows(dataset: Any, change: Any, doing: str, processes: int | None, **options: Any) -> Any:
+    """`dataset.map` as TRL calls it: by the main process first, whose result the others find in the cache. `doing` and
+    `processes` (`dataset_num_proc`) are for a dataset that is no stream."""
+    if not isinstance(dataset, Dataset):
+        return dataset.map(change, **options)
+    with main_first():
+        return dataset.map(change, num_proc=processes, desc=doing, **options)
+
+
 class ResponseReader:
     """
     Reads the responses of one dataset.
@@ -122,11 +131,7 @@ class ResponseReader:
         self.max_length = getattr(args, "max_length", None)
 
     def _map(self, dataset: Any, change: Any, doing: str, **options: Any) -> Any:
-        if not isinstance(dataset, Dataset):
-            return dataset.map(change, **options)
-        with main_first():
-            doing = f"{doing} the {self.name} dataset"
-            return dataset.map(change, num_proc=self.processes, desc=doing, **options)
+        return map_rows(dataset, change, f"{doing} the {self.name} dataset", self.processes, **options)
 
     # ---- What the template makes of them -----------------------------------------------------------------------------
 
