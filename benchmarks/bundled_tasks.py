@@ -161,7 +161,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--verified", action="store_true", help="two more rows, which read the verifier's scores")
     parser.add_argument("--cells", type=Path, default=Path("runs/bundled_tasks"), help="where the stages are kept")
     parser.add_argument(

@@ -20,8 +20,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from bundled_tasks import spread
-from imitation_tasks import EITHER_SEPARATOR, GRADED
+from imitation_tasks import EITHER_SEPARATOR, GRADED, SCALE
 
 from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
 from trl_kd.scripts.demo_methods import LABELLED, METHODS, Recipe
@@ -41,33 +42,34 @@ SIZES = {  # task: what differs from the demo
     GRADED: replace(BASE, teacher_accuracy=0.78, start_accuracy=0.66),
 }
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, fields of PbKDConfig)
-    "default": ("default: ζ = 0.05, q rises to 0.5, equal texts 1, λ = 0", {}),
+    "default": ("default: ζ = 0.02, q rises to 0.5, equal texts 1, λ = 0", {}),
     "q_0": ("q = 0 (−log π)", {"imitation_q": 0.0}),
     "q_constant": ("q = 0.5 from the start", {"imitation_q_warmup": 0.0}),
+    "q_0.7": ("q rises to 0.7", {"imitation_q": 0.7}),
     "q_1": ("q rises to 1", {"imitation_q": 1.0}),
     "radius_0": ("ζ = 0", {"imitation_radius": 0.0}),
+    "radius_0.05": ("ζ = 0.05", {"imitation_radius": 0.05}),
     "radius_0.2": ("ζ = 0.2", {"imitation_radius": 0.2}),
     "radius_inf": ("ζ = ∞ (labels unused)", {"imitation_radius": math.inf}),
-    "radius_0_q_1": ("ζ = 0, q rises to 1", {"imitation_radius": 0.0, "imitation_q": 1.0}),
     "radius_0_q_0.7": ("ζ = 0, q rises to 0.7", {"imitation_radius": 0.0, "imitation_q": 0.7}),
-    "radius_0.02_q_1": ("ζ = 0.02, q rises to 1", {"imitation_radius": 0.02, "imitation_q": 1.0}),
-    "radius_0.02_q_0.7": ("ζ = 0.02, q rises to 0.7", {"imitation_radius": 0.02, "imitation_q": 0.7}),
+    "radius_0_q_1": ("ζ = 0, q rises to 1", {"imitation_radius": 0.0, "imitation_q": 1.0}),
+    "radius_0.05_q_1": ("ζ = 0.05, q rises to 1", {"imitation_radius": 0.05, "imitation_q": 1.0}),
     "equal_0": ("equal texts 0 (left out)", {}),
-    "equal_0.3": ("equal texts 0.3", {}),
     "equal_0.3_radius_0": ("equal texts 0.3, ζ = 0", {"imitation_radius": 0.0}),
     "equal_0.6_radius_0": ("equal texts 0.6, ζ = 0", {"imitation_radius": 0.0}),
     "lambda_1": ("λ = 1", {"dual_init": 1.0}),
     "lambda_3": ("λ = 3", {"dual_init": 3.0}),
+    "token": ("the teacher's distributions, KL(μ ‖ π)", {"imitation": "token"}),
+    "token_tv": ("the same, TV(μ, π)", {"imitation": "token"}),
+    "token_tv_rising": ("the same, from KL to TV over the first half", {"imitation": "token"}),
 }
-EQUAL = {"equal_0.3": 0.3, "equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
+EQUAL = {"equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
 """Weight of equal texts, which is no field of PbKDConfig."""
 RATES = {
     **dict.fromkeys(METHODS, (0.0003, 0.001, 0.003)),
     "dpo": (1e-6, 1e-5, 3e-5, 1e-4),
 }
 MEASURES = ("sampled", "best", "greedy")
-SCALE = 0.1
-"""Of the graded task's labels: P(first ≻ second) = σ((its score − the other's) / SCALE)."""
 
 
 class AblationCell(Cell):
@@ -85,10 +87,16 @@ class AblationCell(Cell):
         if method == "equal_0":
             rows = [row for row in rows if row["chosen"] != row["rejected"]]
         found = super().recipe("pbkd", rows)
-        return found._replace(settings=found.settings | SETTINGS[method][1])
+        settings = found.settings | SETTINGS[method][1]
+        if settings.get("imitation") == "token":
+            settings["teacher_model_name_or_path"] = str(self.model_folder("teacher"))
+        return found._replace(settings=settings)
 
     def trainer(self, method: str, *args: Any, **kwargs: Any) -> Any:
         trainer = super().trainer(method, *args, **kwargs)
+        if method.startswith("token_tv"):
+            rise = 0.5 if method == "token_tv_rising" else 0.0
+            trainer.teacher._divergence = partial(total_variation, trainer, rise)
         if method in EQUAL:
             weigh_equal_texts(trainer, EQUAL[method])
         return trainer
@@ -118,6 +126,20 @@ def weigh_equal_texts(trainer: PbKDTrainer, weight: float) -> None:
     kind = rows.features[ADVANTAGE]
     trainer.train_dataset = rows.remove_columns([ADVANTAGE]).add_column(ADVANTAGE, weights, feature=kind)
     trainer.mean_advantage = mean_advantage(trainer.train_dataset, trainer.args)
+
+
+def total_variation(
+    trainer: PbKDTrainer, rise: float, student: Any, student_NH: Any, teacher_NH: Any, weight_N: Any
+) -> torch.Tensor:
+    """Σ over tokens of weight × ((1 − s)·KL(μ ‖ π) + s·TV(μ, π)), in place of [`Teacher`]'s KL. s rises from 0 to 1 over the
+    share `rise` of the steps."""
+    step = trainer.state.global_step / trainer.state.max_steps
+    share = min(1.0, step / rise) if rise else 1.0
+    log_pi_NV = student.get_output_embeddings()(student_NH).float().log_softmax(-1)
+    log_mu_NV = trainer.teacher.model.get_output_embeddings()(teacher_NH).float().log_softmax(-1)
+    kl_N = (log_mu_NV.exp() * (log_mu_NV - log_pi_NV)).sum(-1)
+    tv_N = (log_mu_NV.exp() - log_pi_NV.exp()).abs().sum(-1) / 2
+    return (weight_N * ((1 - share) * kl_N + share * tv_N)).sum()
 
 
 def draw_labels(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

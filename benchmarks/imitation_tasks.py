@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.tasks import TASKS, Question, Task
 from trl_kd.tasks.arithmetic import running_sums
 
@@ -109,3 +110,18 @@ GRADED = GradedTask(
     max_response_tokens=LENGTH + 1,
     verify=lambda question, response: grade(question.prompt, response) > 0.99,
 )
+
+SCALE = 0.1
+"""Of its labels: P(first ≻ second) = σ((the first's score − the second's) / SCALE)."""
+
+
+class DrawnPreference(RewardFunctionPreference):
+    """Hard labels that are Bradley–Terry draws. Whoever asks again for two responses gets the same label."""
+
+    def __init__(self) -> None:
+        super().__init__(GRADED.score, SCALE)
+
+    def compare(self, first, second, of_first, of_second):
+        chances = super().compare(first, second, of_first, of_second)
+        rows = zip(chances, first, second, of_first, of_second, strict=True)
+        return [p if p in (None, 0.5) else float(random.Random(repr(row)).random() < p) for p, *row in rows]

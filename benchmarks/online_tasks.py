@@ -21,13 +21,15 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from imitation_ablations import SIZES, draw_labels
+from imitation_tasks import GRADED, DrawnPreference
 from transformers import PrinterCallback
 from white_box_tasks import spread
 
@@ -41,7 +43,7 @@ from trl_kd.scripts.demo_methods import Recipe
 from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
-from trl_kd.tasks import TASKS
+from trl_kd.tasks import TASKS, Task
 from trl_kd.trainers.online_pbkd_trainer import COMPANIONS
 from trl_kd.trainers.reward_learner import PAIRS, WarmUpFailed
 
@@ -61,6 +63,7 @@ ONLINE: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, se
     "rloo_imitation": ("RLOO on the true reward, imitation", {"adversary": "off", "beta": 0.01}),
 }
 WITHOUT_PREFERENCES = {"dual_init": 0.0}
+PREFERENCE_TERM = {"dual_init": 3.0}
 GATED = WITHOUT_PREFERENCES | {"student_wins": "gated"}
 IMPLICIT: dict[str, tuple[str, dict[str, Any]]] = {  # settings of the training, and of rounds
     "pbkd": ("PbKD, offline", WITHOUT_PREFERENCES),
@@ -70,6 +73,8 @@ IMPLICIT: dict[str, tuple[str, dict[str, Any]]] = {  # settings of the training,
     "rounds_gated": ("PbKD in rounds, pairs accumulate, the student's wins too", GATED),
     "rounds_fresh": ("PbKD in rounds, a fresh optimizer in each", WITHOUT_PREFERENCES | {"optimizer": "fresh"}),
     "rounds_newest": ("PbKD in rounds, newest pairs", WITHOUT_PREFERENCES | {"accumulate": False}),
+    "pbkd_lambda_3": ("PbKD, offline, λ = 3", PREFERENCE_TERM),
+    "rounds_lambda_3": ("PbKD in rounds, λ = 3", PREFERENCE_TERM),
 }
 READ = ("prompt", "chosen", "rejected", "preference", "teacher_side", "student_count")
 OF_ROUNDS = ("optimizer", "accumulate")
@@ -83,6 +88,7 @@ OF_ONLINE = {  # found on validation questions of another seed
     "imitation_weight": 4.0,
     "rm_lora_r": 0,
 }
+ALL_TASKS = {**TASKS, GRADED.name: GRADED}
 RM_LEARNING_RATE = {"running_sums": 1e-3, "addition": 3e-4}  # at the other's neither warm-up ends in time
 WARM_UP = {"adversary": "mle", "rm_warmup_accuracy": 0.8, "rm_warmup_steps": 4000, "rm_warmup_epochs": 40}
 
@@ -96,6 +102,13 @@ class OnlineCell(Cell):
     def questions(self) -> Dataset:
         found = columns(self.task.questions("train", self.settings.prompts, self.seed))
         return Dataset.from_dict(found).select(range(self.prompts))
+
+    def preference(self) -> RewardFunctionPreference:
+        return DrawnPreference() if self.task is GRADED else RewardFunctionPreference(self.task.score)
+
+    def rows(self) -> list[dict[str, Any]]:
+        rows = super().rows()[: self.prompts]
+        return draw_labels(rows, self.seed) if self.task is GRADED else rows
 
     def teacher(self) -> LocalSampler:
         settings = SamplingSettings(
@@ -115,7 +128,7 @@ class OnlineCell(Cell):
             self.questions(),
             teacher=self.teacher(),
             student=LocalSampler(str(self.model_folder("start")), self.start()),
-            preference=RewardFunctionPreference(self.task.score),
+            preference=self.preference(),
             output_dir=folder,
             num_student_samples=ROUNDS,
             show_progress=False,
@@ -124,11 +137,11 @@ class OnlineCell(Cell):
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         if method in IMPLICIT:
-            pairs = self.more_pairs() if method.startswith("pbkd_6") else rows[: self.prompts]
+            pairs = self.more_pairs() if method.startswith("pbkd_6") else rows
             data = Dataset.from_list([{name: pair.get(name) for name in READ} for pair in pairs])
             return Recipe(PbKDTrainer, PbKDConfig, data, {"max_length": 128} | IMPLICIT[method][1], {})
         if method not in (*ONLINE, "reward_model"):
-            return super().recipe(method, rows[: self.prompts])
+            return super().recipe(method, rows)
         own = WARM_UP if method == "reward_model" else ONLINE[method][1]
         settings = {"max_completion_length": self.task.max_response_tokens, **OF_ONLINE, **own}
         settings["rm_learning_rate"] = RM_LEARNING_RATE[self.task.name]
@@ -136,8 +149,7 @@ class OnlineCell(Cell):
             arguments: dict[str, Any] = {"reward_funcs": self.task.score}
             arguments["teacher"] = self.teacher() if method == "rloo_imitation" else None
         else:
-            preference = RewardFunctionPreference(self.task.score)
-            arguments = {"teacher": self.teacher(), "preference_function": preference}
+            arguments = {"teacher": self.teacher(), "preference_function": self.preference()}
             arguments["reward_model"] = str(self.model_folder("teacher"))
             if method.startswith("online"):
                 warm = self.cells / "reward_model"
@@ -193,7 +205,7 @@ class OnlineCell(Cell):
                 args,
                 prompts=self.questions(),
                 teacher=self.teacher(),
-                preference=RewardFunctionPreference(self.task.score),
+                preference=self.preference(),
                 student=self.start(),
                 rounds=ROUNDS,
                 show_progress=False,
@@ -205,6 +217,14 @@ class OnlineCell(Cell):
 
 
 Rows = list[dict[str, Any]]
+
+
+def settings_of(task: Task) -> DemoSettings:
+    settings = DemoSettings()
+    if task is not GRADED:
+        return settings
+    sizes = SIZES[GRADED]
+    return replace(settings, teacher_accuracy=sizes.teacher_accuracy, start_accuracy=sizes.start_accuracy)
 
 
 def row(task: str, seed: int, method: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -266,12 +286,13 @@ def main() -> None:
     own = {name: changed for name, (_, changed) in (IMPLICIT | ONLINE).items()}
     rows = earlier_rows(arguments.output, told | {"methods": own})
     for seed in arguments.seeds:
-        for task in (TASKS[name] for name in arguments.tasks):
+        for task in (ALL_TASKS[name] for name in arguments.tasks):
             shared = arguments.bundled / task.name
-            check_settings(shared, fingerprint(task, DemoSettings()))
+            of_task = settings_of(task)
+            check_settings(shared, fingerprint(task, of_task))
             # Pretraining is looked at more often than these curves are, or it would overshoot its goal
-            results = Cell(task, seed, DemoSettings(), shared / f"seed{seed}").run([])
-            cell = OnlineCell(task, seed, settings, shared / f"seed{seed}")
+            results = Cell(task, seed, of_task, shared / f"seed{seed}").run([])
+            cell = OnlineCell(task, seed, replace(of_task, curve_every=of_task.steps), shared / f"seed{seed}")
             cell.prompts = arguments.prompts
             cell.cells = arguments.cells / f"{cell.prompts}_prompts" / task.name / f"seed{seed}"
             models = {name: row(task.name, seed, name, results[name]) for name in ("teacher", "start")}
@@ -286,11 +307,12 @@ def main() -> None:
                 here[method] = row(task.name, seed, method, found)
                 print(*here[method].values(), flush=True)
             rows += [here[name] for name in ("teacher", "start", *METHODS) if name in here]
-            rows.sort(key=lambda line: (line["seed"], list(TASKS).index(line["task"])))
+            rows.sort(key=lambda line: (line["seed"], list(ALL_TASKS).index(line["task"])))
             write_json(
                 arguments.output,
                 {
-                    "what": "exact match on unseen questions, in [0, 1]: mean and standard deviation over seeds",
+                    "what": "exact match (of graded: mean score) on unseen questions, in [0, 1]: mean and standard "
+                    "deviation over seeds",
                     "prompts, each answered once by the teacher": arguments.prompts,
                     "summary": summarise(rows),
                     "rows": rows,
@@ -303,7 +325,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which; rows of others stay")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(ALL_TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--prompts", type=int, default=2000, help="questions, and so answers of the teacher")
     parser.add_argument("--bundled", type=Path, default=Path("runs/bundled_tasks"), help="teachers, starts and pairs")

@@ -113,15 +113,16 @@ class TestRecipe:
             pairs = yaml.safe_load(Path(RECIPES.parent, recipe["pairs_config"]).read_text(encoding="utf-8"))
             pairs["teacher"] = teacher_dir
             pairs.pop("teacher_base_url", None)
-            if path in ROUNDS:
-                del words["dataset_name"]
-                words["rounds"] = 2
-                pairs["dataset_name"] = sums
-            elif pairs["preference"].startswith("verifier:"):
-                words["dataset_name"] = sums
-            else:
+            graded = not pairs["preference"].startswith("verifier:")
+            if graded:
                 pairs["preference"] = f"reward_model:{reward_dir}"
                 pairs["preference_model_init_kwargs"] = {"dtype": "float32"}
+            if path in ROUNDS:
+                del words["dataset_name"]
+                words |= {"rounds": 2, "prompts_per_round": 4}
+                pairs |= {"dataset_name": sums, "student_max_new_tokens": 4}
+            elif not graded:
+                words["dataset_name"] = sums
             (tmp_path / "its_pairs.yaml").write_text(yaml.safe_dump(pairs))
             words["pairs_config"] = tmp_path / "its_pairs.yaml"
         if "teacher_model_name_or_path" in recipe:

@@ -145,7 +145,7 @@ def test_what_is_left_out_is_counted(tiny_dir, rows, settings, caplog):
     with open(f"{settings['output_dir']}/README.md") as file:
         card = file.read()
     assert f"Of the train data {said}." in card
-    assert "| `imitation_radius` | 0.05 |" in card
+    assert "| `imitation_radius` | 0.02 |" in card
     assert "beta" not in card.split("## Results")[0].split("## Distillation")[1]
 
 
@@ -166,7 +166,7 @@ def test_an_evaluation_without_a_used_row_is_warned_of(tiny_dir, rows, settings,
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_training_data_that_teaches_nothing_is_refused(stream, no_weights, tiny_dir, rows, settings):
-    message = "No row of the train dataset teaches with `imitation_radius` = 0.05.* Raise it"
+    message = "No row of the train dataset teaches with `imitation_radius` = 0.02.* Raise it"
     with pytest.raises(ValueError, match=message):
         make(tiny_dir, [rows[4], rows[5]], settings, stream=stream)
     if not stream:

@@ -153,7 +153,7 @@ def test_changed_settings_are_told_on_resume_and_the_mean_advantage_stays(tiny_d
     assert resumed.mean_advantage != first.mean_advantage
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=str(Path(settings["output_dir"], "checkpoint-1")))
-    assert "`imitation_radius` was 0.05 in the checkpoint and is now 0.3" in caplog.text
+    assert "`imitation_radius` was 0.02 in the checkpoint and is now 0.3" in caplog.text
     assert resumed.mean_advantage == first.mean_advantage
 
 

@@ -207,7 +207,7 @@ def test_defaults_of_an_adversary_and_without(adversary, beta, imitation, settin
     """Without one they are RLOO's."""
     args = OnlinePbKDConfig(**settings, num_generations=2, adversary=adversary)
     assert (args.beta, args.imitation_weight, args.imitates) == (beta, imitation, imitation > 0)
-    assert (args.imitation_radius, args.final_imitation_q, args.imitation_q_warmup) == (0.05, 0.5, 0.5)
+    assert (args.imitation_radius, args.final_imitation_q, args.imitation_q_warmup) == (0.02, 0.5, 0.5)
     if adversary == "off":
         assert beta == RLOOConfig(**settings, num_generations=2).beta
 

@@ -8,6 +8,10 @@ from trl_kd.losses.dual import theory_radius
 from trl_kd.trainers.fields import check_number, parse_radius
 
 
+_RADIUS = 0.02
+"""Nats per pair: a tie has a weight of 0.2. Chosen on validation seeds (benchmarks/imitation_ablations.py)."""
+
+
 @dataclass(kw_only=True)  # so that the first positional field stays `output_dir`
 class ImitationConfig:
     """
@@ -19,7 +23,7 @@ class ImitationConfig:
     token loss ℓ_q of [`~trl_kd.losses.imitation.generalized_cross_entropy`]. A mixin, to be inherited after TRL's config.
 
     Parameters:
-        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.02`):
             ζ in [0, ∞], nats per pair: how far the adversary's reward may be from the best explanation of a pair's label.
             The teacher's response has the weight a(p, ζ), where p is P(teacher's response ≻ the other). `0.0`: (2p − 1)₊,
             so that ties and losses have the weight 0. `inf`: 1, plain imitation. `"theory"`: c·log(N/δ)/N with N the number
@@ -35,7 +39,7 @@ class ImitationConfig:
     """
 
     imitation_radius: float | str | None = field(
-        default=0.05,
+        default=_RADIUS,
         metadata={
             "help": "Radius ζ of each pair's confidence set in nats: 0 imitates the teacher's wins alone, 'inf' all of its "
             "responses; or 'theory' for c·log(N/δ)/N."
@@ -74,7 +78,7 @@ class ImitationConfig:
             `ValueError`: a field is outside its range. The message names the field, its value and the range.
         """
         # The command line and YAML hand over a union with `str` as a string
-        self.imitation_radius = parse_radius(self.imitation_radius, "imitation_radius", default=0.05)
+        self.imitation_radius = parse_radius(self.imitation_radius, "imitation_radius", default=_RADIUS)
         if self.imitation_radius not in ("theory", math.inf):
             allowed = "at least 0 (or 'inf', or 'theory')"
             check_number("imitation_radius", self.imitation_radius, lambda value: value >= 0, allowed)

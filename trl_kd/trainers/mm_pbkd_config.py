@@ -70,7 +70,7 @@ class MMPbKDConfig(DistillationConfig, ImitationConfig):
 
         > Parameters of the imitation term
 
-        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.02`):
             ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a completion. p is the mean preference for it over the pairs
             of `preference_dataset` that have its prompt and text; where there is none, and for completions that are sampled
             in training, a is 1. `0.0`: (2p − 1)₊, so that ties and losses have the weight 0. `inf`: 1. `"theory"`:

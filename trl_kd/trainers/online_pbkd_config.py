@@ -71,7 +71,7 @@ class OnlinePbKDConfig(RLOOConfig, ImitationConfig):
 
         > Parameters of the imitation term
 
-        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.02`):
             ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a teacher's answer. p is the mean preference for it over the
             student's answers to its prompt in the generation batch; equal ones are left out. `0.0`: (2p − 1)₊, so that ties
             and losses have the weight 0. `inf`: 1, as where no preference is known. `"theory"`: c·log(N/δ)/N with the N

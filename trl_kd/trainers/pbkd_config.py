@@ -84,7 +84,7 @@ class PbKDConfig(DPOConfig, ImitationConfig):
             Keyword arguments for the teacher's `from_pretrained`. `{"load_in_4bit": true}` and the other fields of
             [`~transformers.BitsAndBytesConfig`] load a quantised teacher.
 
-        imitation_radius (`float` or `str`, *optional*, defaults to `0.05`):
+        imitation_radius (`float` or `str`, *optional*, defaults to `0.02`):
             ζ in [0, ∞], nats per pair, of the weight a(p, ζ) of a teacher's response that is preferred with the probability
             p. `0.0`: (2p − 1)₊, so that ties and losses have the weight 0. `inf`: 1, plain imitation. `"theory"`:
             c·log(N/δ)/N with N the number of training rows with a known preference (not for streamed data).
