@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from bundled_tasks import spread
 from imitation_tasks import EITHER_SEPARATOR, GRADED, SCALE
 
@@ -60,8 +59,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, 
     "lambda_1": ("λ = 1", {"dual_init": 1.0}),
     "lambda_3": ("λ = 3", {"dual_init": 3.0}),
     "token": ("the teacher's distributions, KL(μ ‖ π)", {"imitation": "token"}),
-    "token_tv": ("the same, TV(μ, π)", {"imitation": "token"}),
-    "token_tv_rising": ("the same, from KL to TV over the first half", {"imitation": "token"}),
+    "token_q_0.5": ("the same, q rises to 0.5 (half KL, half TV)", {"imitation": "token", "imitation_q": 0.5}),
+    "token_q_1": ("the same, q rises to 1 (TV)", {"imitation": "token", "imitation_q": 1.0}),
 }
 EQUAL = {"equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
 """Weight of equal texts, which is no field of PbKDConfig."""
@@ -94,9 +93,6 @@ class AblationCell(Cell):
 
     def trainer(self, method: str, *args: Any, **kwargs: Any) -> Any:
         trainer = super().trainer(method, *args, **kwargs)
-        if method.startswith("token_tv"):
-            rise = 0.5 if method == "token_tv_rising" else 0.0
-            trainer.teacher._divergence = partial(total_variation, trainer, rise)
         if method in EQUAL:
             weigh_equal_texts(trainer, EQUAL[method])
         return trainer
@@ -126,20 +122,6 @@ def weigh_equal_texts(trainer: PbKDTrainer, weight: float) -> None:
     kind = rows.features[ADVANTAGE]
     trainer.train_dataset = rows.remove_columns([ADVANTAGE]).add_column(ADVANTAGE, weights, feature=kind)
     trainer.mean_advantage = mean_advantage(trainer.train_dataset, trainer.args)
-
-
-def total_variation(
-    trainer: PbKDTrainer, rise: float, student: Any, student_NH: Any, teacher_NH: Any, weight_N: Any
-) -> torch.Tensor:
-    """Σ over tokens of weight × ((1 − s)·KL(μ ‖ π) + s·TV(μ, π)), in place of [`Teacher`]'s KL. s rises from 0 to 1 over the
-    share `rise` of the steps."""
-    step = trainer.state.global_step / trainer.state.max_steps
-    share = min(1.0, step / rise) if rise else 1.0
-    log_pi_NV = student.get_output_embeddings()(student_NH).float().log_softmax(-1)
-    log_mu_NV = trainer.teacher.model.get_output_embeddings()(teacher_NH).float().log_softmax(-1)
-    kl_N = (log_mu_NV.exp() * (log_mu_NV - log_pi_NV)).sum(-1)
-    tv_N = (log_mu_NV.exp() - log_pi_NV.exp()).abs().sum(-1) / 2
-    return (weight_N * ((1 - share) * kl_N + share * tv_N)).sum()
 
 
 def draw_labels(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

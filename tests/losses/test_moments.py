@@ -43,6 +43,40 @@ def test_values_and_gradients_equal_plain_loops(settings, temperature, beta, dty
         assert_near(a, b, dtype)
 
 
+def shares(tokens: int) -> torch.Tensor:
+    """Total variation's share at each state, 0 and 1 among them."""
+    return torch.linspace(0, 1, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"student": SHAPED, "teacher": (0.6, 2.5), "bias": True}])
+@pytest.mark.parametrize("with_q", [False, True])
+def test_total_variation_takes_its_share_of_the_divergence(with_q, settings, beta, dtype):
+    case = Case(dtype=dtype, **settings)
+    exact, share = case.doubles(), shares(6)
+    got = case.run(with_q, beta=beta, temperature=0.8, variation_N=share)
+    want = exact.run_reference(with_q, beta=beta, temperature=0.8, variation=share)
+    for a, b in zip(got, want, strict=True):
+        assert_near(a, b, torch.float32 if dtype == torch.bfloat16 else dtype, factor=2)
+    leaves, doubles = (x.leaves if with_q else x.leaves[:-1] for x in (case, exact))
+    gradients = torch.autograd.grad(case.total(got), leaves)
+    for a, b in zip(gradients, torch.autograd.grad(exact.total(want), doubles), strict=True):
+        assert_near(a, b, dtype)
+    plain = case.run(with_q, beta=beta, temperature=0.8)
+    assert torch.equal(got.divergence_N[0], plain.divergence_N[0])
+    assert 0 <= got.divergence_N[-1] <= 1
+
+
+def test_a_student_that_is_its_teacher_gets_no_gradient_of_total_variation():
+    case = Case(widths=(3, 3, 4))
+    same = Head(case.hidden, case.weight), Head(case.hidden.detach(), case.weight.detach())
+    out = moment_matching(*same, beta=0.0, variation_N=torch.ones(6))
+    assert torch.equal(out.divergence_N, torch.zeros(6, dtype=torch.float64))
+    gradients = torch.autograd.grad(out.divergence_N.sum(), [case.hidden, case.weight])
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
 def test_each_output_reaches_its_player_alone():
     case = Case()
     for name, expected in (
@@ -103,12 +137,13 @@ def test_gradcheck(beta):
 
 
 @pytest.mark.parametrize(("beta", "settings"), [(0.0, {}), (0.3, {"student": SHAPED}), (1.0, {"bias": True})])
-def test_the_tiles_size_changes_only_the_rounding(beta, settings):
+@pytest.mark.parametrize("variation", [None, shares(9)], ids=["plain", "variation"])
+def test_the_tiles_size_changes_only_the_rounding(variation, beta, settings):
     case = Case(tokens=9, words=300, **settings)
-    whole = case.run(beta=beta)
+    whole = case.run(beta=beta, variation_N=variation)
     expected = torch.autograd.grad(case.total(whole), case.leaves)
     for tile_bytes in (1, 9000, 30_000, 2**30):
-        out = case.run(beta=beta, tile_bytes=tile_bytes)
+        out = case.run(beta=beta, variation_N=variation, tile_bytes=tile_bytes)
         for a, b in zip(out, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
         for a, b in zip(torch.autograd.grad(case.total(out), case.leaves), expected, strict=True):
@@ -181,14 +216,22 @@ def test_no_q_and_a_zero_q_give_no_gap():
 
 
 @pytest.mark.parametrize(
-    ("beta", "with_q", "products"), [(1.0, True, 9), (0.0, True, 9), (0.3, True, 11), (1.0, False, 6)]
+    ("beta", "with_q", "variation", "products"),
+    [
+        (1.0, True, False, 9),
+        (0.0, True, False, 9),
+        (0.3, True, False, 11),
+        (1.0, False, False, 6),
+        (0.0, False, True, 8),
+    ],
 )
 @pytest.mark.parametrize(("tokens", "words"), [(3000, 200), (30, 20_000)])
-def test_nothing_of_tokens_times_words_and_no_product_too_many(tokens, words, beta, with_q, products):
+def test_nothing_of_tokens_times_words_and_no_product_too_many(tokens, words, beta, with_q, variation, products):
     case = Case(tokens, words, torch.float32, widths=(4, 4, 4))
     q = (case.features[0], case.embedding) if with_q else ()
     with Recorder() as recorder:
-        out = moment_matching(*case.heads, *q, q_bound=BOUND, beta=beta, tile_bytes=400_000)
+        share = shares(tokens) if variation else None
+        out = moment_matching(*case.heads, *q, variation_N=share, q_bound=BOUND, beta=beta, tile_bytes=400_000)
         (out.divergence_N + out.gap_N - out.q_gap_N).sum().backward()
     assert recorder.elements <= max(100_000, 4 * max(tokens, words))
     assert recorder.elements < tokens * words / 4

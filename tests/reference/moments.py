@@ -52,7 +52,7 @@ def expectation(p, values):
 
 
 def moments(
-    student, teacher, features, embedding, *, bound, beta, temperature=1.0, words=None, actions=None
+    student, teacher, features, embedding, *, bound, beta, temperature=1.0, words=None, actions=None, variation=None
 ) -> list[torch.Tensor]:
     """
     Seven lists of a value per token, as `MomentOutput` names them. `student` and `teacher` are (hidden, weight, bias, scale,
@@ -67,7 +67,9 @@ def moments(
         if features is not None:
             q = q_values(features[n], embedding.detach(), bound, words)
         fixed_q = [x.detach() for x in q]
-        results[0].append(divergence(pi, mu, beta))
+        share = 0.0 if variation is None else float(variation[n])
+        total_variation = sum(abs(p - m) for p, m in zip(pi, mu, strict=True)) / 2
+        results[0].append((1 - share) * divergence(pi, mu, beta) + share * total_variation)
         results[1].append(expectation(mu, fixed_q) - expectation(pi, fixed_q))
         results[2].append(expectation(mu, q) - expectation(fixed_pi, q))
         results[3].append(-expectation(fixed_pi, [torch.log(p) for p in fixed_pi]))

@@ -64,18 +64,23 @@ def bradley_terry(z: torch.Tensor, p: float) -> torch.Tensor:
     return -p * torch.log(sigma) - (1 - p) * torch.log(1 - sigma)
 
 
-def divergence(model, row: Row, teacher, tokens: int | None = None) -> torch.Tensor:
-    """Σ_t KL(μ(·|s_t) ‖ π(·|s_t)) on the teacher's response, over the first `tokens` of both."""
+def divergence(
+    model, row: Row, teacher, tokens: int | None = None, q: float = 0.0, ends: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """Σ_t (1 − q)·KL(μ(·|s_t) ‖ π(·|s_t)) + q·TV of them on the teacher's response, over the first `tokens` of both. Where an
+    end token comes it is KL."""
     response = row.chosen if row.teacher == "chosen" else row.rejected
     total = torch.zeros((), dtype=torch.float64)
     ours = token_logits(model, row.prompt, response)
     with torch.no_grad():
         theirs = token_logits(teacher, row.prompt, response)
-    for pi, mu in zip(ours, theirs, strict=True):
+    for said, pi, mu in zip(response, ours, theirs, strict=True):
         pi, mu = pi[:tokens], mu[:tokens]
+        share = 0.0 if said in ends else q
         for token in range(len(pi)):
-            log_mu = log_probability(mu, token)
-            total = total + torch.exp(log_mu) * (log_mu - log_probability(pi, token))
+            log_pi, log_mu = log_probability(pi, token), log_probability(mu, token)
+            total = total + (1 - share) * torch.exp(log_mu) * (log_mu - log_pi)
+            total = total + share * abs(torch.exp(log_mu) - torch.exp(log_pi)) / 2
     return total
 
 
@@ -88,8 +93,8 @@ def pbkd_loss(
     beta: float = 0.1,
     weight: float = 1.0,
     dual: float = 1.0,
-    radius: float = 0.05,
-    q: float = 0.5,
+    radius: float = 0.02,
+    q: float | None = None,
     teacher=None,
     tokens: int | None = None,
     ld_alpha: float | None = None,
@@ -97,6 +102,7 @@ def pbkd_loss(
 ) -> torch.Tensor:
     """w·L_imit over the teacher's texts + λ·mean over known rows of the preference loss."""
     known = [row for row in rows if row.preference is not None]
+    q = (0.5 if teacher is None else 0.0) if q is None else q
     options = {"radius": radius, "q": q, "ends": ends, "weight": weight, "teacher": teacher, "tokens": tokens}
     loss = texts_loss(model, texts_of(rows), **options)
     for row in known:
@@ -165,7 +171,7 @@ def texts_loss(
     for text, a in zip(texts, advantages, strict=True):
         if teacher is not None:
             row = Row(text.prompt, text.response, text.response)
-            total = total + a * divergence(model, row, teacher, tokens)
+            total = total + a * divergence(model, row, teacher, tokens, q, ends)
             continue
         for token, logp in zip(text.response, sequence_logps(model, text.prompt, text.response), strict=True):
             pi = torch.exp(logp)

@@ -69,7 +69,7 @@ def expected_metrics(trainer, ld_alpha: float | None) -> dict[str, float]:
     nll = sum(preference(row, None) - entropy(row.preference) for row in known) / len(known)
     texts = reference.texts_of(rows)
     q = trainer.args.final_imitation_q
-    imitation = float(reference.texts_loss(student, texts, radius=0.05, q=q, ends=(1,), teacher=teacher))
+    imitation = float(reference.texts_loss(student, texts, radius=0.02, q=q, ends=(1,), teacher=teacher))
     logps = [sum(reference.sequence_logps(student, text.prompt, text.response)) for text in texts]
     loss = trainer.args.imitation_weight * imitation
     loss += trainer.dual.value * sum(preference(row, ld_alpha) for row in known) / len(known)
@@ -79,8 +79,8 @@ def expected_metrics(trainer, ld_alpha: float | None) -> dict[str, float]:
         "pbkd/violation": nll - slack,
         "pbkd/imitation": imitation,
         "pbkd/teacher_nll": -float(sum(logps)) / sum(len(text.response) for text in texts),
-        "pbkd/advantage": sum(reference.advantage(text, 0.05) for text in texts) / len(texts),
-        "pbkd/rows_used": sum(reference.advantage(text, 0.05) > 0 for text in texts),
+        "pbkd/advantage": sum(reference.advantage(text, 0.02) for text in texts) / len(texts),
+        "pbkd/rows_used": sum(reference.advantage(text, 0.02) > 0 for text in texts),
         "pbkd/known_preferences": len(known),
         "pbkd/dual": trainer.dual.value,
         "pbkd/lagrangian": loss - trainer.dual.value * slack,

@@ -55,6 +55,7 @@ def moment_matching(
     q_embedding_VE: torch.Tensor | None = None,
     *,
     actions_N: torch.Tensor | None = None,
+    variation_N: torch.Tensor | None = None,
     q_bound: float = 1.0,
     beta: float = 1.0,
     temperature: float = 1.0,
@@ -82,6 +83,9 @@ def moment_matching(
         actions_N (`torch.Tensor` of shape `[N]`, *optional*):
             Ids of the words taken, int64, each in [0, V): their log-probabilities come with the same projections. `None`:
             `logps_N` is zero.
+        variation_N (`torch.Tensor` of shape `[N]`, *optional*):
+            s in [0, 1] of each state: the divergence is (1 − s)·D + s·TV(μ, π), with D that of `beta` and total variation
+            TV = ½·Σ|μ − π|. The forward projects student and teacher twice. `None`: s = 0.
         q_bound (`float`, *optional*, defaults to `1.0`):
             B > 0.
         beta (`float`, *optional*, defaults to `1.0`):
@@ -106,7 +110,9 @@ def moment_matching(
     heads = student.settings, teacher.settings
     spec = Spec(heads, q_bound, temperature, beta, vocab_size, tile_bytes, compile_tiles, gather)
     embedding = None if q_NE is None else q_embedding_VE
-    return MomentOutput(*_Moments.apply(*student.tensors, q_NE, *teacher.tensors, embedding, actions_N, spec))
+    return MomentOutput(
+        *_Moments.apply(*student.tensors, q_NE, *teacher.tensors, embedding, actions_N, variation_N, spec)
+    )
 
 
 _OWN, _OTHER, _Q, _Q_ABS, _Q_SATURATED = range(5)
@@ -195,11 +201,29 @@ def _mixture(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tuple[
     return spec.beta * kl_mu + (1 - spec.beta) * kl_pi, kl_pi
 
 
+def _variation(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """TV(μ, π) and P_{a~π}(π(a) > μ(a)), in a second pass: both need both normalisers."""
+    grid = spec.grid(words, 3, student)
+    variation, above = torch.zeros_like(log_pi), torch.zeros_like(log_pi)
+    for columns in grid.columns():
+        student.load(columns)
+        teacher.load(columns)
+        for rows in grid.rows():
+            z_pi, z_mu, excess = grid.buffers(rows, columns)
+            pi = student.project(rows, z_pi).sub_(log_pi[rows].unsqueeze(-1)).exp_()
+            mu = teacher.project(rows, z_mu).sub_(log_mu[rows].unsqueeze(-1)).exp_()
+            torch.sub(pi, mu, out=excess)
+            above[rows] += pi.mul_(excess > 0).sum(-1)
+            variation[rows] += excess.abs_().sum(-1) / 2
+    return variation, above
+
+
 class _Known(NamedTuple):
     """
     What the backward knows of each token. The student's gradient, but for the slope of its cap, is
-    π·(`slope`·x − `gap`·Q + `constant`) − `teacher`·μ, where x = z_π − z_μ, or z_π − log m, or 0 at beta = 0;
-    plus `taken` at the word that was taken. `taken` is `None` where nobody asks for the gradient of its log-probability.
+    π·(`slope`·x + `variation`·[π > μ] − `gap`·Q + `constant`) − `teacher`·μ, where x = z_π − z_μ, or z_π − log m, or 0 at
+    beta = 0; plus `taken` at the word that was taken. `taken` is `None` where nobody asks for the gradient of its
+    log-probability, `variation` where TV has no share.
     """
 
     log_pi: torch.Tensor
@@ -209,13 +233,16 @@ class _Known(NamedTuple):
     constant: torch.Tensor
     teacher: torch.Tensor
     taken: torch.Tensor | None
+    variation: torch.Tensor | None
 
     @classmethod
-    def of(cls, d, w, u, log_pi, log_mu, kl, pi_q, beta: float) -> "_Known":
+    def of(cls, d, w, u, log_pi, log_mu, kl, pi_q, beta: float, variation=None, above=None) -> "_Known":
         """
         `d`, `w`, `u` [N]: gradients of the divergence, of the gap and (or `None`) of the word's log-probability;
-        `kl` = KL(π‖μ) or KL(π‖m); `pi_q` = ⟨π, Q⟩.
+        `kl` = KL(π‖μ) or KL(π‖m); `pi_q` = ⟨π, Q⟩; `variation` and `above`: TV's share, and P_{a~π}(π(a) > μ(a)).
         """
+        v = None if variation is None else d * variation
+        d = d if v is None else d - v
         zero = torch.zeros_like(d)
         if beta == 0:
             slope, constant, teacher = zero, d, d
@@ -225,7 +252,9 @@ class _Known(NamedTuple):
             slope, teacher = (1 - beta) * d, zero
             constant = -slope * (log_pi + kl)
         constant = constant + w * pi_q
-        return cls(log_pi, log_mu, slope, w, constant if u is None else constant - u, teacher, u)
+        if v is not None:
+            constant = constant - v * above
+        return cls(log_pi, log_mu, slope, w, constant if u is None else constant - u, teacher, u, v)
 
     def at(self, rows: slice) -> "_Known":
         return _Known(*(None if column is None else column[rows].unsqueeze(-1) for column in self))
@@ -245,12 +274,18 @@ def _gradient_tiles(
     torch.sub(z_pi, known.log_pi, out=pi).exp_()
     if to_student:
         slope_of_cap = None if caps[0] is None else cap_slope(z_pi, caps[0], out=spare[-1])
+        if known.variation is not None:
+            excess = torch.sub(z_pi, z_mu, out=spare[-2 if slope_of_cap is not None else -1]).gt_(
+                known.log_pi - known.log_mu
+            )
         if beta == 0:
             z_pi.zero_()
         elif beta == 1:
             z_pi.sub_(z_mu).mul_(known.slope)
         else:
             z_pi.sub_(_log_mixture(z_pi, z_mu, known.log_pi, known.log_mu, beta, *spare[:2])).mul_(known.slope)
+        if known.variation is not None:
+            z_pi.addcmul_(excess, known.variation)
         if values is not None:
             z_pi.addcmul_(values, known.gap, value=-1)
         z_pi.add_(known.constant).mul_(pi)
@@ -272,7 +307,8 @@ def _project_back(
 ):
     """Projects again and adds every tile to the gradients."""
     mixture, capped = 0 < spec.beta < 1, student.cap_ratio is not None
-    grid = spec.grid(words, 3 + (q is not None) + 2 * mixture + capped, student)
+    varied = known.variation is not None
+    grid = spec.grid(words, 3 + (q is not None) + 2 * mixture + varied + capped, student)
     caps, players = (student.cap_ratio, q and q.cap_ratio), (of_student.any, of_q is not None)
     work = _compiled(_gradient_tiles) if spec.compile_tiles else _gradient_tiles
     for columns in grid.columns():
@@ -293,7 +329,9 @@ def _project_back(
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding, actions, spec: Spec):
+    def forward(
+        ctx, hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding, actions, share, spec: Spec
+    ):
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.precision = spec, Precision.of(hidden, t_hidden, features)
         tensors = (hidden, weight, bias, features, t_hidden, t_weight, t_bias, embedding)
@@ -308,8 +346,13 @@ class _Moments(torch.autograd.Function):
                 divergence = kl = (pi.mean(_OWN) - log_pi) - (pi.mean(_OTHER) - log_mu)
             else:
                 divergence, kl = _mixture(student, teacher, log_pi, log_mu, words, spec)
+            above = None
+            if share is not None:
+                share = share.to(divergence.dtype)
+                variation, above = _variation(student, teacher, log_pi, log_mu, words, spec)
+                divergence = torch.lerp(divergence, variation, share)
         gap = mu.mean(_Q) - pi.mean(_Q)
-        ctx.save_for_backward(*tensors, actions, log_pi, log_mu, kl, pi.mean(_Q))
+        ctx.save_for_backward(*tensors, actions, log_pi, log_mu, kl, pi.mean(_Q), share, above)
         constant = log_pi - pi.mean(_OWN), pi.mean(_Q_ABS), pi.mean(_Q_SATURATED)
         logps = taken if actions is None else taken - log_pi
         ctx.mark_non_differentiable(*constant, *([logps] if actions is None else []))
@@ -317,7 +360,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_divergence, grad_gap, grad_q_gap, *rest):
-        *tensors, actions, log_pi, log_mu, kl, pi_q = ctx.saved_tensors
+        *tensors, actions, log_pi, log_mu, kl, pi_q, share, above = ctx.saved_tensors
         grad_logps = None if actions is None else rest[-1]  # torch.compile traces with a gradient for each output
         spec, needed = ctx.spec, ctx.needs_input_grad
         to_student = any(g is not None for g in (grad_divergence, grad_gap, grad_logps))
@@ -330,8 +373,10 @@ class _Moments(torch.autograd.Function):
             of_q = Gradients(q, of_hidden=True) if q is not None and to_q else None
             if of_student.any or to_q:
                 u = None if grad_logps is None else grad_logps.to(kl.dtype) * student.slope
-                known = _Known.of(d * student.slope, w * student.slope, u, log_pi, log_mu, kl, pi_q, spec.beta)
+                known = _Known.of(
+                    d * student.slope, w * student.slope, u, log_pi, log_mu, kl, pi_q, spec.beta, share, above
+                )
                 q = q if to_q or grad_gap is not None else None
                 _project_back(student, teacher, q, of_student, of_q, known, actions, words, spec)
         features = None if of_q is None else of_q.hidden_result(grad_q_gap)
-        return of_student.hidden_result(), of_student.weight, of_student.bias, features, *(None,) * 6
+        return of_student.hidden_result(), of_student.weight, of_student.bias, features, *(None,) * 7

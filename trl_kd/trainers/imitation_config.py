@@ -29,8 +29,9 @@ class ImitationConfig:
             so that ties and losses have the weight 0. `inf`: 1, plain imitation. `"theory"`: c·log(N/δ)/N with N the number
             of training rows with a known preference (not for streamed data).
         imitation_q (`float`, *optional*):
-            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5 for
-            the teacher's texts and 0 for its distributions (`imitation="token"`).
+            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. With
+            `PbKDConfig(imitation="token")` the share of the total variation in (1 − q)·KL(μ ‖ π) + q·TV(μ, π). By default
+            0.5 for the teacher's texts and 0 for its distributions.
         imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
             Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
         imitation_min_score (`float`, *optional*):

@@ -55,6 +55,7 @@ class ImitationStep:
     _keep_window: Any
     _auxiliary_loss: Any
     _imitation: Any
+    _variation: Any
     _imitation_scale: Any
     _count_imitation: Any
     _mean_imitation: Any
@@ -103,8 +104,9 @@ class ImitationStep:
             output = model(**inputs, fused_lm_head=True)
         else:
             imitated_BT = labels_BT != -100
+            variation_BT = self._variation(labels_BT)
             output, imitation = self.teacher.student_forward(
-                model, imitated_BT, weight_B, **inputs, fused_lm_head=True
+                model, imitated_BT, weight_B, variation_BT, **inputs, fused_lm_head=True
             )
         # Prompt learning puts virtual tokens in front; zero where a label is −100
         logps_BT = output.log_probs[:, -labels_BT.size(1) :].float()

@@ -56,6 +56,10 @@ class ImitationTerm(ImitationSchedule):
         losses_BT = imitation_losses(logps_BT, self._is_end(tokens_BT), self.imitation_q)
         return (weight_B * losses_BT.sum(1)).sum()
 
+    def _variation(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """The share of TV(μ, π) in the divergence from the teacher's distribution: q, and 0 where a text ends."""
+        return self.imitation_q * ~self._is_end(tokens_BT)
+
     def _count_imitation(
         self,
         window: ImitationWindow,
@@ -99,7 +103,7 @@ class ImitationTerm(ImitationSchedule):
             metrics["pbkd/advantage"].append(sums["advantage"] / window.compared)
         if window.used_tokens:
             metrics["pbkd/imitation"].append(sums["imitation"] / self._imitation_scale(window))
-            if self.model.training and sums["inner"]:
+            if self.model.training and sums["inner"] and self.args.imitation == "sequence":
                 self._look_at_gradient(sums["left"] / sums["inner"])
 
     def _look_at_gradient(self, left: float) -> None:

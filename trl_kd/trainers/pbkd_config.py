@@ -74,8 +74,8 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         imitation_weight (`float`, *optional*, defaults to `1.0`):
             w ≥ 0, the weight of the imitation term. `0.0` leaves the preference loss alone.
         imitation (`str`, *optional*, defaults to `"sequence"`):
-            `"sequence"`: ℓ_q of the tokens of the teacher's response (black-box). `"token"`: KL(teacher ‖ student) at each
-            of those tokens (white-box: needs the teacher's weights and its vocabulary).
+            `"sequence"`: ℓ_q of the tokens of the teacher's response (black-box). `"token"`: a divergence from the teacher's
+            distribution at each of those tokens (white-box: needs the teacher's weights and its vocabulary).
         teacher_model_name_or_path (`str`, *optional*):
             Teacher, a Hub id or a folder. Only for `imitation="token"`.
         teacher_model_revision (`str`, *optional*):
@@ -89,8 +89,9 @@ class PbKDConfig(DPOConfig, ImitationConfig):
             p. `0.0`: (2p − 1)₊, so that ties and losses have the weight 0. `inf`: 1, plain imitation. `"theory"`:
             c·log(N/δ)/N with N the number of training rows with a known preference (not for streamed data).
         imitation_q (`float`, *optional*):
-            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. By default 0.5 for
-            `imitation="sequence"` and 0 for `"token"`, which has no other.
+            q in [0, 1] of ℓ_q(π) = (1 − π^q)/q. `0.0` is −log π, `1.0` is 1 − π. End tokens keep −log π. With
+            `imitation="token"` the share of the total variation in (1 − q)·KL(μ ‖ π) + q·TV(μ, π), but where texts end. By
+            default 0.5 for `"sequence"` and 0 for `"token"`.
         imitation_q_warmup (`float`, *optional*, defaults to `0.5`):
             Share of the training steps, in [0, 1], over which q rises linearly from 0. `0.0`: q is fixed.
         imitation_min_score (`float`, *optional*):
@@ -148,7 +149,7 @@ class PbKDConfig(DPOConfig, ImitationConfig):
     imitation: str = field(
         default="sequence",
         metadata={
-            "help": "Imitation term: 'sequence' (loss of the tokens of the teacher's response) or 'token' (KL divergence "
+            "help": "Imitation term: 'sequence' (loss of the tokens of the teacher's response) or 'token' (divergence "
             "from the teacher's distribution at each of them, needs the teacher's weights).",
             "choices": ["sequence", "token"],
         },
@@ -325,11 +326,6 @@ class PbKDConfig(DPOConfig, ImitationConfig):
                         f"`{name}` is {getattr(self, name)!r}, which only the preference term reads, and that is off, since "
                         f"`dual_init` and `dual_learning_rate` are 0: drop `{name}`, or set `dual_init` above 0."
                     )
-        if self.imitation == "token" and self.final_imitation_q > 0:
-            raise ValueError(
-                f"`imitation_q` is {self.imitation_q} and `imitation` 'token', whose loss is KL(teacher ‖ student), that of "
-                "q = 0: drop `imitation_q`, or use `imitation='sequence'`."
-            )
 
 
 def settle_config(args: DPOConfig | None, model: Any) -> PbKDConfig:

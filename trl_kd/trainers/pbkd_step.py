@@ -129,6 +129,8 @@ class CapturingForward:
             Who wrote what; the weight of the teacher's text; whether the preference is known.
         imitated_BT (`torch.Tensor` of shape `[B, T−1]`):
             The teacher's own tokens, which are imitated.
+        variation_BT (`torch.Tensor` of shape `[B, T−1]`):
+            The share of total variation in the divergence of each.
         detach (`bool`):
             Whether any rank's window has rows without a known preference.
 
@@ -138,7 +140,7 @@ class CapturingForward:
         logps_2BT (`torch.Tensor` of shape `[2B, T−1]`):
             Log-probability of each token, with its gradient, zero outside the responses.
         divergence (`torch.Tensor`, *optional*):
-            Σ of weight × KL(teacher ‖ student) over the teacher's own tokens, nats.
+            Σ of weight × divergence from the teacher's distribution over the teacher's own tokens, nats.
     """
 
     def __init__(
@@ -149,10 +151,12 @@ class CapturingForward:
         weight_B: torch.Tensor,
         known_B: torch.Tensor,
         imitated_BT: torch.Tensor,
+        variation_BT: torch.Tensor,
         detach: bool,
     ):
         self.model, self.teacher, self.detach = model, teacher, detach
-        self.side_B, self.weight_B, self.known_B, self.imitated_BT = side_B, weight_B, known_B, imitated_BT
+        self.side_B, self.weight_B, self.known_B = side_B, weight_B, known_B
+        self.imitated_BT, self.variation_BT = imitated_BT, variation_BT
         self.output: Any = None
         self.logps_2BT: torch.Tensor = None  # type: ignore[assignment]
         self.divergence: torch.Tensor | None = None
@@ -167,6 +171,7 @@ class CapturingForward:
                 self.model,
                 self.imitated_BT,
                 self.weight_B,
+                self.variation_BT,
                 choose=lambda values_2B: teacher_rows(values_2B, self.side_B),
                 **kwargs,
             )

@@ -43,6 +43,7 @@ class PreferenceStep:
     _evaluation: list[Any] | None
     _extend_collator: Any
     _imitation: Any
+    _variation: Any
     _imitation_scale: Any
     _count_imitation: Any
     _mean_imitation: Any
@@ -79,14 +80,15 @@ class PreferenceStep:
 
         reference, reference_2BT = self._reference_logps(inputs)
         inputs |= reference
-        forward = CapturingForward(model, self.teacher, side_B, weight_B, known_B, imitated_BT, detach=window.null > 0)
+        tokens_BT = teacher_rows(inputs["input_ids"][:, 1:], side_B)
+        labels = side_B, weight_B, known_B, imitated_BT, self._variation(tokens_BT)
+        forward = CapturingForward(model, self.teacher, *labels, detach=window.null > 0)
         loss, outputs = self._trl_loss(forward, inputs, return_outputs)
 
         mask_2BT = inputs["completion_mask"][:, 1:]
         margin_B = self._margin(sequence_logps(forward.logps_2BT, mask_2BT, self.ld_alpha), reference.values())
         preference_loss = self._preference_loss(loss, forward, inputs, margin_B, preference_B, known_B, window)
         theirs_BT = teacher_rows(forward.logps_2BT, side_B).float() * imitated_BT
-        tokens_BT = teacher_rows(inputs["input_ids"][:, 1:], side_B)
         imitation = forward.divergence
         if imitation is None:
             imitation = self._imitation(theirs_BT, tokens_BT, weight_B)

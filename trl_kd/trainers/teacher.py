@@ -252,6 +252,7 @@ class Teacher:
         model: Any,
         imitated_BT: torch.Tensor,
         weight_B: torch.Tensor,
+        variation_BT: torch.Tensor,
         choose: Callable[[torch.Tensor], torch.Tensor] = lambda values_B: values_B,
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor]:
@@ -266,6 +267,8 @@ class Teacher:
                 The teacher's own tokens in its texts, from the second token on.
             weight_B (`torch.Tensor` of shape `[B]`):
                 Weight of each text.
+            variation_BT (`torch.Tensor` of shape `[B, T−1]`):
+                s in [0, 1], the share of the total variation in the divergence.
             choose (`Callable`, *optional*):
                 Takes the rows of the teacher's texts, `[B, ...]`, out of those that the student is given. By default they
                 are the same.
@@ -273,10 +276,11 @@ class Teacher:
                 What the student is given: `input_ids`, `attention_mask` and `labels`, of T tokens a row.
 
         Returns:
-            The student's output, and Σ over texts of weight × Σ over tokens of KL(μ(·|s_t) ‖ π_θ(·|s_t)), nats. Its gradient
-            is that of the cross-entropy −⟨μ, log π_θ⟩.
+            The student's output, and Σ over texts of weight × Σ over tokens of (1 − s)·KL(μ ‖ π_θ) + s·TV(μ, π_θ) of their
+            next-token distributions, nats.
         """
         weight_N = weight_B.unsqueeze(1).expand_as(imitated_BT)[imitated_BT]
+        variation_N = variation_BT[imitated_BT] if variation_BT.any() else None
         length = kwargs["input_ids"].size(1)
         teacher_BTH = self.hidden_states(choose(kwargs["input_ids"]), choose(kwargs["attention_mask"]))[:, :-1]
         student = self._accelerator.unwrap_model(model)
@@ -292,7 +296,8 @@ class Teacher:
                 hook.remove()
             # Prompt learning puts virtual tokens in front
             student_BTH = choose(captured[0][:, -length:][:, :-1])
-            divergence = self._divergence(student, student_BTH[imitated_BT], teacher_BTH[imitated_BT], weight_N)
+            states = student_BTH[imitated_BT], teacher_BTH[imitated_BT]
+            divergence = self._divergence(student, *states, weight_N, variation_N)
             # A tuple: DDP rebuilds a dataclass from its own fields
             return tuple(output.keys()), tuple(output.values()), divergence
 
@@ -300,7 +305,12 @@ class Teacher:
         return _trl.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
 
     def _divergence(
-        self, student: Any, student_NH: torch.Tensor, teacher_NH: torch.Tensor, weight_N: torch.Tensor
+        self,
+        student: Any,
+        student_NH: torch.Tensor,
+        teacher_NH: torch.Tensor,
+        weight_N: torch.Tensor,
+        variation_N: torch.Tensor | None,
     ) -> torch.Tensor:
         teacher = self._accelerator.unwrap_model(self.model)
         with self._accelerator.autocast():
@@ -310,6 +320,7 @@ class Teacher:
             output_head(student, student_NH),
             theirs,
             beta=0.0,
+            variation_N=variation_N,
             vocab_size=self.shared_tokens,
             gather=lambda: whole(layers),
         )
