@@ -67,8 +67,8 @@ def bradley_terry(z: torch.Tensor, p: float) -> torch.Tensor:
 def divergence(
     model, row: Row, teacher, tokens: int | None = None, q: float = 0.0, ends: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """Σ_t (1 − q)·KL(μ(·|s_t) ‖ π(·|s_t)) + q·TV of them on the teacher's response, over the first `tokens` of both. Where an
-    end token comes it is KL."""
+    """Σ_t (1 − q)·KL(μ(·|s_t) ‖ π(·|s_t)) + q·TV of them on the teacher's response, over the first `tokens` of both. Where
+    an end token comes it is KL."""
     response = row.chosen if row.teacher == "chosen" else row.rejected
     total = torch.zeros((), dtype=torch.float64)
     ours = token_logits(model, row.prompt, response)

@@ -1,5 +1,6 @@
 """Which rows teach without the preference term, with what weight, what is said of the others, and what is refused."""
 
+import json
 import logging
 import math
 
@@ -9,11 +10,12 @@ from datasets import Dataset
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from tests.conftest import make_model, save_tiny
+from tests.conftest import CHARACTERS, make_model, make_tokenizer, save_tiny
 from tests.responses.templates import CHATML, TOOLS, says, tokenizer_with
 from tests.trainers.test_pbkd_responses import turns
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.losses.confidence import imitation_advantage
+from trl_kd.trainers.imitation_texts import text_key
 
 
 OFF = {"dual_init": 0.0}
@@ -101,6 +103,67 @@ def test_the_keys_of_a_text_are_prompt_tools_options_and_itself(tmp_path, settin
     )
     assert trainer.text_counts["train"].texts == len(trainer.train_dataset) == 5
     assert trainer.text_counts["train"].told == "6 of 6 rows teach (5 different texts)"
+
+
+def test_nothing_and_an_empty_list_are_one_key(tiny_dir, pairs, settings):
+    row = {**pairs[0], "tools": None, "chat_template_kwargs": None}
+    same = [
+        row,
+        {**row, "tools": []},
+        {**row, "chat_template_kwargs": {}},
+        {**row, "chat_template_kwargs": {"a": None}},
+    ]
+    assert len({text_key(one, "chosen") for one in same}) == 1
+
+
+ARGUMENTS = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}a?{% for call in message.tool_calls %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% else %}"
+    "u?{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}a?{% endif %}"
+)
+
+
+def calls(arguments: dict) -> list[dict]:
+    function = {"name": "add", "arguments": arguments}
+    return [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [({"y": "s"}, {"x": 1}), ({"x": 1}, {"x": 2.5}), ({"x": [1]}, {"x": 1}), ({"x": 1}, {"x": "s"})],
+)
+def test_calls_of_tools_are_learnt_as_the_teacher_made_them(teacher, student, tmp_path, settings):
+    """Whatever types Arrow gives the two columns, in one of which another call stands."""
+    tokenizer = make_tokenizer("".join(dict.fromkeys(CHARACTERS + '"{}[]:,_. ')))
+    tokenizer.chat_template = ARGUMENTS
+    folder = save_tiny(tmp_path / "student", tokenizer, vocab_size=len(tokenizer))
+    asked = {"preference": 1.0, "teacher_side": "chosen"}
+    rows = [{"prompt": [says("user", "1+1=")], "chosen": calls(teacher), "rejected": calls(student), **asked}]
+    swapped = {"prompt": [says("user", "2+2=")], "chosen": calls(teacher), "rejected": calls(student)}
+    rows.append({**swapped, "preference": 0.0, "teacher_side": "rejected"})
+    trainer = make(folder, rows, settings)
+    learnt = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in trainer.train_dataset]
+    assert learnt == [f"add{json.dumps(arguments)}<eos>" for arguments in (teacher, student)]
+    assert weights(trainer.train_dataset) == [1.0, 1.0]
+
+
+def test_a_text_that_ended_once_has_its_end(tiny_dir, pairs, settings):
+    """Cut off in one run, and not in another."""
+    row = {**pairs[0], "preference": 1.0, "teacher_side": "chosen", "rejected_finish_reason": "stop"}
+    rows = [
+        {**row, "chosen_finish_reason": reason, "rejected": text} for reason, text in (("length", "8"), ("stop", "9"))
+    ]
+    trainer = make(tiny_dir, rows, settings)
+    (only,) = trainer.train_dataset
+    assert trainer._tokenizer.decode([t for t in only["labels"] if t != -100]) == f"{pairs[0]['chosen']}<eos>"
+
+
+def test_weights_and_formats_of_another_trainer_are_not_read(tiny_dir, pairs, settings):
+    rows = [{**row, "imitation_advantage": 0.0, "imitation_share": 0.5} for row in pairs]
+    data = Dataset.from_list(rows).with_format("torch")
+    args = PbKDConfig(**{**settings, **OFF})
+    trainer = PbKDTrainer(model=tiny_dir, args=args, train_dataset=data)
+    assert set(weights(trainer.train_dataset)) == {1.0}
 
 
 def test_scores_decide_where_there_are_any(tiny_dir, pairs, settings):

@@ -43,7 +43,8 @@ COMMON = {
 }
 JOBS = {
     "two rows each": {"q_head": "mlp", "q_steps": 2, "imitation_weight": 0.1, "state_gradient": True},
-    "a row each": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},  # of one source alone
+    # Of one source alone, so that a process may have nothing to imitate
+    "a row each": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "imitation_weight": 0.1},
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "lmbda": 0.25},
     "no preferences": {"q_steps": 3},
 }

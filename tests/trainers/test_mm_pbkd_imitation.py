@@ -1,5 +1,6 @@
 """What preferences say of the teacher's completions, which `MMPbKDTrainer` imitates."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,32 @@ def test_a_label_counts_as_often_as_the_student_gave_its_answer(settings):
     lost = {**pair, "rejected": "4", "preference": 0.0, "student_count": 1}
     weights = PairWeights(Dataset.from_list([pair, lost]), args)
     assert weights.of(ROWS[0]) == (pytest.approx(0.5), True)
+
+
+@pytest.mark.parametrize("other", [{"chosen": ROWS[0]["completion"]}, {"preference": None}])
+def test_scores_of_pairs_without_a_label_count_too(other, tiny_dir, teacher_dir, settings):
+    """Equal responses, or a judge that failed: Q learns nothing of them."""
+    pair = {"prompt": ROWS[0]["prompt"], "chosen": "0", "rejected": ROWS[0]["completion"], "preference": 1.0}
+    pairs = [{**pair, "score_chosen": 0.0, "score_rejected": 0.0, **other}]
+    options = {"lmbda": 0.0, "moment_coef": 0.0, "imitation_weight": 1.0, "imitation_min_score": 0.5}
+    trainer = make(tiny_dir, teacher_dir, settings, pairs=pairs, **options)
+    assert trainer.pair_weights.of(ROWS[0])[0] == 0.0
+    assert trainer.pair_weights.pairs == 0
+
+
+def test_how_many_completions_the_pairs_know_is_said(tiny_dir, teacher_dir, settings, caplog):
+    options = {"lmbda": 0.0, "moment_coef": 0.0, "imitation_weight": 1.0, "imitation_radius": 0.0}
+    for blank, said in (
+        ("", "of 8 completions 1 stand in the pairs, and 1 have the weight 0"),
+        (" ", "none of 8 completions stands in the pairs, so that all are imitated alike"),
+    ):
+        row = {"prompt": ROWS[0]["prompt"] + blank, "chosen": "0", "rejected": ROWS[0]["completion"]}
+        with caplog.at_level(logging.WARNING):
+            trainer = make(tiny_dir, teacher_dir, settings, pairs=[row], **options)
+        assert f"Of the teacher's completions: {said}." in caplog.text
+        trainer.create_model_card()
+        with open(f"{settings['output_dir']}/README.md") as file:
+            assert f"1 preference pairs weighed the teacher's completions, which were imitated: {said}." in file.read()
 
 
 def test_messages_are_found_whatever_fields_other_rows_have(settings):

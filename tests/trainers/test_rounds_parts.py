@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
@@ -16,7 +16,7 @@ from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
 from trl_kd.trainers.rounds_folder import late_means
-from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, with_ties
+from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, teacher_preferred
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,18 @@ def test_regret():
         ("a", "b", None, "student"),
     ]
     names = ("chosen", "rejected", "preference", "rejected_source")
-    pairs = [{**dict(zip(names, row, strict=True)), "chosen_source": "teacher"} for row in rows]
+    pairs = [
+        {**dict(zip(names, row, strict=True)), "chosen_source": "teacher", "teacher_side": "chosen"} for row in rows
+    ]
     assert count_equal(Dataset.from_list(pairs)) == 1
-    assert (with_ties(0.8, 10, 10), with_ties(None, 0, 4), with_ties(None, 0, 0)) == (0.65, 0.5, None)
+    assert teacher_preferred(Dataset.from_list(pairs)) == 0.75
+    # Each answer as often as the student gave it: the teacher's own five times, a worse one once
+    pairs[0]["student_count"], pairs[1]["student_count"] = 5, 1
+    pairs[2]["student_count"] = pairs[3]["student_count"] = 7
+    assert teacher_preferred(Dataset.from_list(pairs)) == pytest.approx((5 * 0.5 + 1) / 6)
+    lost = {**pairs[1], "teacher_side": "rejected", "student_count": 2}
+    assert teacher_preferred(Dataset.from_list([*pairs[:2], lost])) == pytest.approx((5 * 0.5 + 1) / 8)
+    assert teacher_preferred(Dataset.from_list(pairs[3:]).cast_column("preference", Value("float64"))) is None
     assert regret_coefficient([0.3 * k**0.5 for k in range(1, 9)]) == pytest.approx(0.3)
 
 

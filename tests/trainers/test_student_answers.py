@@ -1,5 +1,6 @@
 """How often the student gave an answer weighs its label, and its winning answers are imitated where enough is known."""
 
+import logging
 import math
 
 import pytest
@@ -79,19 +80,23 @@ def test_wins_by_hand(tiny_dir, settings):
         *(pair("2", "3", 0.0, 2), pair("2", "4", 1.0), pair("2", "2", None, 2)),
         # Two comparisons are too few
         *(pair("7", "8", 0.0, 1, "3+4="), pair("7", "9", 0.0, 1, "3+4=")),
-        # Three of one answer are enough, and what is not known says nothing
+        # Three different ones are enough: p̄ = (3·0.1 + 0.1 + 0.6)/5 = 0.2. What is not known says nothing
         *(pair("6", "5", 0.1, 3, "2+4="), pair("6", "4", None, 3, "2+4=")),
+        *(pair("6", "8", 0.1, 1, "2+4="), pair("6", "9", 0.6, 1, "2+4=")),
+        # One answer is one judgement, however often it was given
+        pair("4", "5", 0.0, 9, "1+3="),
         # The teacher is ahead
         *(pair("5", "1", 1.0, 2, "2+3="), pair("5", "2", 0.0, 1, "2+3=")),
     ]
     trainer = make(tiny_dir, rows, settings, imitation_radius=0.0, **GATED)
     teachers = [("5", pytest.approx(1 / 3))]
-    assert texts(trainer) == [*teachers, ("3", pytest.approx(0.2)), ("5", pytest.approx(0.8))]
+    students = [("3", pytest.approx(0.2)), ("5", pytest.approx(0.6)), ("8", pytest.approx(0.6))]
+    assert texts(trainer) == [*teachers, *students]
     assert texts(make(tiny_dir, rows, settings, imitation_radius=0.0)) == teachers
     told = trainer.text_counts["train"].told
-    assert told.endswith("the teacher did not win; 2 winning answers of the student's teach too")
+    assert told.endswith("the teacher did not win; 3 winning answers of the student's teach too")
     args = PbKDConfig(**{**settings, **OFF}, imitation_radius=0.0, **GATED)
-    assert _weigh("train", Dataset.from_list(rows), args, 9)[1] == [("train imitation", told)]
+    assert _weigh("train", Dataset.from_list(rows), args, 12)[1] == [("train imitation", told)]
     trainer.create_model_card()
     with open(f"{settings['output_dir']}/README.md") as file:
         card = file.read()
@@ -100,15 +105,16 @@ def test_wins_by_hand(tiny_dir, settings):
 
 
 def test_they_are_learnt_with_their_weight_and_finish_reason(tiny_dir, settings):
-    rows = [pair("2", "3", 0.0, 3, chosen_finish_reason="length"), pair("7", "8", 1.0, 1, "3+4=")]
+    rows = [pair("2", "3", 0.0, 3, chosen_finish_reason="length"), pair("2", "4", 0.5), pair("2", "5", 0.5)]
+    rows.append(pair("7", "8", 1.0, 1, "3+4="))
     trainer = make(tiny_dir, rows, settings, Dataset.from_list(rows), imitation_radius=0.0, max_steps=1, **GATED)
     learnt = [trainer._tokenizer.decode([t for t in row["labels"] if t != -100]) for row in trainer.train_dataset]
     assert learnt == ["7<eos>", "3"]
-    assert weights(trainer.eval_dataset) == [0, 1]  # an evaluation is of the teacher's texts
+    assert weights(trainer.eval_dataset) == [0, 0, 0, 1]  # an evaluation is of the teacher's texts
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["pbkd/rows_used"] == 2
-    assert log["pbkd/advantage"] == 1.0  # of the teacher's text alone
+    assert log["pbkd/advantage"] == 0.5  # of the teacher's two texts
 
 
 def test_rows_that_do_not_name_the_teacher_have_wins_too(tiny_dir, settings):
@@ -119,7 +125,7 @@ def test_rows_that_do_not_name_the_teacher_have_wins_too(tiny_dir, settings):
 
 def test_a_score_below_the_least_is_no_win(tiny_dir, settings):
     of = {"score_chosen": 0.6, "score_rejected": 0.1}
-    rows = [pair("2", "3", 0.0, 3, **of), pair("2", "4", 0.0, 3, **of | {"score_chosen": 0.4})]
+    rows = [pair("2", "3", 0.0, 3, **of), *(pair("2", text, 0.0, 3, **of | {"score_chosen": 0.4}) for text in "45")]
     assert texts(make(tiny_dir, rows, settings, imitation_min_score=0.5, **GATED)) == [("3", 1.0)]
 
 
@@ -127,20 +133,30 @@ def test_third_texts_and_other_teachers_are_no_comparisons(tiny_dir, settings):
     third = {"prompt": "1+1=", "chosen": "8", "rejected": "9", "preference": 1.0, "teacher_side": None, "teacher": "2"}
     teachers = pair("2", "6", 1.0)
     teachers["rejected_source"] = "teacher"
+    options, lost = {"imitation_radius": 0.0, **GATED}, [pair("2", text, 0.0) for text in "345"]
     for others in ([third], [teachers]):
-        rows = [{**third, "teacher": None, **row} for row in (pair("2", "3", 0.0, 2), *others, pair("7", "8", 1.0))]
-        options = {"imitation_radius": 0.0, **GATED}
-        assert "3" not in [text for text, _ in texts(make(tiny_dir, rows, settings, **options))]
-        rows[0]["student_count"] = 3
-        assert texts(make(tiny_dir, rows, settings, **options))[-1] == ("3", 1.0)
+        for count, wins in ((2, []), (3, [("3", 1.0), ("4", 1.0), ("5", 1.0)])):
+            data = (*lost[:count], *others, pair("7", "8", 1.0))
+            rows = [{**third, "teacher": None, **row} for row in data]
+            assert [found for found in texts(make(tiny_dir, rows, settings, **options)) if found[0] in "345"] == wins
 
 
 def test_an_answer_beside_two_texts_of_the_teachers():
     wins = StudentWins()
-    for row, (teacher, student, p) in enumerate([("t", "a", 0.0), ("u", "a", 1.0), ("t", "u", 0.0), ("u", "b", 0.25)]):
+    labels = [("t", "a", 0.0), ("u", "a", 1.0), ("t", "u", 0.0), ("u", "b", 0.25), ("t", "c", 1.0), ("u", "c", 1.0)]
+    for row, (teacher, student, p) in enumerate(labels):
         wins.add(teacher.encode(), student.encode(), row, "chosen", p, count=3)
-    # Against t: p̄ = 0, which a and u win; u is the teacher's. Against u: p̄ = 0.625, and none
-    assert [(win.row, win.weight) for win in wins.found()] == [(0, 0.5)]
+    # Against t: p̄ = 1/3, which a and u win; u is the teacher's. Against u: p̄ = 0.75, and none
+    assert [(win.row, win.weight) for win in wins.found()] == [(0, pytest.approx(1 / 6))]
+
+
+def test_a_gate_that_nothing_can_pass_is_said(tiny_dir, settings, caplog):
+    rows = [pair("2", "3", 0.0, 9), pair("7", "8", 1.0, 1, "3+4=")]
+    for name, said in (("gated", 1), ("off", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(tiny_dir, rows, settings, student_wins=name)
+        assert caplog.text.count("compared with 3 different answers of the student's: none of these can win.") == said
 
 
 def test_labels_of_one_answer_are_taken_together():

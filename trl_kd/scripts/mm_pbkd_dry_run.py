@@ -33,6 +33,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     PairBatches,
     check_prompt_count,
     check_prompts,
+    known_pairs,
     look_at_completions,
     read_pairs,
     tokenize_completion,
@@ -162,7 +163,7 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
     table = [
         ("pairs columns", columns({c: dataset[0][c] for c in ("prompt", "chosen", "rejected") if c in dataset[0]}))
     ]
-    known = read_pairs(dataset, args.pair_max_length)
+    known = known_pairs(read_pairs(dataset, args.pair_max_length))
     sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
     batches = PairBatches(_told_apart(known), args, world, pad_token_id=0)
@@ -192,9 +193,8 @@ def _describe_imitation(dataset: Any, pairs: Dataset | None, args: Any) -> str:
     told = f"weight {args.imitation_weight:g}"
     if pairs is None or not isinstance(dataset, Dataset) or "completion" not in dataset.column_names:
         return f"{told}, of all completions alike"
-    found = [weights.of(row) for row in dataset if row["completion"] is not None]
-    compared, lost = sum(compared for _, compared in found), sum(weight == 0 for weight, _ in found)
-    return f"{told}; of {len(found):,} completions {compared:,} stand in the pairs, and {lost:,} have the advantage 0"
+    counts = weights.count(dataset)
+    return f"{told}; {counts.told}"
 
 
 def _told_apart(known: Dataset) -> Dataset:

@@ -4,11 +4,16 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
 
 from trl_kd.trainers.imitation_schedule import ImitationSchedule
-from trl_kd.trainers.imitation_weights import PairWeights
+from trl_kd.trainers.imitation_weights import AnswerCounts, PairWeights
 from trl_kd.trainers.mm_pbkd_data import tokenize_completion
 from trl_kd.trainers.mm_pbkd_step import Imitated, Played
+
+
+logger = get_logger(__name__)
 
 
 class ImitatedStates(ImitationSchedule):
@@ -25,6 +30,8 @@ class ImitatedStates(ImitationSchedule):
             The weights; `None` where nothing is imitated.
         mean_advantage (`float`):
             ā.
+        answer_counts ([`~trl_kd.trainers.imitation_weights.AnswerCounts`], *optional*):
+            How many of the training data's completions the pairs know.
     """
 
     accelerator: Any
@@ -37,12 +44,17 @@ class ImitatedStates(ImitationSchedule):
 
     pair_weights: PairWeights | None = None
     mean_advantage = 1.0
+    answer_counts: AnswerCounts | None = None
     _imitation_2: torch.Tensor | None = None
     """Of the micro-batch under way: L_imit and the mean of −log π. `None` where its global batch imitates nothing."""
 
     def _settle_imitation(self, dataset: Any) -> None:
-        if self.pair_weights is not None and dataset is not None:
-            self.mean_advantage = self.pair_weights.mean(dataset, self._count_tokens)
+        if self.pair_weights is None or dataset is None:
+            return
+        if self.pair_weights.pairs and isinstance(dataset, Dataset) and "completion" in dataset.column_names:
+            self.answer_counts = self.pair_weights.count(dataset)
+            logger.warning(f"Of the teacher's completions: {self.answer_counts.told}.")
+        self.mean_advantage = self.pair_weights.mean(dataset, self._count_tokens)
 
     def _count_tokens(self, row: dict[str, Any]) -> int:
         template = {"chat_template": self.chat_template, **self.chat_template_kwargs}
@@ -60,8 +72,9 @@ class ImitatedStates(ImitationSchedule):
         advantages = [found[i][0] if i in found else 0.0 for i in range(len(inputs))]
         imitated = sum(int(tokens_B[i]) for i, advantage in enumerate(advantages) if advantage > 0)
         seen = [advantage for advantage, compared in found.values() if compared]
-        counts = torch.tensor([imitated, len(found), len(seen), sum(seen)], device=tokens_B.device)
-        imitated, rows, compared, total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        counts = [float(imitated), float(len(found)), float(len(seen)), float(sum(seen))]
+        counts_4 = torch.tensor(counts, device=tokens_B.device)  # floats: all ranks must send one dtype
+        imitated, rows, compared, total = self.accelerator.reduce(counts_4, reduction="sum").tolist()
         if compared:
             self._record_imitation({"advantage": total / compared})
         share = rows / (len(inputs) * self.accelerator.num_processes)

@@ -40,6 +40,7 @@ class ImitationTerm(ImitationSchedule):
     """
 
     accelerator: Any
+    text_counts: dict[str, Any]
     _metrics: dict[str, defaultdict[str, list[float]]]
 
     imitates_alone = False
@@ -99,12 +100,21 @@ class ImitationTerm(ImitationSchedule):
         metrics["pbkd/q"].append(self.imitation_q)
         if window.tokens:
             metrics["pbkd/teacher_nll"].append(sums["nll"] / window.tokens)
-        if window.compared:
-            metrics["pbkd/advantage"].append(sums["advantage"] / window.compared)
+        advantage = self._mean_of_texts() if self.model.training else None
+        if advantage is None and window.compared:
+            advantage = sums["advantage"] / window.compared
+        if advantage is not None:
+            metrics["pbkd/advantage"].append(advantage)
         if window.used_tokens:
             metrics["pbkd/imitation"].append(sums["imitation"] / self._imitation_scale(window))
             if self.model.training and sums["inner"] and self.args.imitation == "sequence":
                 self._look_at_gradient(sums["left"] / sums["inner"])
+
+    def _mean_of_texts(self) -> float | None:
+        """Mean a of the training data's texts that were compared with another one. Where those of weight 0 have left, no
+        batch can tell."""
+        counts = self.text_counts.get("train") if self.imitates_alone else None
+        return None if counts is None else counts.advantage
 
     def _look_at_gradient(self, left: float) -> None:
         """Says once if little is left of the gradient: that of ℓ_q is π^q times that of −log π."""

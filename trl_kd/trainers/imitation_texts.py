@@ -18,17 +18,18 @@ from datasets import Dataset, Image, IterableDataset, Sequence, Value, concatena
 from trl import extract_prompt
 
 from trl_kd.losses.confidence import imitation_advantage
+from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
-from trl_kd.trainers.response_rows import map_rows
-from trl_kd.trainers.student_answers import COUNT, StudentWins, Win, student_count
+from trl_kd.trainers.response_rows import REASON_COLUMNS, map_rows
+from trl_kd.trainers.student_answers import COUNT, LEAST_COMPARISONS, StudentWins, Win, student_count
 
 
 logger = get_logger(__name__)
 
 IMAGES = ("image", "images")
-_OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
+OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
 
 
 @dataclass
@@ -137,11 +138,20 @@ class TeacherText:
     known: int = 0
     scores: list[float] = field(default_factory=list)
     compared: bool = False
+    row: int | None = None
+    """The row that stands for it: the first in which it has its end, or the first."""
+    ends: bool = False
 
     def advantage(self, args: PbKDConfig, radius: float) -> float:
         if args.imitation_min_score is not None and self.scores:
             return float(sum(self.scores) / len(self.scores) >= args.imitation_min_score)
         return imitation_advantage(self.won / self.known if self.known else None, radius)
+
+    def stand(self, index: int, row: dict[str, Any]) -> None:
+        """Lets the row stand for the text, unless another one does better."""
+        ends = has_end(row.get(f"{side_of_teacher(row)}_finish_reason"))
+        if self.row is None or (ends and not self.ends):
+            self.row, self.ends = index, ends
 
     def add(self, row: dict[str, Any]) -> None:
         score = _known(row.get(f"score_{side_of_teacher(row)}"))
@@ -170,9 +180,15 @@ def _of_teacher(row: dict[str, Any]) -> float | None:
     return preference if preference is None or side_of_teacher(row) == "chosen" else 1 - preference
 
 
+def is_known(row: dict[str, Any]) -> bool:
+    """Whether a pair has a known preference between different responses."""
+    differs = without_nulls(row["chosen"]) != without_nulls(row["rejected"])
+    return differs and _known(row.get("preference", 1.0)) is not None
+
+
 def text_key(row: dict[str, Any], side: str) -> bytes:
     """What two rows have in common whose texts on these sides are one text to imitate."""
-    parts = [without_nulls(row.get(column)) for column in (*_OF_PROMPT, *IMAGES)]
+    parts = [without_nulls(row.get(column)) or None for column in (*OF_PROMPT, *IMAGES)]
     text = json.dumps([*parts, without_nulls(row[side])], sort_keys=True, default=_digest)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -238,7 +254,9 @@ def weigh_texts(
         side = side_of_teacher(row)
         key = None if side is None else text_key(row, side)
         if key is not None:
-            texts.setdefault(key, TeacherText()).add(row)
+            text = texts.setdefault(key, TeacherText())
+            text.add(row)
+            text.stand(index, row)
             if training and args.student_wins == "gated":
                 _compare(wins, key, index, row, args)
         keys.append(key)
@@ -246,7 +264,7 @@ def weigh_texts(
     advantages = [None if key is None else weights[key] for key in keys]
     unequal = [weights[key] for key, text in texts.items() if text.compared]
     found = wins.found()
-    kept = _taught(dataset, keys, advantages, args)
+    kept = _paired(dataset, advantages, args) if args.has_preference_term else _merged(texts, weights)
     counts = TextCounts(
         rows=len(keys),
         used=sum(bool(advantage) for advantage in advantages),
@@ -268,6 +286,7 @@ def weigh_texts(
     if not args.imitation_weight:
         return (_known_alone(dataset, kept, name) if training else dataset), None
     if training:
+        _warn_of_idle(name, args, wins, texts)
         counts.check(name, args)
         dataset = _with_wins(dataset, kept, found)
         if len(kept) < len(keys) or found or not counts.used:
@@ -277,6 +296,20 @@ def weigh_texts(
             f"Of the {name} dataset {counts.told}: its {'imitation' if args.has_preference_term else 'loss'} is 0."
         )
     return dataset, counts
+
+
+def _warn_of_idle(name: str, args: PbKDConfig, wins: StudentWins, texts: dict[bytes, TeacherText]) -> None:
+    """Warns of settings that the rows give nothing to do."""
+    if args.student_wins == "gated" and not wins.can_win:
+        logger.warning(
+            f"`student_wins` is 'gated', but no text of the teacher's in the {name} dataset was compared with "
+            f"{LEAST_COMPARISONS} different answers of the student's: none of these can win."
+        )
+    if args.imitation_min_score is not None and not any(text.scores for text in texts.values()):
+        logger.warning(
+            f"`imitation_min_score` is {args.imitation_min_score}, but no text of the teacher's in the {name} dataset has a "
+            "score: its labels decide."
+        )
 
 
 def _compare(wins: StudentWins, key: bytes, index: int, row: dict[str, Any], args: PbKDConfig) -> None:
@@ -320,18 +353,17 @@ def _known_alone(dataset: Dataset, kept: list[int], name: str) -> Dataset:
     return dataset.select(kept)
 
 
-def _taught(dataset: Dataset, keys: list[bytes | None], advantages: list[float | None], args: PbKDConfig) -> list[int]:
-    """Which rows something is learnt from."""
-    if args.has_preference_term:
-        labels = dataset["preference"] if "preference" in dataset.column_names else [1.0] * len(dataset)
-        imitated = args.imitation_weight > 0
-        rows = zip(advantages, labels, strict=True)
-        return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or _known(p) is not None]
-    first: dict[bytes | None, int] = {}
-    for index, (key, weight) in enumerate(zip(keys, advantages, strict=True)):
-        if weight:
-            first.setdefault(key, index)
-    return list(first.values())
+def _paired(dataset: Dataset, advantages: list[float | None], args: PbKDConfig) -> list[int]:
+    """Which rows something is learnt from where rows are pairs."""
+    labels = dataset["preference"] if "preference" in dataset.column_names else [1.0] * len(dataset)
+    imitated = args.imitation_weight > 0
+    rows = zip(advantages, labels, strict=True)
+    return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or _known(p) is not None]
+
+
+def _merged(texts: dict[bytes, TeacherText], weights: dict[bytes, float]) -> list[int]:
+    """The rows that stand for the texts that are imitated."""
+    return sorted(text.row for key, text in texts.items() if weights[key] and text.row is not None)
 
 
 def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -342,8 +374,8 @@ def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
             dataset = dataset.cast_column(column, Image(decode=False))
         elif isinstance(getattr(kind, "feature", None), Image):
             dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
-    labels = ("preference", "teacher_side", COUNT, "chosen_source", "rejected_source", *SCORE_COLUMNS)
-    yield from read_columns(dataset, (*_OF_PROMPT, *IMAGES, "chosen", "rejected", *labels))
+    labels = ("preference", "teacher_side", COUNT, "chosen_source", "rejected_source", *REASON_COLUMNS, *SCORE_COLUMNS)
+    yield from read_columns(dataset, (*OF_PROMPT, *IMAGES, "chosen", "rejected", *labels))
 
 
 def read_columns(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -5,13 +5,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, concatenate_datasets
 
 from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.imitation_texts import IMAGES, read_columns, side_of_teacher
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.pbkd_data import ADVANTAGE, SHARE
-from trl_kd.trainers.response_rows import KIND_COLUMNS, PairReader, map_rows, tokenize_rows
+from trl_kd.trainers.response_rows import (
+    KIND_COLUMNS,
+    REASON_COLUMNS,
+    NothingToLearn,
+    PairReader,
+    map_rows,
+    tokenize_rows,
+)
 
 
 logger = get_logger(__name__)
@@ -19,6 +26,7 @@ logger = get_logger(__name__)
 TEXT_COLUMNS = ("input_ids", "labels")
 """Columns of a row of one text, beside its weight."""
 _TOKENIZED = ("teacher_side", "prompt_ids", "chosen_ids", "rejected_ids", *KIND_COLUMNS)
+_PLACE = "place_of_row"
 IGNORED = -100
 """Label of a token that is not predicted."""
 
@@ -31,25 +39,6 @@ def only_teachers_text(row: dict[str, Any]) -> dict[str, Any]:
     if any(f"{other}_finish_reason" in row for other in changed):
         changed |= dict.fromkeys(("chosen_finish_reason", "rejected_finish_reason"), row.get(reason))
     return changed
-
-
-def _of_both(features: Features) -> Features:
-    """Features of which either response may take the other's place, and its reason."""
-    found = dict(features)
-    found |= dict.fromkeys(("chosen", "rejected"), _union(found["chosen"], found["rejected"]))
-    reasons = ("chosen_finish_reason", "rejected_finish_reason")
-    if any(column in found for column in reasons):
-        found |= dict.fromkeys(reasons, Value("string"))
-    return Features(found)
-
-
-def _union(one: Any, other: Any) -> Any:
-    """A feature that holds what either of two holds."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: _union(one.get(key, other.get(key)), other.get(key, one.get(key))) for key in {**one, **other}}
-    if type(one) is type(other) and hasattr(one, "feature"):
-        return type(one)(_union(one.feature, other.feature))
-    return other if isinstance(one, Value) and one.dtype == "null" else one
 
 
 def tokenize_texts(
@@ -76,10 +65,13 @@ def tokenize_texts(
     Raises:
         `ValueError`: as [`~trl_kd.trainers.response_rows.tokenize_rows`].
     """
-    kinds = {"features": _of_both(dataset.features)} if isinstance(dataset, Dataset) else {}
-    doing = f"Taking the teacher's texts of the {name} dataset"
-    dataset = map_rows(dataset, only_teachers_text, doing, args.dataset_num_proc, **kinds)
-    dataset = tokenize_rows(dataset, processing_class, args, name)
+    if isinstance(dataset, Dataset) and dataset.features["chosen"] != dataset.features["rejected"]:
+        dataset = _tokenize_by_side(dataset, processing_class, args, name)
+    else:
+        kinds = {"features": _with_reasons(dataset.features)} if isinstance(dataset, Dataset) else {}
+        doing = f"Taking the teacher's texts of the {name} dataset"
+        dataset = map_rows(dataset, only_teachers_text, doing, args.dataset_num_proc, **kinds)
+        dataset = tokenize_rows(dataset, processing_class, args, name)
     whole = _slice(args)
 
     def label(row: dict[str, Any]) -> dict[str, list[int]]:
@@ -100,6 +92,54 @@ def tokenize_texts(
     doing, kinds = f"Labelling the tokens of the {name} dataset", {"features": Features({**kept, **ids})}
     dataset = map_rows(dataset, label, doing, args.dataset_num_proc, remove_columns=written, **kinds)
     return _with_labels(dataset, name) if training else dataset
+
+
+def _with_reasons(features: Features) -> Features:
+    """With finish reasons of both responses, if there are any."""
+    reasons = dict.fromkeys(REASON_COLUMNS, Value("string")) if any(c in features for c in REASON_COLUMNS) else {}
+    return Features({**features, **reasons})
+
+
+def _tokenize_by_side(dataset: Dataset, processing_class: Any, args: PbKDConfig, name: str) -> Dataset:
+    """Tokenizes the teacher's texts of two columns that differ in type, each column by itself: in the other's place a call
+    of a tool would get the other's arguments, as nulls."""
+    sides = [side_of_teacher(row) or "chosen" for row in read_columns(dataset, ("chosen", "teacher_side"))]
+    found, failed = [], None
+    for side in ("chosen", "rejected"):
+        places = [place for place, of_row in enumerate(sides) if of_row == side]
+        if not places:
+            continue
+        part = _take(dataset.select(places), side).add_column(_PLACE, places)  # type: ignore[arg-type]
+        try:
+            part = tokenize_rows(part, processing_class, args, name)
+        except NothingToLearn as error:
+            failed = failed or error
+            continue
+        found.append(part.remove_columns(["chosen", "rejected"]))
+    if failed is not None and not found:
+        raise failed
+    dataset = concatenate_datasets(found)
+    order = sorted(range(len(dataset)), key=list(dataset[_PLACE]).__getitem__)
+    return dataset.select(order).remove_columns(_PLACE)
+
+
+def _take(dataset: Dataset, side: str) -> Dataset:
+    """Pairs of which both texts are those of one side, and so are their finish reasons."""
+    other = "rejected" if side == "chosen" else "chosen"
+    dataset = dataset.remove_columns([c for c in (other, f"{other}_finish_reason") if c in dataset.column_names])
+    copies = {
+        f"{side}{kind}": f"{other}{kind}" for kind in ("", "_finish_reason") if f"{side}{kind}" in dataset.features
+    }
+
+    def copy(table: Any) -> Any:
+        for column, target in copies.items():
+            table = table.append_column(target, table.column(column))
+        return table
+
+    features = Features(
+        {**dataset.features, **{target: dataset.features[column] for column, target in copies.items()}}
+    )
+    return dataset.with_format("arrow").map(copy, batched=True, features=features).with_format(None)
 
 
 def _slice(args: PbKDConfig) -> slice:

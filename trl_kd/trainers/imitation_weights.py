@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from trl import extract_prompt
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.imitation_config import ImitationConfig, imitation_radius
-from trl_kd.trainers.imitation_texts import TeacherText, text_key
+from trl_kd.trainers.imitation_texts import OF_PROMPT, TeacherText, is_known, read_columns, text_key
 from trl_kd.trainers.pbkd_data import SCORE_COLUMNS
 from trl_kd.trainers.student_answers import COUNT
 
 
-_OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
 _OF_PAIR = ("chosen", "rejected", "preference", COUNT, *SCORE_COLUMNS)
 
 
@@ -39,6 +38,21 @@ def weigh_answer(pairs: Iterable[dict[str, Any]], args: ImitationConfig, radius:
     return text.advantage(args, radius), text.compared  # type: ignore[arg-type]
 
 
+class AnswerCounts(NamedTuple):
+    """How many completions a dataset has, how many of them stand in the pairs, and how many have the weight 0."""
+
+    completions: int
+    found: int
+    lost: int
+
+    @property
+    def told(self) -> str:
+        """A clause without its full stop."""
+        if not self.found:
+            return f"none of {self.completions:,} completions stands in the pairs, so that all are imitated alike"
+        return f"of {self.completions:,} completions {self.found:,} stand in the pairs, and {self.lost:,} have the weight 0"
+
+
 class PairWeights:
     """
     Weights of the teacher's completions of prompts, of which a dataset of pairs tells. Whoever wrote the responses there, a
@@ -46,13 +60,13 @@ class PairWeights:
 
     Args:
         pairs (`Dataset`, *optional*):
-            Pairs with a known preference between different responses. Without them every completion has the weight 1.
+            Pairs. Without them every completion has the weight 1. Those without a known preference tell scores alone.
         args (`ImitationConfig`):
             Settings.
 
     Attributes:
         pairs (`int`):
-            How many pairs there are.
+            How many pairs have a known preference between different responses.
 
     Raises:
         `ValueError`: `args` ask for what the pairs do not tell.
@@ -65,18 +79,20 @@ class PairWeights:
                 f"`imitation_min_score` is {args.imitation_min_score}, but there is no `preference_dataset` with a column "
                 "`score_chosen` or `score_rejected`: give the scores, or drop the setting."
             )
-        self.pairs = 0 if pairs is None else len(pairs)
+        self.pairs = 0
         self._args = args
-        self._radius = imitation_radius(args, self.pairs)
         self._texts: dict[bytes, TeacherText] = {}
-        if pairs is None:
-            return
-        if "prompt" not in columns:
-            pairs = pairs.map(extract_prompt)
-        for pair in _rows(pairs, (*_OF_PROMPT, *_OF_PAIR)):
+        for pair in [] if pairs is None else self._read(pairs):
+            self.pairs += is_known(pair)
             for side in ("chosen", "rejected"):
                 text = self._texts.setdefault(_of_text(pair, pair[side]), TeacherText())
                 text.add({**pair, "teacher_side": side})
+        self._radius = imitation_radius(args, self.pairs)
+
+    def _read(self, pairs: Dataset) -> Iterator[dict[str, Any]]:
+        if "prompt" not in pairs.column_names:
+            pairs = pairs.map(extract_prompt)
+        return read_columns(pairs, (*OF_PROMPT, *_OF_PAIR))
 
     def of(self, row: dict[str, Any]) -> tuple[float, bool]:
         """The weight of a row's `completion`, and whether it was compared with another text."""
@@ -84,6 +100,14 @@ class PairWeights:
         if self._texts and row.get("completion") is not None:
             text = self._texts.get(_of_text(row, row["completion"]))
         return (1.0, False) if text is None else (text.advantage(self._args, self._radius), text.compared)
+
+    def count(self, dataset: Dataset) -> AnswerCounts:
+        """How many of a dataset's completions are known."""
+        rows = read_columns(dataset, ("completion", *OF_PROMPT))
+        keys = [_of_text(row, row["completion"]) for row in rows if row["completion"] is not None]
+        found = [self._texts[key] for key in keys if key in self._texts]
+        lost = sum(text.advantage(self._args, self._radius) == 0 for text in found)
+        return AnswerCounts(len(keys), len(found), lost)
 
     def mean(self, dataset: Any, count_tokens: Callable[[dict[str, Any]], int]) -> float:
         """
@@ -98,8 +122,8 @@ class PairWeights:
         """
         if not isinstance(dataset, Dataset) or "completion" not in dataset.column_names or not self._texts:
             return 1.0
-        names = ("completion", "completion_finish_reason", *_OF_PROMPT)
-        rows = [row for row in _rows(dataset, names) if row["completion"] is not None]
+        names = ("completion", "completion_finish_reason", *OF_PROMPT)
+        rows = [row for row in read_columns(dataset, names) if row["completion"] is not None]
         used = [(weight, row) for weight, row in ((self.of(row)[0], row) for row in rows) if weight > 0]
         if len({weight for weight, _ in used}) < 2:
             return used[0][0] if used else 1.0
@@ -109,12 +133,4 @@ class PairWeights:
 
 def _of_text(row: dict[str, Any], text: Any) -> bytes:
     """What a text of one dataset has in common with the same of another, for the prompt of `row`."""
-    return text_key({**{name: row.get(name) for name in _OF_PROMPT}, "chosen": without_nulls(text)}, "chosen")
-
-
-def _rows(dataset: Dataset, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The columns `names` of each row, as far as there are such."""
-    dataset = dataset.select_columns([name for name in names if name in dataset.column_names]).with_format(None)
-    for batch in dataset.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+    return text_key({**{name: row.get(name) for name in OF_PROMPT}, "chosen": without_nulls(text)}, "chosen")

@@ -240,8 +240,7 @@ def _pair_settings(max_length: int | None, reasoning: str | None = None) -> Any:
 
 def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
     """
-    Checks preference pairs as `PbKDTrainer` does, and leaves out the rows without a known preference: those of two equal
-    responses have none, whatever their label says.
+    Checks preference pairs as `PbKDTrainer` does.
 
     Args:
         dataset (`Dataset`):
@@ -249,8 +248,11 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
         max_length (`int` or `None`):
             Tokens of a row that will be read.
 
+    Returns:
+        All pairs, with a column `preference`.
+
     Raises:
-        `ValueError`: a stream, images, a wrong label, or no pair that is left.
+        `ValueError`: a stream, images, or a wrong label.
     """
     if not isinstance(dataset, Dataset):
         hint = ""
@@ -268,6 +270,20 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
     dataset, _ = prepare_rows(dataset, "preference", _pair_settings(max_length), imitated=False)
     if "preference" not in dataset.column_names:
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
+    return dataset
+
+
+def known_pairs(dataset: Dataset) -> Dataset:
+    """
+    Those of the pairs that Q learns from: with a known preference. Two equal responses have none, whatever their label says.
+
+    Args:
+        dataset (`Dataset`):
+            What `read_pairs` returned.
+
+    Raises:
+        `ValueError`: no pair is left.
+    """
     read = dataset.select_columns(["chosen", "rejected", "preference"]).with_format(None).iter(batch_size=1000)
     rows = (row for b in read for row in zip(b["chosen"], b["rejected"], b["preference"], strict=True))
     differ = [None if p is None or math.isnan(p) else chosen != rejected for chosen, rejected, p in rows]
@@ -286,7 +302,7 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
 
 
 def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) -> Dataset:
-    """What `read_pairs` returned, as the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`, and
+    """What `known_pairs` returned, as the columns `prompt_ids`, `chosen_ids`, `rejected_ids` and `preference`, and
     [`~trl_kd.trainers.response_rows.KIND_COLUMNS`] where a row needs them.
 
     Raises:

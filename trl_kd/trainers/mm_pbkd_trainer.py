@@ -37,6 +37,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     PairBatches,
     check_prompt_count,
     check_prompts,
+    known_pairs,
     look_at_completions,
     read_pairs,
     tokenize_pairs,
@@ -165,7 +166,7 @@ quantization_config, peft_config, tools:
         self.pair_weights = PairWeights(pairs, args) if args.imitation_weight > 0 else None
         pairs = pairs if args.moment_coef > 0 else None
         if pairs is not None:
-            pairs = tokenize_pairs(pairs, processing_class, args)
+            pairs = tokenize_pairs(known_pairs(pairs), processing_class, args)
             self.preference_rows = len(pairs)
 
         super().__init__(

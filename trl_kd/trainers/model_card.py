@@ -106,7 +106,11 @@ def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
     weights = trainer.pair_weights
     if weights is not None and weights.pairs:
-        lines += [f"{weights.pairs} preference pairs weighed the teacher's completions, which were imitated.", ""]
+        counts = "" if trainer.answer_counts is None else f": {trainer.answer_counts.told}"
+        lines += [
+            f"{weights.pairs} preference pairs weighed the teacher's completions, which were imitated{counts}.",
+            "",
+        ]
     _add_sections(path, trainer, lines, _MM_PBKD_SETTINGS + (() if weights is None else _OF_IMITATION))
 
 

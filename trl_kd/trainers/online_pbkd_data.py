@@ -25,7 +25,7 @@ from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.sampling.sampler import beginning
-from trl_kd.trainers.mm_pbkd_data import check_prompts, read_pairs
+from trl_kd.trainers.mm_pbkd_data import check_prompts, known_pairs, read_pairs
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 from trl_kd.trainers.pair_pool import as_rows
 from trl_kd.trainers.pbkd_data import check_tokenizer, has_images, load_processing_class
@@ -204,7 +204,7 @@ reward_model (`str` or `PreTrainedModel`):
         """
         if self.pairs is None:
             return []
-        pairs = read_pairs(self.pairs, self.args.rm_max_length)
+        pairs = known_pairs(read_pairs(self.pairs, self.args.rm_max_length))
         if "prompt" not in pairs.column_names:
             pairs = pairs.map(maybe_extract_prompt)
         settings: Any = self.args

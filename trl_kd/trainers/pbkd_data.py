@@ -91,6 +91,12 @@ def names_teacher(row: dict[str, Any]) -> bool:
     return "teacher_side" in row or "teacher" in row
 
 
+def _without_weights(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Without the weights of another trainer's dataset, or columns of the same names."""
+    found = [column for column in (ADVANTAGE, SHARE, COMPARED) if column in (dataset.column_names or ())]
+    return dataset.remove_columns(found) if found else dataset
+
+
 def prepare_rows(
     dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, *, imitated: bool = True
 ) -> tuple[Dataset | IterableDataset, RowCounts | None]:
@@ -113,6 +119,9 @@ def prepare_rows(
     Raises:
         `ValueError`: no rows, a missing column, a value outside its range, or labels that `args` cannot serve.
     """
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format(None)  # rows are read as Python objects
+    dataset = _without_weights(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty: it needs at least one row.")

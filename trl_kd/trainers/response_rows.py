@@ -74,17 +74,21 @@ def tokenize_rows(
             f"{args.max_length}, which leaves no response token"
         )
         if not len(dataset):
-            raise ValueError(f"{said}: raise `{limit}` or shorten the prompts.")
+            raise NothingToLearn(f"{said}: raise `{limit}` or shorten the prompts.")
         logger.warning(f"{said}: they are left out.")
     dataset = reader.mark(dataset)
     if before is None:
         return dataset
     responses = dataset.select_columns(["chosen_ids", "rejected_ids"])
     if not any(row["chosen_ids"] or row["rejected_ids"] for row in responses):
-        raise ValueError(
+        raise NothingToLearn(
             f"No row of the {name} dataset has a response token: check its 'chosen' and 'rejected' columns."
         )
     return dataset
+
+
+class NothingToLearn(ValueError):
+    """No row of a dataset has a token to learn from."""
 
 
 def map_rows(dataset: Any, change: Any, doing: str, processes: int | None, **options: Any) -> Any:
@@ -212,7 +216,7 @@ class ResponseReader:
         kept = [i for i, why in enumerate(failed) if not why]
         said = f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {self.name} dataset cannot be learnt from"
         if not kept:
-            raise ValueError(f"{said}. Row {row}: {failed[row]}.")
+            raise NothingToLearn(f"{said}. Row {row}: {failed[row]}.")
         logger.warning(f"{said} and are left out. The first is row {row}: {failed[row]}.")
         return dataset.select(kept)
 

@@ -40,7 +40,7 @@ from trl_kd.trainers.rounds_folder import (
     told_of_round,
     wait_until,
 )
-from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, with_ties
+from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, teacher_preferred
 from trl_kd.trainers.rounds_students import (
     CARRIED,
     Carried,
@@ -310,15 +310,15 @@ class PbKDRounds:
             **{"show_progress": self.show_progress, **self.pairs_options},
         )
         summary = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
-        rate, equal = summary["teacher_win_rate"], count_equal(load_pairs(output_dir))
+        rate, pairs = summary["teacher_win_rate"], load_pairs(output_dir)
         return {
             "prompts": len(prompts),
             "teacher_win_rate": rate,
             "student_win_rate": None if rate is None else 1 - rate,
             "teacher_win_interval": summary["teacher_win_interval"],
             "teacher_pairs": summary["teacher_pairs"],
-            "equal_answers": equal,
-            "teacher_preferred": with_ties(rate, summary["teacher_pairs"], equal),
+            "equal_answers": count_equal(pairs),
+            "teacher_preferred": teacher_preferred(pairs),
             "teacher_answers": self.teacher.count() if is_fetched else None,
             "new_pairs": summary["pairs"]["total"],
         }

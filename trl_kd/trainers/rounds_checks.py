@@ -216,8 +216,8 @@ def _warn_of_longer_schedule(rounds: Any) -> None:
     if rounds.schedule == "all" and told is not None and told < rounds.rounds and len(before) < rounds.rounds:
         logger.warning(
             f"{len(before)} of the rounds are finished, with a learning rate that has gone through its schedule. The "
-            f"next go on in one over {rounds.rounds}, where it is higher than it was at the end. Only in a new "
-            "`output_dir` do all have one schedule."
+            f"next go on in one over {rounds.rounds}, where it is higher than it was at the end, and q of the imitation "
+            "term may be lower. Only in a new `output_dir` do all have one schedule."
         )
 
 

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
+from trl_kd.trainers.imitation_texts import read_columns
+from trl_kd.trainers.student_answers import COUNT, student_count
+
 
 def count_equal(pairs: Dataset) -> int:
     """Rows of pairs in which teacher and student gave the same answer, so that there was nothing to ask a preference."""
@@ -17,9 +20,21 @@ def count_equal(pairs: Dataset) -> int:
     )
 
 
-def with_ties(rate: float | None, known: int, equal: int) -> float | None:
-    """Mean P(teacher ≻ student) of all comparisons, from the `rate` of the `known` ones: P of two equal answers is ½."""
-    return ((rate or 0.0) * known + 0.5 * equal) / (known + equal) if known + equal else None
+def teacher_preferred(pairs: Dataset) -> float | None:
+    """Mean P(teacher ≻ student) over the student's answers, each as often as it was given (`student_count`). P of an answer
+    that is the teacher's too is ½. `None` where nothing is known."""
+    names = ("chosen", "rejected", "preference", "teacher_side", "chosen_source", "rejected_source", COUNT)
+    won, answers = 0.0, 0
+    for row in read_columns(pairs, names):
+        if row["chosen_source"] == row["rejected_source"]:
+            continue
+        if row["preference"] is None and row["chosen"] != row["rejected"]:
+            continue
+        p = 0.5 if row["preference"] is None else row["preference"]
+        count = student_count(row)
+        won += count * (p if row["teacher_side"] == "chosen" else 1 - p)
+        answers += count
+    return won / answers if answers else None
 
 
 def cumulative_regret(rates: Sequence[float | None]) -> float:

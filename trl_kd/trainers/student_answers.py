@@ -1,8 +1,9 @@
 """The student's answers in pairs: how often each was given, and those that win, which can be imitated too.
 
 With `student_wins="gated"` the expert of a prompt is the better of teacher and student. p̄ is P(teacher's text ≻ student's)
-over several answers of the student's to the prompt. Where it is below ½ the student's winning answers have the weight
-1 − 2p̄: what a(1 − p̄, 0) of [`~trl_kd.losses.confidence.imitation_advantage`] is with the roles exchanged.
+over several different answers of the student's to the prompt, each as often as it was given. Where it is below ½ the
+student's winning answers have the weight 1 − 2p̄: what a(1 − p̄, 0) of [`~trl_kd.losses.confidence.imitation_advantage`] is
+with the roles exchanged.
 """
 
 import math
@@ -14,7 +15,8 @@ from typing import Any
 COUNT = "student_count"
 """Column of a row: how often the student gave its answer. 0 where a third text stands for itself."""
 LEAST_COMPARISONS = 3
-"""Of a text of the teacher's, for p̄ to be told from chance. With single answers and wrong labels the student collapses."""
+"""Different answers of the student's that a text of the teacher's was compared with, for p̄ to be told from chance. One label
+is one judgement, however often the student gave the answer. With single answers and wrong labels the student collapses."""
 
 
 def check_count(value: Any, where: str) -> None:
@@ -55,17 +57,22 @@ class _Answer:
 
 @dataclass
 class _Comparisons:
-    """One text of the teacher's against the student: Σ P(teacher's ≻ student's), equal texts counting ½, of how many; and
-    the student's answers."""
+    """One text of the teacher's against the student: Σ P(teacher's ≻ student's), equal texts counting ½, of how many; which
+    texts were compared; and the student's answers."""
 
     won: float = 0.0
     count: int = 0
+    compared: set[bytes] = field(default_factory=set)
     answers: dict[bytes, _Answer] = field(default_factory=dict)
 
     @property
     def weight(self) -> float:
         """(1 − 2p̄)₊, and 0 for fewer than [`LEAST_COMPARISONS`]."""
-        return max(0.0, 1 - 2 * self.won / self.count) if self.count >= LEAST_COMPARISONS else 0.0
+        return max(0.0, 1 - 2 * self.won / self.count) if self.is_enough else 0.0
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.compared) >= LEAST_COMPARISONS
 
 
 @dataclass
@@ -129,10 +136,17 @@ class StudentWins:
             return
         text.won += count * preference
         text.count += count
+        if count:
+            text.compared.add(student)
         if teacher != student and is_good:
             answer = text.answers.setdefault(student, _Answer(row, side))
             answer.lost += count * preference
             answer.known += count
+
+    @property
+    def can_win(self) -> bool:
+        """Whether any text of the teacher's was compared often enough."""
+        return any(text.is_enough for text in self._texts.values())
 
     def found(self) -> list[Win]:
         """
