@@ -118,6 +118,22 @@ def test_the_end_tokens_of_text_and_template_keep_their_likelihood(tiny_dir, row
     assert trainer._is_end(labels).tolist() == [[True, False, False]]
 
 
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("imitation", ["sequence", "token"])
+def test_bfloat16_logits_of_certainty_make_no_nan(imitation, q, tiny_dir, teacher_dir, rows, settings):
+    """Tokens of a probability of 1 and of 0, through the model's own output layer."""
+    named = {"imitation": imitation, "imitation_q": q, "imitation_q_warmup": 0.0}
+    if imitation == "token":
+        named["teacher_model_name_or_path"] = teacher_dir
+    trainer = make(tiny_dir, rows, settings, **named, model_init_kwargs={"dtype": "bfloat16"})
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.mul_(1e3)
+    loss, gradient = loss_and_gradient(trainer)
+    assert trainer.model.dtype == torch.bfloat16
+    assert loss.isfinite()
+    assert all(part.isfinite().all() for part in gradient)
+
+
 # ---- The warm-up of q --------------------------------------------------------------------------------------------------
 
 

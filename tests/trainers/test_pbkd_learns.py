@@ -10,6 +10,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.evaluation.generation import generate
 from trl_kd.pairs import pair_row
+from trl_kd.scripts.demo_methods import flip_labels
 from trl_kd.tasks.models import make_model, make_tokenizer
 
 
@@ -43,26 +44,45 @@ def start(tmp_path_factory):
     return folder, generate(trainer.model, tokenizer, TRAIN, 2, seed=0)
 
 
-@pytest.mark.slow
-def test_it_learns_more_than_its_start_and_than_dpo(start, tmp_path):
-    folder, answers = start
+def labelled(answers) -> list[dict]:
+    """Pairs of a teacher that is right in 85 % of its answers."""
     rng = random.Random(1)
     teacher = [largest_digit(q) if rng.random() < 0.85 else rng.choice("0123456789") for q in TRAIN]
-    rows = [
+    return [
         pair_row(q, t, s, 0.5 + 0.5 * ((t == largest_digit(q)) - (s == largest_digit(q))))
         for q, t, s in zip(TRAIN, teacher, answers, strict=True)
     ]
+
+
+def learnt(trainer_class, config_class, folder, data, output_dir) -> float:
+    """Accuracy of the start after 100 steps."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    args = config_class(str(output_dir), **STEPS, max_steps=100, seed=0)
+    trainer = trainer_class(model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    trainer.train()
+    return accuracy(trainer.model, tokenizer)
+
+
+@pytest.mark.slow
+def test_it_learns_more_than_its_start_and_than_dpo(start, tmp_path):
+    folder, answers = start
+    rows = labelled(answers)
     strict = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows if row["preference"] == 1]
-    found = {}
-    for name, trainer_class, config_class, data in (
-        ("dpo", DPOTrainer, DPOConfig, strict),
-        ("pbkd", PbKDTrainer, PbKDConfig, rows),
-    ):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        found["start"] = accuracy(model, tokenizer)
-        args = config_class(str(tmp_path / name), **STEPS, max_steps=100, seed=0)
-        trainer = trainer_class(model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
-        trainer.train()
-        found[name] = accuracy(trainer.model, tokenizer)
-    assert found["pbkd"] > found["start"] + 0.2, found
-    assert found["pbkd"] > found["dpo"] + 0.05, found
+    before = accuracy(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    dpo = learnt(DPOTrainer, DPOConfig, folder, strict, tmp_path / "dpo")
+    pbkd = learnt(PbKDTrainer, PbKDConfig, folder, rows, tmp_path / "pbkd")
+    assert pbkd > before + 0.2, (pbkd, before)
+    assert pbkd > dpo + 0.05, (pbkd, dpo)
+
+
+@pytest.mark.slow
+def test_wrong_labels_cost_it_less_than_sft_on_the_chosen_answers(start, tmp_path):
+    folder, answers = start
+    rows = flip_labels(labelled(answers), 0.2, seed=0)
+    # A flipped label of 1 is one of 0: the second answer is the chosen one
+    sides = {1: "chosen", 0: "rejected"}
+    strict = [(row["prompt"], row[sides[row["preference"]]]) for row in rows if row["preference"] in sides]
+    texts = [{"prompt": prompt, "completion": text} for prompt, text in strict]
+    sft = learnt(SFTTrainer, SFTConfig, folder, texts, tmp_path / "sft")
+    pbkd = learnt(PbKDTrainer, PbKDConfig, folder, rows, tmp_path / "pbkd")
+    assert pbkd > sft + 0.1, (pbkd, sft)
