@@ -1,6 +1,7 @@
 """What each part of PbKD's loss does, on validation questions of seeds that no test uses: one setting is changed at a time.
 
     python benchmarks/imitation_ablations.py
+    python benchmarks/imitation_ablations.py --prompts 500 --settings default radius_0 radius_0.05    # few pairs
     python benchmarks/imitation_ablations.py --rates     # and which learning rate each method of the demo is best at
 
 Tasks: the two bundled ones, one in which ties are mostly both right, and one whose labels are drawn from a hidden score
@@ -142,7 +143,8 @@ def cells(arguments: argparse.Namespace) -> Iterable[AblationCell]:
             folder = arguments.cells / task.name
             cell = AblationCell(task, seed, settings, folder / f"seed{seed}", split="validation")
             cell.prompts = arguments.prompts
-            if task.name not in arguments.tasks or (arguments.finished and not is_finished(cell, "pairs")):
+            is_made = (cell.stage_folder("pairs") / MARKER).is_file()
+            if task.name not in arguments.tasks or (arguments.finished and not is_made):
                 continue
             check_settings(folder, fingerprint(task, settings))
             # Pretraining is looked at more often than these curves are, or it would overshoot its goal
