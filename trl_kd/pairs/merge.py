@@ -15,6 +15,7 @@ from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.json_messages import as_json, is_json, json_columns, rows_of
 from trl_kd.pairs.lock import lock_folder
 from trl_kd.pairs.report import SETTINGS, PairReport
+from trl_kd.sampling.recorded import recorded_settings
 
 
 _AT_ONCE = 5000
@@ -80,7 +81,7 @@ def _common_settings(folders: list[Path]) -> dict[str, Any]:
     count = 0
     for folder in folders:
         data_files(folder)
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = recorded_settings(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         shard = settings.pop("shard")
         if shard is None:
             raise ValueError(f"`{folder}` is not a piece: it was built without `shard`.")

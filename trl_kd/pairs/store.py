@@ -13,9 +13,10 @@ from typing import Any
 from trl_kd.pairs.differences import differences, listed
 from trl_kd.pairs.lock import StoreError, lock_folder
 from trl_kd.pairs.network import is_network_folder
-from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of
+from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of, recorded_cause
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.recorded import recorded_settings
 
 
 DATABASE = "answers.db"
@@ -78,6 +79,7 @@ class AnswerStore:
         execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
         # A killed process loses nothing; under WAL a power cut may cost a second
         execute("PRAGMA synchronous = NORMAL")
+        execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in the file
         version = execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, FORMAT):
             raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
@@ -169,11 +171,14 @@ class AnswerStore:
         Raises:
             `ValueError`: settings of something stored differ, which the message names, or the folder is another shard's.
         """
-        settings = json.loads(json.dumps(settings))
-        self._preference = _digest(settings["preference"])
+        settings = recorded_settings(json.loads(json.dumps(settings)))
         with self._guard():
             rows = self._connection.execute("SELECT name, value FROM settings").fetchall()
-        before = {name: json.loads(value) for name, value in rows}
+        stored = {name: json.loads(value) for name, value in rows}
+        before = recorded_settings(stored)
+        if before != stored:
+            self._forget_keys(stored, before)
+        self._preference = self._key_of(settings["preference"])
         shard, former_shard = settings.get("shard"), before.get("shard")
         if shard and former_shard and shard != former_shard:
             raise ValueError(
@@ -198,6 +203,29 @@ class AnswerStore:
         self._described = settings
         self._note(settings)
 
+    def _forget_keys(self, stored: dict[str, Any], before: dict[str, Any]) -> None:
+        """Takes out of the database the values of fields that an earlier version has stored and that are not recorded any
+        more. Labels go on under what is left of their preference's description."""
+        old, new = _digest(stored.get("preference")), _digest(before.get("preference"))
+        with self._guard():
+            nulls = self._connection.execute("SELECT cause, source, prompt, sample FROM nulls").fetchall()
+        changed = {name: json.dumps(value) for name, value in before.items() if value != stored[name]}
+        notes = [(f"{note} {new.hex()}", f"{note} {old.hex()}") for note in ("orders", "unreadable")]
+        self._write(
+            ("UPDATE settings SET value = ? WHERE name = ?", [(value, name) for name, value in changed.items()]),
+            ("UPDATE OR REPLACE settings SET name = ? WHERE name = ?", notes),
+            ("UPDATE OR REPLACE labels SET preference = ? WHERE preference = ?", [(new, old)]),
+            (
+                "UPDATE nulls SET cause = ? WHERE source = ? AND prompt = ? AND sample = ?",
+                [(recorded_cause(cause), *place) for cause, *place in nulls],
+            ),
+        )
+        self.commit()
+
+    def _key_of(self, preference: Any) -> bytes:
+        """The key of a preference's labels."""
+        return _digest(preference)
+
     def has_texts(self, source: str) -> bool:
         """Whether an answer of a source is stored, other than one without a text."""
         with self._guard():
@@ -213,7 +241,8 @@ class AnswerStore:
     def _written_preference(self) -> Any:
         """The preference of the pairs that a build has written, whose labels need not be stored: a column's, for one."""
         try:
-            return json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8")).get("preference")
+            written = json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8"))
+            return recorded_settings(written).get("preference")
         except (OSError, ValueError, AttributeError):
             return None
 
@@ -292,7 +321,7 @@ class AnswerStore:
         written, where labels are not stored."""
         query = "SELECT MAX(value IS NOT NULL) FROM labels WHERE preference = ?"
         with self._guard():
-            (known,) = self._connection.execute(query, (_digest(preference),)).fetchone()
+            (known,) = self._connection.execute(query, (self._key_of(preference),)).fetchone()
         return preference == self._written_preference() if known is None else bool(known)
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
@@ -365,7 +394,7 @@ class AnswerStore:
             columns, "nulls AS n WHERE source = ? AND sample < ? AND prompt", (source, samples), keys
         ):
             for prompt, sample, cause, finish_reason in rows:
-                if cause != self._cause(source, finish_reason, causes):
+                if recorded_cause(cause) != self._cause(source, finish_reason, causes):
                     yield prompt, sample
 
     def labels(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:

@@ -25,6 +25,8 @@ class StoredAnswers(AnswerStore):
         `StoreError`: the database is damaged or of another version.
     """
 
+    _former: tuple[Any, Any] | None = None
+
     def _connect(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         self._connection.executescript(TABLES + NULLS.format(""))
@@ -55,6 +57,14 @@ class StoredAnswers(AnswerStore):
 
     def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
         """Nothing is kept: no answer, no label, no setting."""
+
+    def _forget_keys(self, stored: dict[str, Any], before: dict[str, Any]) -> None:
+        """Labels stay under the whole of what their preference has said of itself."""
+        self._former = before.get("preference"), stored.get("preference")
+
+    def _key_of(self, preference: Any) -> bytes:
+        recorded, stored = self._former or (None, None)
+        return super()._key_of(stored if preference == recorded else preference)
 
     def _know_nulls(self, before: dict[str, Any]) -> None:
         """What the folder does not know of them is known in memory."""

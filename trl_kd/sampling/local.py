@@ -28,6 +28,7 @@ from trl_kd.sampling.prompts import (
     encode_prompt,
     load_tokenizer,
 )
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
 
 
@@ -187,7 +188,7 @@ class LocalSampler:
             }
             weights = [describe_files(self.name), describe_files(self.adapter)]
         options = json.loads(json.dumps(options, sort_keys=True, default=_plain))
-        return description | {"model_options": options, "weights": weights}
+        return recorded_description(description | {"model_options": options, "weights": weights})
 
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
         reading = iter(requests)

@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
 from trl_kd.losses.dual import DualVariable, theory_radius
-from trl_kd.trainers.fields import without_tokens
+from trl_kd.trainers.fields import without_keys
 
 
 logger = get_logger(__name__)
@@ -69,9 +69,9 @@ class DualCheckpoints:
         self.dual.load_state_dict(state)  # λ itself goes on from the checkpoint, whatever `dual_init` says
 
     def _save(self, output_dir=None, state_dict=None):
-        # `training_args.bin` is saved, and pushed, beside the weights: without any token
+        # `training_args.bin` is saved, and pushed, beside the weights: without any key
         given = vars(self.args).copy()
-        vars(self.args).update(without_tokens(given) | {"hub_token": None})
+        vars(self.args).update(without_keys(given) | {"hub_token": None})
         try:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
