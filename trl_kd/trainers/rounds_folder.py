@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trl_kd.pairs.store import differences, listed
+from trl_kd.pairs.differences import differences, listed
 from trl_kd.sampling.recorded import recorded_settings
 from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.pbkd_config import PbKDConfig
