@@ -25,7 +25,12 @@ class DiskFull(StoreError):
     """The disk of a folder is full, or a quota is reached."""
 
 
-def disk_full(folder: str | Path, needed: int, kept: str = "What was stored is kept") -> DiskFull:
+def disk_full(
+    folder: str | Path,
+    needed: int,
+    kept: str = "What was stored is kept",
+    way_out: str = "free some space and run the same command again",
+) -> DiskFull:
     """
     The error of a full disk, in words.
 
@@ -36,6 +41,8 @@ def disk_full(folder: str | Path, needed: int, kept: str = "What was stored is k
             Bytes that must be free to go on.
         kept (`str`, *optional*):
             What is not lost.
+        way_out (`str`, *optional*):
+            What to do.
     """
     free = free_bytes(folder)
     missing = (
@@ -43,9 +50,7 @@ def disk_full(folder: str | Path, needed: int, kept: str = "What was stored is k
         if free < needed
         else f"{needed:,} bytes are needed, and though {free:,} are free a quota or a limit stops them"
     )
-    return DiskFull(
-        f"The disk of `{folder}` is full: {missing}. {kept}: free some space and run the same command again."
-    )
+    return DiskFull(f"The disk of `{folder}` is full: {missing}. {kept}: {way_out}.")
 
 
 def free_bytes(folder: str | Path) -> int:
