@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_kd.pairs.asking import MissingRequests, together
-from trl_kd.pairs.progress import Bar, show_cost
+from trl_kd.pairs.progress import Bar, answer_bar, show_cost
 from trl_kd.pairs.prompts import prompt_key, read_prompts
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
@@ -75,7 +75,7 @@ class FetchedAnswers:
             usage = getattr(self.sampler, "usage", None)
             counting = store.counting(self.source, usage) if isinstance(usage, Usage) else nullcontext()
             total = len(prompts) * self.samples
-            with counting, Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
+            with counting, answer_bar(self.sampler, self.source, total, show_progress) as bar:
                 requests = MissingRequests(prompts, None, store, self.source, self.samples, bar, self._causes)
                 asked = self._ask(requests, store, bar)
             store.commit()
@@ -119,7 +119,7 @@ class FetchedAnswers:
             for request, sample, _ in answers:
                 requests.answered(request.key, sample)
             asked += len(answers)
-            bar.update(len(answers))
+            bar.answered([answer for _, _, answer in answers])
             show_cost(bar, self.sampler)
         requests.check()
         return asked
