@@ -65,7 +65,7 @@ DPOTrainer = require("trl", "DPOTrainer")
 DPO_SEAMS = (
     *("_prepare_dataset", "_set_signature_columns_if_needed", "_compute_loss"),
     *("compute_ref_log_probs", "_precompute_ref_logps"),
-    *("get_batch_samples", "training_step", "evaluation_loop", "_save"),
+    *("get_batch_samples", "training_step", "evaluation_loop", "_save", "_save_checkpoint"),
     *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
 )
 """Methods that `PbKDTrainer` overrides. Of the attributes it uses `_metrics`, `_total_train_tokens`, `_signature_columns`,
@@ -88,7 +88,7 @@ require_methods(require("trl", "DistillationTrainer"), DISTILLATION_SEAMS)
 
 
 TRAINER_SEAMS = ("training_step", "_get_grad_norm", "_save_checkpoint")
-"""Methods of transformers' `Trainer` by which `FiniteTraining` stops."""
+"""Methods of transformers' `Trainer` by which `FiniteTraining` stops; by the last one `DualCheckpoints` says a full disk."""
 require_methods(require("transformers", "Trainer"), TRAINER_SEAMS)
 
 

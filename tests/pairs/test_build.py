@@ -423,7 +423,8 @@ def test_progress_shows_each_step_and_the_cost(tmp_path, capsys):
     for name in ("teacher answers", "student answers", "labels of prompts", "prompts paired"):
         assert name in shown
     assert "cost so far 0.0123" in shown
-    assert "12/12" in shown
+    assert "12/12 answers" in shown
+    assert "12/12 prompts" in shown
 
 
 def test_bad_arguments_are_refused_before_anything_is_asked(tmp_path):

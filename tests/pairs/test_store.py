@@ -10,7 +10,9 @@ import pytest
 
 from tests.pairs.fakes import processes
 from trl_kd.pairs.dataset import PairWriter
-from trl_kd.pairs.store import AnswerStore, StoreError, is_network_folder
+from trl_kd.pairs.network import is_network_folder
+from trl_kd.pairs.places import StoreError
+from trl_kd.pairs.store import AnswerStore
 from trl_kd.sampling import Answer
 
 
@@ -80,7 +82,7 @@ def _count(folder, table="answers"):
 
 
 def test_on_a_network_file_system_commits_are_shared_for_a_second(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_kd.pairs.store.is_network_folder", lambda folder: True)
+    monkeypatch.setattr("trl_kd.pairs.database.is_network_folder", lambda folder: True)
     store = AnswerStore(tmp_path)
     assert store._connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
     for sample in range(70):
@@ -171,7 +173,9 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
     store.add_answer("teacher", KEY, 0, Answer("x"))
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreError, match=r"The disk of `.*` is full\. What was stored is kept"):
+    with pytest.raises(
+        StoreError, match=r"The disk of `.*` is full: .* What was stored is kept, but for 1 of the answers"
+    ):
         store.add_answer("teacher", KEY, 1, Answer("x" * 100_000))
     store.close()
     again = AnswerStore(tmp_path)
@@ -180,8 +184,8 @@ def test_a_full_disk_keeps_what_was_there(tmp_path):
 
 
 def test_what_a_full_network_disk_has_lost_is_said(tmp_path, monkeypatch):
-    """SQLite gives up a transaction that several answers share."""
-    monkeypatch.setattr("trl_kd.pairs.store.is_network_folder", lambda folder: True)
+    """SQLite gives up a transaction that several answers share. Those before the one that does not fit are stored again."""
+    monkeypatch.setattr("trl_kd.pairs.database.is_network_folder", lambda folder: True)
     store = AnswerStore(tmp_path)
     store.check_settings(SETTINGS)
     store.add_answer("teacher", KEY, 0, Answer("x"))
@@ -190,13 +194,11 @@ def test_what_a_full_network_disk_has_lost_is_said(tmp_path, monkeypatch):
         store.add_answer("teacher", KEY, sample, Answer("x"))
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(
-        StoreError, match=r"stored is kept, but for 2 of the last second, which will be asked for again"
-    ):
+    with pytest.raises(StoreError, match=r"stored is kept, but for 1 of the answers or labels, which will be asked"):
         store.add_answer("teacher", KEY, 3, Answer("x" * 100_000))
     store.close()
     again = AnswerStore(tmp_path)
-    assert again.missing("teacher", [KEY], 4) == {KEY: (1, 2, 3)}
+    assert again.missing("teacher", [KEY], 4) == {KEY: (3,)}
     again.close()
 
 

@@ -179,7 +179,7 @@ def stored(folder):
 
 @pytest.mark.parametrize("is_network", [False, True])
 def test_usage_is_committed_with_the_answer(tmp_path, monkeypatch, is_network):
-    monkeypatch.setattr("trl_kd.pairs.store.is_network_folder", lambda folder: is_network)
+    monkeypatch.setattr("trl_kd.pairs.database.is_network_folder", lambda folder: is_network)
     store = AnswerStore(tmp_path)
     store.check_settings(SETTINGS)
     usage = Usage()

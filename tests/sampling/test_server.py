@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import logging
 import subprocess
 import sys
@@ -687,13 +688,38 @@ def test_a_key_that_a_server_echoes_is_in_no_answer(key, monkeypatch):
         assert ask(server)[0].text == "your key is ***."
 
 
-@pytest.mark.parametrize("extra", [{"api_key": "x"}, {"a": {"Authorization": "x"}}, {"a": [{"apiKey": "x"}]}])
-def test_a_key_among_the_fields_of_a_request_is_refused(extra):
-    with pytest.raises(ValueError, match="so that no key may be among") as raised:
-        ServerSampler("m", "http://127.0.0.1/v1", extra=extra)
-    assert "'x'" not in str(raised.value)
-    fine = {"max_tokens": 3, "stop_token_ids": [1], "skip_special_tokens": False}
-    assert ServerSampler("m", "http://127.0.0.1/v1", extra=fine).extra == fine
+def test_keys_among_the_fields_of_a_request_are_sent_and_not_said(caplog):
+    """Also where a server echoes what it was sent, in an answer or in an error."""
+    caplog.set_level(logging.DEBUG)
+    key = "AIza-planted-0123456789"
+    extra = {"headers": {"x-goog-key": key}, "provider": {"order": ["a"], "own": [[{"token": key}]]}, "stop": ["\n"]}
+    described = {"headers": "(not stored)", "provider": {"order": ["a"], "own": "(not stored)"}, "stop": ["\n"]}
+    with FaultServer(lambda body, number: chat(f"You sent {json.dumps(body)}")) as server:
+        sampler = ServerSampler("m", server.url, extra=extra)
+        assert sampler.describe()["extra"] == described
+        ((_, _, answer),) = sampler.sample(requests(1))
+        assert {name: server.bodies[0][name] for name in extra} == extra
+        assert '"x-goog-key": "***"' in answer.text
+        said = repr(answer)
+    for status in (400, 500):
+        with FaultServer(lambda body, number, status=status: error(status, json.dumps(body))) as server:
+            client = ServerClient(server.url, max_retries=0)
+            with pytest.raises(ServerError) as raised:
+                list(ServerSampler("m", client, extra=extra).sample(requests(1)))
+            said += everything_said(raised.value)
+    assert key not in said + caplog.text
+
+
+def test_older_versions_of_openai_log_no_bodies(caplog):
+    import openai  # noqa: F401
+
+    import trl_kd.sampling.http_client  # noqa: F401
+
+    caplog.set_level(logging.DEBUG)
+    options = {"method": "post", "url": "/x", "json_data": {"token": "planted"}, "extra_json": {"token": "planted"}}
+    logging.getLogger("openai._base_client").debug("Request options: %s", options)
+    assert "post" in caplog.text
+    assert "planted" not in caplog.text
 
 
 def test_a_password_that_breaks_the_url_is_not_shown():

@@ -165,7 +165,7 @@ def test_from_prompts_to_a_student(folder, tiny_dir, teacher_dir, trl_kd):
                 "--teacher_model_init_kwargs",
                 "[1]",
             ),
-            ["`teacher_model_init_kwargs` is '[1]'", "JSON object"],
+            ["`teacher_model_init_kwargs` must be a JSON object", "it is a list"],
         ),
         ((*BASE, *SOURCES, "--preference", "reward_model:./nowhere"), ["`preference` is './nowhere'", "no such"]),
         ((*BASE[:-2], *SOURCES, *VERIFIER), ["`output_dir` is not set"]),

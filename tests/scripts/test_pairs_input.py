@@ -155,22 +155,3 @@ def test_a_merge_takes_no_other_options(pairs, words):
 def test_a_module_that_fails_is_one_sentence(pairs):
     error = pairs(*BASE, *SOURCES, "--preference", "verifier:wrong.py:reward").error
     assert "cannot load the function 'wrong.py:reward': NameError: name 'undefined_name' is not defined" in error
-
-
-@pytest.mark.parametrize("who", ["teacher", "judge"])
-def test_a_key_among_the_fields_of_requests_is_refused(pairs, who):
-    words = {
-        "teacher": (
-            "--teacher",
-            "api:m",
-            "--teacher_base_url",
-            "http://127.0.0.1:9/v1",
-            "--student_column",
-            "s",
-            *WINS,
-        ),
-        "judge": (*SOURCES, "--preference", "judge:m", "--judge_base_url", "http://127.0.0.1:9/v1"),
-    }[who]
-    done = pairs(*BASE, *words, f"--{who}_extra_body", '{"api_key": "my-own-secret"}')
-    assert "has the field 'api_key'" in done.error
-    assert "my-own-secret" not in done.out + done.err

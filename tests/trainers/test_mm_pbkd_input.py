@@ -68,8 +68,14 @@ SETTINGS = [
     ({"pair_batch_size": 4.0}, "`pair_batch_size` is 4.0: .* whole number"),
     ({"pair_max_length": 64.5}, "`pair_max_length` is 64.5: .* whole number, at least 2"),
     ({"state_gradient": "no"}, "`state_gradient` is 'no': .* True or False"),
-    ({"model_init_kwargs": "{bad"}, "`model_init_kwargs` is '{bad', which is not JSON"),
-    ({"teacher_model_init_kwargs": "[1]"}, r"`teacher_model_init_kwargs` is '\[1\]': it must be a JSON object"),
+    (
+        {"model_init_kwargs": "{bad"},
+        "`model_init_kwargs` must be a JSON object, and is none: Expecting property name .*, at character 2",
+    ),
+    (
+        {"teacher_model_init_kwargs": "[1]"},
+        "`teacher_model_init_kwargs` must be a JSON object, and is none: it is a list",
+    ),
 ]
 
 

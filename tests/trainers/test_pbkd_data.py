@@ -365,8 +365,11 @@ def test_fields_of_a_users_own_config_are_not_lost_without_a_word(tiny_dir, pair
         ({"learning_rate": -1.0}, "`learning_rate` is -1.0"),
         ({"imitation": "tokens"}, "use 'sequence' or 'token'"),
         ({"imitation": "token", "imitation_weight": 0, "teacher_model_name_or_path": "x"}, "a term without weight"),
-        ({"teacher_model_init_kwargs": "{bad"}, "`teacher_model_init_kwargs` is '{bad', which is not JSON"),
-        ({"model_init_kwargs": "[1]"}, r"`model_init_kwargs` is '\[1\]': it must be a JSON object"),
+        (
+            {"teacher_model_init_kwargs": "{bad"},
+            "`teacher_model_init_kwargs` must be a JSON object, and is none: Expecting property name",
+        ),
+        ({"model_init_kwargs": "[1]"}, "`model_init_kwargs` must be a JSON object, and is none: it is a list"),
         ({"f_divergence_type": "kl"}, "`f_divergence_type` is 'kl': use one of reverse_kl"),
         ({"loss_weights": [-1.0]}, "`loss_weights` is -1.0"),
         ({"loss_weights": [math.nan]}, "`loss_weights` is nan"),

@@ -19,7 +19,7 @@ from tests.pairs.fakes import Source
 from tests.trainers.rounds_cases import PROMPTS, SAMPLING, DiesAt, Digits, Teacher, config, die, make, run_rank
 from trl_kd import PbKDTrainer
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
-from trl_kd.pairs.store import lock_folder
+from trl_kd.pairs.lock import lock_folder
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.local import LocalSampler
 from trl_kd.trainers.rounds_folder import RoundsFolder

@@ -4,8 +4,8 @@ from trl_kd.pairs.build import build_pairs
 from trl_kd.pairs.dataset import load_pairs
 from trl_kd.pairs.merge import merge_shards
 from trl_kd.pairs.pairing import PairingSettings
+from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.rows import pair_row
-from trl_kd.pairs.store import StoreError
 
 
 __all__ = [

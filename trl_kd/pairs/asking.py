@@ -49,6 +49,7 @@ class MissingRequests:
             self._under_way |= {key: set(samples) for key, samples in missing.items()}
             self._bar.skip(len(rows) * self._samples - sum(map(len, missing.values())))
             for key, samples in missing.items():
+                self._store.check_space()  # what is under way is stored, and nothing else asked for
                 yield Request(key, fresh[key].prompt, samples, fresh[key].columns)
         self._is_read = True
 
@@ -59,7 +60,9 @@ class MissingRequests:
             self._under_way.pop(key, None)
 
     def check(self) -> None:
-        """Raises a `RuntimeError` if the source ended before it had answered everything."""
+        """Raises a `DiskFull` if the disk was full meanwhile, and a `RuntimeError` if the source ended before it had
+        answered everything."""
+        self._store.check_space()
         if self._under_way or not self._is_read:
             missing = sum(map(len, self._under_way.values()))
             raise RuntimeError(

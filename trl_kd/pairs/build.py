@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from trl_kd.pairs.pairing import (
     make_rows,
     refuse_reasoning,
 )
-from trl_kd.pairs.progress import Bar, rare_collection, show_cost
+from trl_kd.pairs.progress import Bar, answer_bar, rare_collection, show_cost
 from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.report import PairReport
 from trl_kd.pairs.seen import SeenPairs
@@ -209,7 +208,7 @@ class _Build:
         sampler, samples = self.sources[source]
         if sampler.is_lookup:
             return
-        with self._bar(f"{source} answers", samples) as bar:
+        with answer_bar(sampler, source, self._total(samples), self.show_progress) as bar:
             causes = getattr(sampler, "causes", None)
             requests = MissingRequests(self.prompts, self.shard, self.store, source, samples, bar, causes)
             reading = iter(requests)
@@ -223,7 +222,7 @@ class _Build:
                         requests.answered(request.key, sample)
                         if self.pairing.reasoning == "error":
                             refuse_reasoning(source, request.prompt, answer.text)
-                    bar.update(len(answers))
+                    bar.answered([answer for _, _, answer in answers])
                     show_cost(bar, sampler)
                 requests.check()
                 self.store.commit()
@@ -336,13 +335,13 @@ class _Build:
     def _used_up(self) -> list[str]:
         return [sampler.column for sampler, _ in self.sources.values() if hasattr(sampler, "column")]
 
-    @contextmanager
-    def _bar(self, name: str, times: int = 1) -> Iterator[Bar]:
+    def _total(self, times: int = 1) -> int | None:
+        """So many for each prompt, where their number is known."""
         total = len(self.prompts) * times if isinstance(self.prompts, Dataset) else None
-        if total is not None and self.shard is not None:
-            total = total // self.shard[1]  # about so many
-        with Bar(desc=name, total=total, unit="", disable=not self.show_progress, smoothing=0.05) as bar:
-            yield bar
+        return total if total is None or self.shard is None else total // self.shard[1]  # about so many
+
+    def _bar(self, name: str) -> Bar:
+        return Bar(name, self._total(), " prompts", not self.show_progress)
 
 
 def _usages(parts: dict[str, Any]) -> dict[str, Usage]:

@@ -1,10 +1,8 @@
 """Pairs on disk: Parquet files that appear whole or not at all, how they are read, and how pieces become one."""
 
-import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, LargeList, List, Value, concatenate_datasets
 
+from trl_kd.pairs.full_disk import full_disk_said
 from trl_kd.pairs.json_messages import JSON_TYPE, as_json, have_calls, is_json, json_columns, to_json_array
-from trl_kd.pairs.store import disk_full
 
 
 DATA = "data"
@@ -265,17 +263,6 @@ def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
         else:
             arrays.append(pa.nulls(len(table), field_.type))
     return pa.table(arrays, schema=schema)
-
-
-@contextmanager
-def full_disk_said(folder: Path) -> Iterator[None]:
-    """Turns the error of a full disk into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(folder) from error
-        raise
 
 
 def data_files(folder: str | os.PathLike) -> list[str]:

@@ -1,6 +1,6 @@
 """A source that is asked once for each answer, and looked up from then on: what a loop over several builds gives them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from trl_kd.pairs.asking import MissingRequests, together
-from trl_kd.pairs.progress import Bar, show_cost
+from trl_kd.pairs.progress import Bar, answer_bar, show_cost
 from trl_kd.pairs.prompts import prompt_key, read_prompts
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
@@ -34,15 +34,25 @@ class FetchedAnswers:
             Answers to each prompt.
         source (`str`, *optional*, defaults to `"teacher"`):
             What the sampler is called in the store and in messages.
+        made (`Sequence[str | Path]`, *optional*):
+            What is made of the answers: where any of it exists, an empty store is refused.
     """
 
     is_lookup = True
 
-    def __init__(self, sampler: Sampler, folder: str | Path, samples: int, source: str = "teacher"):
+    def __init__(
+        self,
+        sampler: Sampler,
+        folder: str | Path,
+        samples: int,
+        source: str = "teacher",
+        made: Sequence[str | Path] = (),
+    ):
         self.sampler = sampler
         self.folder = Path(folder)
         self.samples = samples
         self.source = source
+        self.made = made
         self._causes = getattr(sampler, "causes", None)
         self._store: AnswerStore | None = None
 
@@ -65,7 +75,7 @@ class FetchedAnswers:
             usage = getattr(self.sampler, "usage", None)
             counting = store.counting(self.source, usage) if isinstance(usage, Usage) else nullcontext()
             total = len(prompts) * self.samples
-            with counting, Bar(desc=f"{self.source} answers", total=total, unit="", disable=not show_progress) as bar:
+            with counting, answer_bar(self.sampler, self.source, total, show_progress) as bar:
                 requests = MissingRequests(prompts, None, store, self.source, self.samples, bar, self._causes)
                 asked = self._ask(requests, store, bar)
             store.commit()
@@ -80,7 +90,7 @@ class FetchedAnswers:
     def _opened(self) -> AnswerStore:
         if self._store is None:
             others: dict[str, Any] = {name: {} for name in ("teacher", "student", "preference") if name != self.source}
-            store = AnswerStore(self.folder)
+            store = AnswerStore(self.folder, self.made)
             try:
                 store.check_settings({self.source: self.describe(), **others})
                 usage = getattr(self.sampler, "usage", None)
@@ -109,7 +119,7 @@ class FetchedAnswers:
             for request, sample, _ in answers:
                 requests.answered(request.key, sample)
             asked += len(answers)
-            bar.update(len(answers))
+            bar.answered([answer for _, _, answer in answers])
             show_cost(bar, self.sampler)
         requests.check()
         return asked

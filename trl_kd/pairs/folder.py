@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
+from trl_kd.pairs.database import DATABASE
 from trl_kd.pairs.dataset import DATA
 from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.report import COUNTS, SETTINGS, SUMMARY
-from trl_kd.pairs.store import DATABASE
 
 
 _WRITTEN = ("README.md", "pairs.html", SUMMARY, SETTINGS, COUNTS)
@@ -32,6 +32,8 @@ def check_folder(output_dir: str | Path) -> None:
     data = folder / DATA
     held = sorted(path.name for path in data.iterdir()) if data.is_dir() else []
     foreign = next((f"{DATA}/{name}" for name in held if not _OURS.fullmatch(name)), None)
+    if not data.is_dir() and (data.exists() or data.is_symlink()):
+        foreign = DATA
     if foreign is None and not _is_ours(folder):
         names = [f"{DATA}/{held[0]}"] if held else []
         foreign = next(iter([*names, *(name for name in _WRITTEN if (folder / name).exists())]), None)

@@ -36,14 +36,24 @@ class BatchPairs:
             Where answers and labels are kept, and what teacher and judge have used: their caps hold for all runs into it.
         reasoning (`str`, *optional*):
             See [`~trl_kd.pairs.pairing.PairingSettings`].
+        made (`Sequence[Path]`, *optional*):
+            What is made of answers and labels: where any of it exists, an empty store is refused.
     """
 
-    def __init__(self, teacher: Sampler, preference: Preference | None, folder: Path, reasoning: str | None = None):
+    def __init__(
+        self,
+        teacher: Sampler,
+        preference: Preference | None,
+        folder: Path,
+        reasoning: str | None = None,
+        made: Sequence[Path] = (),
+    ):
         self.preference, self._reasoning = preference, reasoning
         self._labels = folder / "labels"
+        self._made = made
         self._store: AnswerStore | None = None
         self._teacher = teacher
-        self._fetched = None if teacher.is_lookup else FetchedAnswers(teacher, folder / "teacher", samples=1)
+        self._fetched = None if teacher.is_lookup else FetchedAnswers(teacher, folder / "teacher", 1, made=made)
         self._seen: dict[str, Answer] = {}  # to open a database for each batch takes longer than to remember
         resume_usage([(teacher, "teacher", [folder / "teacher"]), (preference, "judge", [self._labels])])
 
@@ -96,7 +106,7 @@ class BatchPairs:
             Labeller(preference).label(rows, prompts)
             return
         if self._store is None:
-            self._store = AnswerStore(self._labels)
+            self._store = AnswerStore(self._labels, self._made)
             others: dict[str, Any] = {"teacher": {}, "student": {}}
             self._store.check_settings({"preference": describe_preference(preference), **others}, relabel=True)
         usage = getattr(preference, "usage", None)

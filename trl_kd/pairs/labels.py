@@ -111,12 +111,14 @@ class Labeller:
                 self.store.add_labels(label)
                 known |= label
                 advance(done, len(waiting))
+            self.store.check_space()
             return [known[key] for key in keys], len(missing)
         for start in range(0, len(waiting), self.batch_size):
             some = waiting[start : start + self.batch_size]
             values = self._ask([item for _, item in some])
             labels = {key: value for (key, _), value in zip(some, values, strict=True)}
             self.store.add_labels(labels)
+            self.store.check_space()
             known |= labels
             advance(start + len(some), len(waiting))
         return [known[key] for key in keys], len(missing)

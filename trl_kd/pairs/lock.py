@@ -1,5 +1,6 @@
 """One process at a time writes a folder."""
 
+import errno
 import os
 import socket
 from contextlib import suppress
@@ -7,12 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trl_kd.pairs.places import StoreError, check_file
+
 
 LOCK = ".lock"
-
-
-class StoreError(OSError):
-    """The folder of pairs cannot be written: somebody else does, its disk is full, or its database is damaged."""
 
 
 class FolderLock:
@@ -20,6 +19,7 @@ class FolderLock:
 
     def __init__(self, folder: str | Path):
         self._owner = Path(folder) / LOCK
+        check_file(self._owner, "the lock of the folder")
         # A lock that is only a file would outlive a process that is killed. Any thread may close the store
         self._lock = FileLock(self._owner, thread_local=False, fallback_to_soft=False)
         try:
@@ -31,6 +31,8 @@ class FolderLock:
                 f"`{folder}` may not be written ({error}): give another `output_dir`, or change its permissions."
             ) from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise StoreError(
                 f"`{folder}` is on a file system that cannot lock files ({error}): use another."
             ) from error
@@ -47,7 +49,7 @@ class FolderLock:
         )
 
     def _write(self, owner: str) -> None:
-        with suppress(PermissionError):  # as above
+        with suppress(OSError):  # as above, or a full disk: the lock itself holds
             self._owner.write_text(owner, encoding="utf-8")
 
     def close(self) -> None:

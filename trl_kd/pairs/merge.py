@@ -1,6 +1,5 @@
 """Pieces that several machines built become one dataset, row for row what one machine would have built."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from trl_kd.pairs.dataset import FIXED, TEXTS, PairWriter, data_files, load_pair
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.json_messages import as_json, is_json, json_columns, rows_of
 from trl_kd.pairs.lock import lock_folder
+from trl_kd.pairs.places import read_json_file
 from trl_kd.pairs.report import SETTINGS, PairReport
+from trl_kd.sampling.recorded import recorded_settings
 
 
 _AT_ONCE = 5000
@@ -80,7 +81,7 @@ def _common_settings(folders: list[Path]) -> dict[str, Any]:
     count = 0
     for folder in folders:
         data_files(folder)
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = recorded_settings(read_json_file(folder / SETTINGS))
         shard = settings.pop("shard")
         if shard is None:
             raise ValueError(f"`{folder}` is not a piece: it was built without `shard`.")

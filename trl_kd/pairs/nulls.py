@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trl_kd.sampling.recorded import recorded_description
+
 
 NULLS = """
 CREATE {}TABLE IF NOT EXISTS nulls (
@@ -19,6 +21,11 @@ Causes = Callable[[str | None], Mapping[str, Any]]
 def as_cause(description: Any, causes: Mapping[str, Any]) -> str:
     """What an answer without a text is due to, as it is stored: what its source says of itself, and further `causes`."""
     return json.dumps({**(description or {}), **causes}, sort_keys=True)
+
+
+def recorded_cause(cause: str) -> str:
+    """A stored cause without what is not recorded any more, see [`~trl_kd.sampling.recorded`]."""
+    return json.dumps(recorded_description(json.loads(cause)), sort_keys=True)
 
 
 def nulls_of(source: str, description: Any) -> tuple[str, Sequence[tuple]]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.card import write_card
-from trl_kd.pairs.dataset import full_disk_said
+from trl_kd.pairs.full_disk import full_disk_said
 from trl_kd.pairs.page import write_page
+from trl_kd.pairs.places import read_json_file
 from trl_kd.pairs.statistics import PairStatistics
 from trl_kd.pairs.store import SETTINGS
 from trl_kd.sampling import Answer
@@ -71,7 +72,7 @@ class PairReport:
     def add_counts(self, folder: str | Path) -> None:
         """Adds what the rows of another folder of pairs do not say: its prompts, answers, what its judge did, and what was
         used."""
-        counts = json.loads((Path(folder) / COUNTS).read_text(encoding="utf-8"))
+        counts = read_json_file(Path(folder) / COUNTS)
         self.prompts += counts["prompts"]
         for source, answers in counts["answers"].items():
             self._statistics.answers.setdefault(source, Counter()).update(answers)

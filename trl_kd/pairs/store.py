@@ -2,158 +2,53 @@
 
 import hashlib
 import json
-import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from trl_kd.pairs.database import Database
 from trl_kd.pairs.differences import differences, listed
-from trl_kd.pairs.lock import StoreError, lock_folder
-from trl_kd.pairs.network import is_network_folder
-from trl_kd.pairs.nulls import NULLS, Causes, as_cause, nulls_of
+from trl_kd.pairs.nulls import Causes, as_cause, nulls_of
+from trl_kd.pairs.stored_values import are_texts, is_share, is_usage
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
+from trl_kd.sampling.recorded import recorded_settings
 
 
-DATABASE = "answers.db"
 SETTINGS = "settings.json"
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answers (
-    source TEXT NOT NULL, prompt BLOB NOT NULL, sample INTEGER NOT NULL, text TEXT NOT NULL, finish_reason TEXT,
-    tokens INTEGER, PRIMARY KEY (source, prompt, sample));
-CREATE TABLE IF NOT EXISTS labels (
-    preference BLOB NOT NULL, key BLOB NOT NULL, value REAL, PRIMARY KEY (preference, key)) WITHOUT ROWID;
-"""
-FORMAT = 1
-_CHECKED_BYTES = 64 * 2**20
 _AT_ONCE = 500
 """Keys in one query: SQLite's oldest limit on variables is 999."""
 
 
-class AnswerStore:
+class AnswerStore(Database):
     """
-    The database of a folder of pairs, and the lock that keeps a second process out.
+    The answers and labels of a folder of pairs, and what their sources say of themselves, in its database.
 
     Every answer is committed as it arrives. Only on a network file system, where a commit is slow and write-ahead logging
     does not work, up to 64 of them share a commit, for at most one second.
 
+    When the disk fills up, a reserve is given back, and what arrives is stored in its place; from then on `check_space`
+    raises.
+
     Args:
         folder (`str` or `Path`):
             The output folder; made if it does not exist.
+        made (`Sequence[str | Path]`, *optional*):
+            What is made of the answers elsewhere, besides the pairs in the folder: where any of it exists, an empty database
+            is refused.
 
     Raises:
-        `StoreError`: another process holds the folder, or the database is damaged or of another version.
+        `StoreError`: another process holds the folder; or the database is damaged, of another version, of something else, or
+        empty beside what was made of it; or the disk is full.
     """
 
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / DATABASE
-        self._mutex = threading.RLock()  # a sampler may read its requests in a thread of its own
-        self._timer: threading.Timer | None = None
-        self._pending = 0
-        self._counted: tuple[str, Usage, Usage, Usage] | None = None
+    def __init__(self, folder: str | Path, made: Sequence[str | Path] = ()):
+        self._counted: tuple[str, Usage, Usage, Usage | None] | None = None
         self._described: dict[str, Any] = {}  # what each source says of itself
-        self._connect()
-
-    def _connect(self) -> None:
-        """Claims the folder and opens its database."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.path.parent)
-        self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        try:
-            with self._guard():
-                self._open()
-        except BaseException:
-            self._connection.close()
-            self._lock.close()
-            raise
-
-    def _open(self) -> None:
-        execute = self._connection.execute
-        self._is_grouped = is_network_folder(self.path.parent)
-        execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
-        # A killed process loses nothing; under WAL a power cut may cost a second
-        execute("PRAGMA synchronous = NORMAL")
-        version = execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, FORMAT):
-            raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
-        if self.path.stat().st_size <= _CHECKED_BYTES:
-            found = execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise self._damaged(found)
-        self._connection.executescript(TABLES + NULLS.format(""))
-        execute(f"PRAGMA user_version = {FORMAT}")
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        with self._mutex:
-            try:
-                yield
-            except sqlite3.DatabaseError as error:
-                raise self._said(error) from error
-
-    def _said(self, error: sqlite3.DatabaseError) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            return disk_full(self.path.parent, self._pending)
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            return self._damaged(str(error))
-        return StoreError(f"`{self.path}` cannot be read or written: {error}. What it holds was left as it is.")
-
-    def _damaged(self, found: str) -> StoreError:
-        found = " ".join(found.split())
-        return StoreError(
-            f"`{self.path}` is damaged ({found}); it was left as it is. Save what is readable with `sqlite3 {self.path} "
-            f".recover`, or move it away (`mv {self.path} {self.path}.damaged`, and `{DATABASE}-wal` if it is there) to ask "
-            "everything anew."
-        )
-
-    def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
-        """Executes statements, each with its rows, in one transaction."""
-        with self._guard():
-            if not self._connection.in_transaction:
-                self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                for statement, rows in statements:
-                    self._connection.executemany(statement, rows)
-            except BaseException:
-                with suppress(sqlite3.Error):  # a full disk: what came before may still fit
-                    self._connection.execute("COMMIT")
-                    self._pending = 0
-                raise
-            self._pending += max(len(rows) for _, rows in statements)
-            if not self._is_grouped or self._pending >= 64:
-                self.commit()
-            elif self._timer is None:
-                self._timer = threading.Timer(1.0, self.commit)
-                self._timer.daemon = True
-                self._timer.start()
-
-    def commit(self) -> None:
-        """Writes what is still held back, and what has been used by now of what [`count_usage`] names."""
-        with self._guard():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = None
-            try:
-                self._write_usage()
-            finally:
-                if self._connection.in_transaction:
-                    self._connection.execute("COMMIT")
-            self._pending = 0
-
-    def close(self) -> None:
-        """Commits, closes the database and lets other processes in."""
-        try:
-            self.commit()
-        finally:
-            with self._mutex:  # a reader's thread may be in the middle of a query
-                self._connection.close()
-            self._lock.close()
+        super().__init__(folder, made)
 
     def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
         """
@@ -169,11 +64,14 @@ class AnswerStore:
         Raises:
             `ValueError`: settings of something stored differ, which the message names, or the folder is another shard's.
         """
-        settings = json.loads(json.dumps(settings))
-        self._preference = _digest(settings["preference"])
+        settings = recorded_settings(json.loads(json.dumps(settings)))
         with self._guard():
             rows = self._connection.execute("SELECT name, value FROM settings").fetchall()
-        before = {name: json.loads(value) for name, value in rows}
+        stored = {name: self._values.setting(name, value) for name, value in rows}
+        before = recorded_settings(stored)
+        if before != stored:
+            self._forget_keys(stored, before)
+        self._preference = self._key_of(settings["preference"])
         shard, former_shard = settings.get("shard"), before.get("shard")
         if shard and former_shard and shard != former_shard:
             raise ValueError(
@@ -198,6 +96,29 @@ class AnswerStore:
         self._described = settings
         self._note(settings)
 
+    def _forget_keys(self, stored: dict[str, Any], before: dict[str, Any]) -> None:
+        """Takes out of the database the values of fields that an earlier version has stored and that are not recorded any
+        more. Labels go on under what is left of their preference's description."""
+        old, new = _digest(stored.get("preference")), _digest(before.get("preference"))
+        with self._guard():
+            nulls = self._connection.execute("SELECT cause, source, prompt, sample FROM nulls").fetchall()
+        changed = {name: json.dumps(value) for name, value in before.items() if value != stored[name]}
+        notes = [(f"{note} {new.hex()}", f"{note} {old.hex()}") for note in ("orders", "unreadable")]
+        self._write(
+            ("UPDATE settings SET value = ? WHERE name = ?", [(value, name) for name, value in changed.items()]),
+            ("UPDATE OR REPLACE settings SET name = ? WHERE name = ?", notes),
+            ("UPDATE OR REPLACE labels SET preference = ? WHERE preference = ?", [(new, old)]),
+            (
+                "UPDATE nulls SET cause = ? WHERE source = ? AND prompt = ? AND sample = ?",
+                [(self._values.cause(cause, place), *place) for cause, *place in nulls],
+            ),
+        )
+        self.commit()
+
+    def _key_of(self, preference: Any) -> bytes:
+        """The key of a preference's labels."""
+        return _digest(preference)
+
     def has_texts(self, source: str) -> bool:
         """Whether an answer of a source is stored, other than one without a text."""
         with self._guard():
@@ -213,7 +134,8 @@ class AnswerStore:
     def _written_preference(self) -> Any:
         """The preference of the pairs that a build has written, whose labels need not be stored: a column's, for one."""
         try:
-            return json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8")).get("preference")
+            written = json.loads((self.path.parent / SETTINGS).read_text(encoding="utf-8"))
+            return recorded_settings(written).get("preference")
         except (OSError, ValueError, AttributeError):
             return None
 
@@ -222,14 +144,15 @@ class AnswerStore:
         self._write(("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows))
         self.commit()
 
-    def _noted(self, name: str) -> Any:
+    def _noted(self, name: str, holds: Callable[[Any], bool] = lambda value: True) -> Any:
+        """A value that was noted, of which `holds` is true, or `None`."""
         with self._guard():
             row = self._connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else None
+        return self._values.setting(name, row[0], holds) if row else None
 
     def usage(self, name: str) -> Usage:
         """What all runs so far have used of a source or judge."""
-        return Usage(**self._noted(f"usage {name}") or {})
+        return Usage(**self._noted(f"usage {name}", is_usage) or {})
 
     def count_usage(self, name: str, usage: Usage) -> None:
         """From now on adds to what is stored of `name`, at every commit, what `usage` has grown by."""
@@ -246,7 +169,8 @@ class AnswerStore:
             self.commit()
             self._counted = None
 
-    def _write_usage(self) -> None:
+    def _before_commit(self) -> None:
+        """Writes what was used by now of what [`count_usage`] names."""
         if self._counted is None:
             return
         name, usage, earlier, written = self._counted
@@ -256,11 +180,15 @@ class AnswerStore:
             self._connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
             self._counted = (name, usage, earlier, now)
 
+    def _rolled_back(self) -> None:
+        if self._counted is not None:
+            self._counted = (*self._counted[:3], None)
+
     def note_orders(self, share: float | None, labels: int) -> tuple[float, int] | None:
         """Adds the share of the last `labels` comparisons on which a judge agreed with itself in both orders to what former
         runs have seen. Returns share and number in all, `None` if there is nothing yet."""
         name = f"orders {self._preference.hex()}"
-        known, number = self._noted(name) or (0.0, 0)
+        known, number = self._noted(name, is_share) or (0.0, 0)
         if share is not None and labels:
             known, number = (known * number + share * labels) / (number + labels), number + labels
             self._note({name: [known, number]})
@@ -269,7 +197,7 @@ class AnswerStore:
     def note_unreadable(self, replies: Sequence[str]) -> list[str]:
         """Adds replies of the present judge that could not be read, of which three are kept, and returns those."""
         name = f"unreadable {self._preference.hex()}"
-        known = self._noted(name) or []
+        known = self._noted(name, are_texts) or []
         kept = list(dict.fromkeys([*known, *map(_well_formed, replies)]))[:3]
         if kept != known:
             self._note({name: kept})
@@ -292,7 +220,7 @@ class AnswerStore:
         written, where labels are not stored."""
         query = "SELECT MAX(value IS NOT NULL) FROM labels WHERE preference = ?"
         with self._guard():
-            (known,) = self._connection.execute(query, (_digest(preference),)).fetchone()
+            (known,) = self._connection.execute(query, (self._key_of(preference),)).fetchone()
         return preference == self._written_preference() if known is None else bool(known)
 
     def add_answer(self, source: str, key: str, sample: int, answer: Answer) -> None:
@@ -334,8 +262,8 @@ class AnswerStore:
             "prompt, sample, text, finish_reason, tokens", "answers WHERE source = ? AND sample < ? AND prompt",
             (source, samples), [bytes.fromhex(key) for key in found],
         ):  # fmt: skip
-            for prompt, sample, text, finish_reason, tokens in rows:
-                found[prompt.hex()][sample] = Answer(json.loads(text), finish_reason, tokens)
+            for prompt, sample, *values in rows:
+                found[prompt.hex()][sample] = self._values.answer(values, (source, prompt, sample))
         return found
 
     def missing(
@@ -365,14 +293,16 @@ class AnswerStore:
             columns, "nulls AS n WHERE source = ? AND sample < ? AND prompt", (source, samples), keys
         ):
             for prompt, sample, cause, finish_reason in rows:
-                if cause != self._cause(source, finish_reason, causes):
+                if self._values.cause(cause, (source, prompt, sample)) != self._cause(source, finish_reason, causes):
                     yield prompt, sample
 
     def labels(self, keys: Sequence[bytes]) -> dict[bytes, float | None]:
         """The stored labels or scores of the present preference, by key."""
         where = "labels WHERE preference = ? AND key"
         return {
-            key: value for rows in self._select("key, value", where, (self._preference,), keys) for key, value in rows
+            key: self._values.label(value, (self._preference, key))
+            for rows in self._select("key, value", where, (self._preference,), keys)
+            for key, value in rows
         }
 
     def add_labels(self, labels: dict[bytes, float | None]) -> None:
@@ -387,14 +317,6 @@ class AnswerStore:
             query = f"SELECT {columns} FROM {where} IN ({','.join('?' * len(some))})"
             with self._guard():
                 yield self._connection.execute(query, (*values, *some)).fetchall()
-
-
-def disk_full(folder: str | Path, lost: int = 0) -> StoreError:
-    """The error of a full disk, in words, by which `lost` answers or labels that were not committed are gone."""
-    but = f", but for {lost} of the last second, which will be asked for again" if lost else ""
-    return StoreError(
-        f"The disk of `{folder}` is full. What was stored is kept{but}: free some space and run the same command again."
-    )
 
 
 def _well_formed(text: str) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from trl_kd.pairs.database import TABLES, Statement, check_format
 from trl_kd.pairs.nulls import NULLS, nulls_of
-from trl_kd.pairs.store import FORMAT, TABLES, AnswerStore, StoreError
+from trl_kd.pairs.places import check_file
+from trl_kd.pairs.store import AnswerStore
 from trl_kd.sampling.budget import Usage
 
 
@@ -25,20 +27,21 @@ class StoredAnswers(AnswerStore):
         `StoreError`: the database is damaged or of another version.
     """
 
+    _former: tuple[Any, Any] | None = None
+
     def _connect(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         self._connection.executescript(TABLES + NULLS.format(""))
+        check_file(self.path, "the stored answers")
         if not self.path.exists():
             return
         # SQLite would make a log in the folder even to read, unless it is told that the file does not change
         is_logged = any(Path(f"{self.path}-{log}").exists() for log in ("wal", "journal"))
         uri = f"file:{quote(str(self.path.absolute()))}?{'mode=ro' if is_logged else 'immutable=1'}"
-        stored = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
         with self._guard():
-            version = stored.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT):
-                raise StoreError(f"`{self.path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
-            if version:  # or its tables are not made yet
+            stored = sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)
+        with self._guard():
+            if check_format(stored, self.path, self._finished()):  # or its tables are not made yet
                 self._connection = stored
 
     def close(self) -> None:
@@ -53,8 +56,16 @@ class StoredAnswers(AnswerStore):
     def commit(self) -> None:
         """There is nothing to commit."""
 
-    def _write(self, *statements: tuple[str, Sequence[tuple]]) -> None:
+    def _write(self, *statements: Statement) -> None:
         """Nothing is kept: no answer, no label, no setting."""
+
+    def _forget_keys(self, stored: dict[str, Any], before: dict[str, Any]) -> None:
+        """Labels stay under the whole of what their preference has said of itself."""
+        self._former = before.get("preference"), stored.get("preference")
+
+    def _key_of(self, preference: Any) -> bytes:
+        recorded, stored = self._former or (None, None)
+        return super()._key_of(stored if preference == recorded else preference)
 
     def _know_nulls(self, before: dict[str, Any]) -> None:
         """What the folder does not know of them is known in memory."""

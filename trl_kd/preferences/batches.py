@@ -1,6 +1,5 @@
 """What the preferences that run a model share: its loading, and batches of rows of like length."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -19,13 +18,14 @@ from trl_kd.sampling import Text
 from trl_kd.sampling.loading import FINDING, load_model
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.sampler import beginning
 
 
 logger = logging.getLogger(__name__)
 
 _NO_MATTER = {"token", "cache_dir", "local_files_only", "proxies", "device_map", "max_memory", "offload_folder"}
-"""Keywords of `from_pretrained` that labels do not depend on, or that are secret."""
+"""Keywords of `from_pretrained` that labels do not depend on."""
 
 
 class ModelPreference(ScoredPreference):
@@ -148,16 +148,18 @@ class ModelPreference(ScoredPreference):
 
     def describe(self) -> dict[str, Any]:
         kwargs = {name: value for name, value in sorted(self.init_kwargs.items()) if name not in _NO_MATTER}
-        return {
-            "preference": self.kind,
-            "model": self.name,
-            "weights": describe_files(self.name),
-            "model_init_kwargs": json.loads(json.dumps(kwargs, default=str)),
-            "tokenizer": self.tokenizer.name_or_path,
-            **describe_template(self.tokenizer, {}),
-            "max_length": self.max_length,
-            "scale": self.scale,
-        }
+        return recorded_description(
+            {
+                "preference": self.kind,
+                "model": self.name,
+                "weights": describe_files(self.name),
+                "model_init_kwargs": kwargs,
+                "tokenizer": self.tokenizer.name_or_path,
+                **describe_template(self.tokenizer, {}),
+                "max_length": self.max_length,
+                "scale": self.scale,
+            }
+        )
 
     def note_truncation(self) -> None:
         if not self.truncated:

@@ -14,8 +14,9 @@ from trl_kd.responses.finish_reasons import KNOWN, ending
 from trl_kd.sampling import Text
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient, backoff
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.server import beginning, other_words
-from trl_kd.sampling.server_errors import MALFORMED, REFUSALS, ServerError, check_extra
+from trl_kd.sampling.server_errors import MALFORMED, REFUSALS, ServerError
 
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ class LLMJudge:
             Whether the template is continued as it is, by the plain completions endpoint, and not sent as a chat's message.
             For a base model: let a template of yours end in `Verdict:`, and `extra={"stop": ["\\n"]}` end the reply.
         extra (`dict`, *optional*):
-            Fields set in every request; with the value `None` a field is left out.
+            Fields set in every request; with the value `None` a field is left out. What is stored of them is as in
+            [`~trl_kd.sampling.server.ServerSampler`].
 
     Attributes:
         asked (`int`): Comparisons asked so far.
@@ -99,7 +101,7 @@ class LLMJudge:
 
     Raises:
         `ImportError`: `openai` is not installed.
-        `ValueError`: a template that lacks a placeholder, a key in `extra`, or a number outside its range.
+        `ValueError`: a template that lacks a placeholder, or a number outside its range.
     """
 
     reads: tuple[str, ...] = ()  # no columns
@@ -132,7 +134,7 @@ class LLMJudge:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.completions = completions
-        self.extra = check_extra(extra)
+        self.extra = dict(extra or {})
         self.asked = 0
         self.unparseable = 0
         self.unreadable: list[str] = []
@@ -152,17 +154,19 @@ class LLMJudge:
         return self._agreed / self._judged_twice if self._judged_twice else None
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "preference": "llm_judge",
-            "model": self.model,
-            "template": self.template,
-            "both_orders": self.both_orders,
-            "logprobs": self.logprobs,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "extra": self.extra,
-            **({"endpoint": "completions"} if self.completions else {}),
-        }
+        return recorded_description(
+            {
+                "preference": "llm_judge",
+                "model": self.model,
+                "template": self.template,
+                "both_orders": self.both_orders,
+                "logprobs": self.logprobs,
+                "max_new_tokens": self.max_new_tokens,
+                "temperature": self.temperature,
+                "extra": self.extra,
+                **({"endpoint": "completions"} if self.completions else {}),
+            }
+        )
 
     def __call__(
         self, prompts: list[Text], first: list[Text], second: list[Text], **columns: list[Any]

@@ -11,10 +11,12 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, TypeVar
 
 from trl_kd.sampling.budget import Budget, Usage
 from trl_kd.sampling.reading import Read, Reader
+from trl_kd.sampling.recorded import hidden_texts, not_words
 from trl_kd.sampling.server_errors import (
     MALFORMED,
     REFUSALS,
@@ -292,7 +294,8 @@ class _Run:
         """Posts a request, again and again as long as the answer is none."""
         from trl_kd.sampling.replies import read_reply  # needs pydantic, which comes with `openai`
 
-        client = self.client
+        client, hidden = self.client, hidden_texts(body)
+        secrets = [*client.secrets, *hidden]
         for attempt in range(client.max_retries + 1):
             async with self.slots:
                 if self.error:
@@ -303,27 +306,29 @@ class _Run:
                 self.busy[index] += 1
                 self.asked[index] += 1
                 try:
-                    text, retries, failure = await self._post(index, body, completions)
+                    text, retries, failure = await self._post(index, body, completions, secrets)
                     if failure is not None and failure.status not in (400, 422):
                         self.error = self.error or failure  # nothing can be done, so that nothing may take the slot
                 finally:
                     self.busy[index] -= 1
             if failure is not None:
                 raise failure
-            reply = read_reply(text, client.secrets)
+            reply = read_reply(text, [*client.secrets, *not_words(hidden)])
             if reply is not None and "error" not in reply:
                 client.budget.count(reply["usage"] or {}, retries)
                 return reply
-            problem = self._malformed(index, text) if reply is None else self._refused(index, reply["error"])
+            clean = partial(redact, secrets=secrets)
+            problem = (
+                self._malformed(index, clean(text)) if reply is None else self._refused(index, reply["error"], clean)
+            )
             if not _may_pass(problem):
                 break
             await asyncio.sleep(backoff(attempt))
         raise problem
 
-    def _clean(self, text: str) -> str:
-        return redact(text, self.client.secrets)
-
-    async def _post(self, index: int, body: dict[str, Any], completions: bool) -> tuple[str, int, ServerError | None]:
+    async def _post(
+        self, index: int, body: dict[str, Any], completions: bool, secrets: list[str]
+    ) -> tuple[str, int, ServerError | None]:
         """The text of an answer and the retries it took, or the failure, which is returned and not raised: an exception
         that is raised here would carry the library's own, whose text may hold an echo of the key."""
         connection = self.connections[index]
@@ -334,19 +339,19 @@ class _Run:
             reply = await endpoint.with_raw_response.create(**named, extra_body=rest)
             return reply.http_response.text, reply.retries_taken, None
         except _openai().OpenAIError as error:
-            return "", 0, self._explain(index, error)
+            return "", 0, self._explain(index, error, partial(redact, secrets=secrets))
 
     def _malformed(self, index: int, text: str) -> ServerError:
-        """The error of a reply that is none."""
+        """The error of a reply that is none, of which the `text` is without secrets."""
         return ServerError(
             f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in JSON, e.g. "
-            f"{self._clean(text)[:200]!r}: check that `base_url` leads to an OpenAI-compatible server (it mostly ends in "
+            f"{text[:200]!r}: check that `base_url` leads to an OpenAI-compatible server (it mostly ends in "
             "/v1).",
             code=MALFORMED,
-            said=self._clean(text)[:200],
+            said=text[:200],
         )
 
-    def _refused(self, index: int, error: dict[str, Any]) -> ServerError:
+    def _refused(self, index: int, error: dict[str, Any], clean: Callable[[str], str]) -> ServerError:
         """The error that a server has sent as if it were an answer."""
         client, code = self.client, str(error.get("code"))
         status = int(code) if len(code) == 3 and code.isdecimal() and code[0] in "45" else None
@@ -354,7 +359,7 @@ class _Run:
             error,
             status,
             url=client.urls[index],
-            clean=self._clean,
+            clean=clean,
             api_key_env=client.api_key_env,
             tries=attempts(client.max_retries),
             max_concurrency=client.max_concurrency,
@@ -363,12 +368,12 @@ class _Run:
             problem.code = MALFORMED
         return problem
 
-    def _explain(self, index: int, error: Any) -> ServerError:
+    def _explain(self, index: int, error: Any, clean: Callable[[str], str]) -> ServerError:
         client = self.client
         return explain(
             error,
             url=client.urls[index],
-            clean=self._clean,
+            clean=clean,
             api_key_env=client.api_key_env,
             max_retries=client.max_retries,
             timeout=client.timeout,

@@ -1,10 +1,25 @@
 """The HTTP client under the `openai` package's: an attempt ends in time, and no prompt goes to another host."""
 
 import asyncio
+import logging
 import sys
 from typing import Any
 
 import openai
+
+
+class _NoBodies(logging.Filter):
+    """Takes the bodies out of what the `openai` package logs, as some of its versions do: keys may be among their fields."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, dict):
+            record.args = {
+                name: value for name, value in record.args.items() if name not in ("json_data", "extra_json")
+            }
+        return True
+
+
+logging.getLogger("openai._base_client").addFilter(_NoBodies())
 
 
 class HTTPClient(openai.DefaultAsyncHttpxClient):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from trl_kd.sampling.prompts import (
     encode_prompt,
     load_tokenizer,
 )
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
 
 
@@ -67,6 +68,10 @@ class LocalSampler:
             Requests read at once, among which those of like length are found.
         chat_template_kwargs (`dict`, *optional*):
             Variables for the chat template, e.g. `{"enable_thinking": False}`.
+
+    Attributes:
+        on_tokens (`Callable[[int], None]`, *optional*): Is told how many tokens were drawn since it was told last; fewer
+            than none where memory has run out, so that answers are begun anew.
 
     Raises:
         `ValueError`: options that contradict each other, or that the model cannot serve.
@@ -111,6 +116,7 @@ class LocalSampler:
         self._template_options = dict(chat_template_kwargs or {})
         self._max_batch_tokens = max_batch_tokens
         self._read_ahead = read_ahead
+        self.on_tokens: Callable[[int], None] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -187,7 +193,7 @@ class LocalSampler:
             }
             weights = [describe_files(self.name), describe_files(self.adapter)]
         options = json.loads(json.dumps(options, sort_keys=True, default=_plain))
-        return description | {"model_options": options, "weights": weights}
+        return recorded_description(description | {"model_options": options, "weights": weights})
 
     def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, int, Answer]]:
         reading = iter(requests)
@@ -234,6 +240,7 @@ class LocalSampler:
                 rows, width = batch.shape_with([])
                 has_room = not rows or (batch.is_open and rows * width < 0.75 * self._max_batch_tokens)
                 joining = self._take(batch, waiting) if has_room else []
+                drawn = sum(len(prompt.rows) for prompt in joining) or rows
                 finished = batch.admit(joining) if joining else batch.step()
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
@@ -241,8 +248,14 @@ class LocalSampler:
                 failed = True  # handled below: until here the error holds on to what filled the memory
             if failed:
                 self._halve(batch, waiting)
-            elif finished:
+                continue
+            self._tell(drawn)
+            if finished:
                 return finished
+
+    def _tell(self, tokens: int) -> None:
+        if self.on_tokens is not None:
+            self.on_tokens(tokens)
 
     def _take(self, batch: Batch, waiting: deque[Prompt]) -> list[Prompt]:
         """Takes what fits from the front of `waiting`, at least one row if the batch is empty."""
@@ -267,6 +280,7 @@ class LocalSampler:
                 "out long prompts, or load the model smaller (`dtype`, `load_in_4bit`)."
             )
         self._max_batch_tokens = size // 2
+        self._tell(-sum(len(row.tokens) for row in batch.rows))
         waiting.extendleft(reversed(batch.clear()))
         clear_device_cache()
         logger.warning(f"Out of memory with {rows} answers at once: going on with `max_batch_tokens` = {size // 2}.")

@@ -11,12 +11,12 @@ from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.client import Ask, ServerClient, backoff
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, Text, as_counted, beginning
 from trl_kd.sampling.server_errors import (
     MALFORMED,
     REFUSALS,
     ServerError,
-    check_extra,
     is_too_long,
     named_context,
     role_hint,
@@ -65,12 +65,13 @@ class ServerSampler:
             them, as vLLM and llama.cpp do. Those of a row's column come on top.
         extra (`dict`, *optional*):
             Fields set in every request, e.g. `{"top_k": 20}`; with the value `None` a field is left out, e.g.
-            `{"seed": None}` for a server that refuses it.
+            `{"seed": None}` for a server that refuses it. Those that [`~trl_kd.sampling.recorded.REQUEST_FIELDS`] lists
+            are stored and compared; of any other the name alone is.
 
     Raises:
         `ImportError`: `openai` is not installed.
-        `ValueError`: a system prompt or variables of the chat template without a chat, a key in `extra`, or an argument
-        of [`ServerClient`] outside its range.
+        `ValueError`: a system prompt or variables of the chat template without a chat, or an argument of [`ServerClient`]
+        outside its range.
     """
 
     is_lookup = False
@@ -95,7 +96,7 @@ class ServerSampler:
         self.system_prompt = system_prompt
         self.completions = completions
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.extra = check_extra(extra)
+        self.extra = dict(extra or {})
         self._most_choices: int | None = None  # that the server gave where more were asked for
         self._warned = False
         self._has_replied = False
@@ -108,15 +109,17 @@ class ServerSampler:
     def describe(self) -> dict[str, Any]:
         """The model and how it is asked. Not where: the same model at another address gives the same answers."""
         template = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
-        return {
-            "source": "server",
-            "model": self.model,
-            "endpoint": "completions" if self.completions else "chat",
-            "system_prompt": self.system_prompt,
-            "extra": self.extra,
-            **template,
-            **self.settings.describe(),
-        }
+        return recorded_description(
+            {
+                "source": "server",
+                "model": self.model,
+                "endpoint": "completions" if self.completions else "chat",
+                "system_prompt": self.system_prompt,
+                "extra": self.extra,
+                **template,
+                **self.settings.describe(),
+            }
+        )
 
     def causes(self, finish_reason: str | None) -> dict[str, Any]:
         """What an answer without a text is due to, besides what `describe` says. Where asking again would cost as much as a

@@ -49,28 +49,6 @@ def hide_in(value: Any, secrets: list[str], shortest: int) -> Any:
     return [hide_in(item, secrets, shortest) for item in value] if isinstance(value, list) else value
 
 
-_SECRET_NAME = re.compile(r"(?i)api.?key|authori[sz]ation|secret|password|credential|bearer|(access|auth).?token")
-
-
-def check_extra(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """
-    Further fields of a request, which are stored with the settings and shown in the card.
-
-    Raises:
-        `ValueError`: one has the name of a key or password, at any depth.
-    """
-    for name, value in (extra or {}).items():
-        if _SECRET_NAME.search(name):
-            raise ValueError(
-                f"`extra` (`extra_body`) has the field {name!r}: fields are stored and shown, so that no key may be among "
-                "them. It is read from the environment, see `api_key_env`."
-            )
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Mapping):
-                check_extra(item)
-    return dict(extra or {})
-
-
 def redact(text: str, secrets: list[str]) -> str:
     """A message without secrets and without what looks like one: an authorization header, or a password in a URL."""
     text = hide(text, secrets, 4)

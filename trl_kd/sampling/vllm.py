@@ -18,6 +18,7 @@ from trl_kd.sampling.prompts import (
     encode_prompt,
     load_tokenizer,
 )
+from trl_kd.sampling.recorded import recorded_description
 from trl_kd.sampling.sampler import Answer, Request, SamplingSettings, as_counted
 
 
@@ -28,8 +29,9 @@ RUNS_ON = (
     "enforce_eager",
     "cpu_offload_gb",
     "swap_space",
+    *("hf_token", "download_dir", "trust_remote_code"),
 )
-"""Options of the engine that say where and how it runs, and nothing of the answers."""
+"""Options of the engine that say where and how it runs and where its files are, and nothing of the answers."""
 ATTEMPTS = 3
 """How often an answer that the engine breaks off is asked for, each time with another seed."""
 
@@ -101,19 +103,18 @@ class VLLMSampler:
         return [token for token in [turn_end(self.tokenizer)] if token not in (None, self.tokenizer.eos_token_id)]
 
     def describe(self) -> dict[str, Any]:
-        secret_or_local = (*RUNS_ON, "hf_token", "download_dir", "trust_remote_code")
-        options = {key: value for key, value in sorted(self._engine_kwargs.items()) if key not in secret_or_local}
-        return {
-            "sampler": "vllm",
-            "model": self.name,
-            "adapter": self.adapter,
-            "settings": self.settings.describe(),
-            **describe_template(self.tokenizer, self._template_options),
-            "model_options": {
-                key: value if isinstance(value, int | float | None) else str(value) for key, value in options.items()
-            },
-            "weights": [describe_files(self.name), describe_files(self.adapter)],
-        }
+        options = {key: value for key, value in sorted(self._engine_kwargs.items()) if key not in RUNS_ON}
+        return recorded_description(
+            {
+                "sampler": "vllm",
+                "model": self.name,
+                "adapter": self.adapter,
+                "settings": self.settings.describe(),
+                **describe_template(self.tokenizer, self._template_options),
+                "model_options": options,
+                "weights": [describe_files(self.name), describe_files(self.adapter)],
+            }
+        )
 
     def load(self) -> None:
         """Starts the engine now."""

@@ -91,6 +91,11 @@ def _check_reporting(names: list[str]) -> None:
 def check_output_dir(output_dir: str) -> None:
     """Raises unless `output_dir` can be written to. It is not created: a check must leave no trace."""
     path = Path(output_dir).expanduser().absolute()
+    for link in (place for place in [path, *path.parents] if place.is_symlink() and not place.exists()):
+        raise InputError(
+            f"`output_dir` is {output_dir!r}, but {str(link)!r} is a link to {str(link.readlink())!r}, which is not there: "
+            "make that folder, or choose another."
+        )
     while not path.exists() and path != path.parent:
         path = path.parent
     if not path.is_dir():

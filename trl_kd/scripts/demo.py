@@ -90,11 +90,14 @@ def run(
     started = time.monotonic()
     with bad_input():
         cells = _prepare(output_dir, seeds, tasks, settings)
+    from trl_kd.scripts.training import stopped_training
+
     results: dict[str, list[dict[str, Any]]] = {}
-    for number, cell in enumerate(cells, 1):
-        print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
-        results.setdefault(cell.task.name, []).append(cell.compare(white_box))
-    _finish(output_dir, cells, results, time.monotonic() - started)
+    with stopped_training(str(output_dir)):
+        for number, cell in enumerate(cells, 1):
+            print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
+            results.setdefault(cell.task.name, []).append(cell.compare(white_box))
+        _finish(output_dir, cells, results, time.monotonic() - started)
     return results
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import DatasetMixtureConfig, ModelConfig
 
-from trl_kd.pairs.store import StoreError
+from trl_kd.pairs.places import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import PreferenceScriptArguments

@@ -2,13 +2,13 @@
 
 # ruff: noqa: RUF009 (`_field` is `dataclasses.field`)
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from trl_kd.pairs.folder import check_folder
+from trl_kd.sampling.recorded import read_object
 from trl_kd.scripts.checks import check_output_dir
 from trl_kd.scripts.errors import InputError, bad_input
 
@@ -254,11 +254,6 @@ def read_json(args: PairsArguments, name: str) -> dict[str, Any]:
     value = getattr(args, name)
     if value is None or isinstance(value, dict):
         return value or {}
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        example = next(example for ending, example in _JSON.items() if name.endswith(ending))
-        raise InputError(f"`{name}` is {value!r}: it must be a JSON object, such as '{example}'.")
-    return parsed
+    example = next(example for ending, example in _JSON.items() if name.endswith(ending))
+    with bad_input():
+        return read_object(name, value, example)

@@ -10,7 +10,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.pairs.pairing import PairingSettings
-from trl_kd.pairs.store import StoreError
+from trl_kd.pairs.places import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import TrainingScriptArguments
@@ -19,7 +19,7 @@ from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
-from trl_kd.scripts.training import finite_training, model_init_kwargs
+from trl_kd.scripts.training import model_init_kwargs, stopped_training
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.teacher import Teacher
 
@@ -262,7 +262,7 @@ def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mode
     if training_args.push_to_hub:
         field = "hub_model_id" if training_args.hub_model_id else "output_dir"
         check_hub(rounds.hub_name, field, getattr(training_args, field), "hub_model_id", training_args.hub_token)
-    with _said(), finite_training():
+    with _said(), stopped_training(training_args.output_dir):
         rounds.run()
     state = PartialState()
     if state.is_main_process:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from trl_kd.pairs.full_disk import DiskFull, disk_full, is_disk_full
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import model_error
 from trl_kd.scripts.errors import InputError, bad_input, one_line, report
@@ -101,13 +102,13 @@ class TrainingCommand:
             trainer.model._ddp_params_and_buffers_to_ignore = [
                 name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
             ]
-        with finite_training():
+        with stopped_training(training_args.output_dir):
             trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.accelerator.print("Training completed.")
+            trainer.accelerator.print("Training completed.")
 
-        trainer.save_model(training_args.output_dir)
-        dataset_name = _hub_dataset(script_args.dataset_name)
-        trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
+            trainer.save_model(training_args.output_dir)
+            dataset_name = _hub_dataset(script_args.dataset_name)
+            trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
         trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=dataset_name)
@@ -123,14 +124,18 @@ class TrainingCommand:
 
 
 @contextmanager
-def finite_training() -> Iterator[None]:
-    """A training that stops at NaN or infinity says so in one line."""
+def stopped_training(output_dir: str) -> Iterator[None]:
+    """A training that stops at NaN or infinity, or since the disk of `output_dir` is full, says so in one line."""
     from trl_kd.trainers.finite import NotFinite
 
     try:
         yield
-    except NotFinite as error:
+    except (NotFinite, DiskFull) as error:
         raise InputError(one_line(error)) from error
+    except Exception as error:
+        if is_disk_full(error, output_dir):  # a log, say
+            raise InputError(one_line(disk_full(output_dir, 2**20, "Checkpoints that are whole stay so"))) from error
+        raise
 
 
 def build_trainer(

@@ -3,13 +3,15 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
 from trl_kd.losses.dual import DualVariable, theory_radius
-from trl_kd.trainers.fields import without_tokens
+from trl_kd.trainers.fields import without_keys
+from trl_kd.trainers.full_disk import saving
 
 
 logger = get_logger(__name__)
@@ -38,6 +40,7 @@ class DualCheckpoints:
     dual: DualVariable
     args: Any
     model: Any
+    state: Any
     is_world_process_zero: Any
     _add_card_sections: Callable[[str, Any], None]
 
@@ -46,6 +49,14 @@ class DualCheckpoints:
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)  # type: ignore[misc]
         if self.is_world_process_zero():
             self._add_card_sections(os.path.join(self.args.output_dir, "README.md"), self)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with saving(self, os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with nullcontext() if _internal_call else saving(self):  # a part of a checkpoint, or the end
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -69,9 +80,9 @@ class DualCheckpoints:
         self.dual.load_state_dict(state)  # λ itself goes on from the checkpoint, whatever `dual_init` says
 
     def _save(self, output_dir=None, state_dict=None):
-        # `training_args.bin` is saved, and pushed, beside the weights: without any token
+        # `training_args.bin` is saved, and pushed, beside the weights: without any key
         given = vars(self.args).copy()
-        vars(self.args).update(without_tokens(given) | {"hub_token": None})
+        vars(self.args).update(without_keys(given) | {"hub_token": None})
         try:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:

@@ -1,6 +1,5 @@
 """Checks of the trainers' settings, with messages that name the field, its value and the fix."""
 
-import json
 import logging
 import math
 import os
@@ -16,6 +15,7 @@ from trl_kd._trl import get_config_model_id
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.reasoning import REASONING
 from trl_kd.responses.special_tokens import set_end_token, stop_at_end_token, unlearnable_end
+from trl_kd.sampling.recorded import MODEL_FIELDS, read_object, recorded
 
 
 REASONING_METADATA: dict[str, Any] = {
@@ -90,14 +90,8 @@ def settle_end_token(processing_class: Any, model: Any, eos_token: str | None, r
 
 def check_json(name: str, value: Any) -> None:
     """Raises a `ValueError` where the text of a dictionary field is no JSON object."""
-    if not isinstance(value, str):
-        return
-    try:
-        parsed = json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"`{name}` is {value!r}: it must be a JSON object.")
+    if isinstance(value, str):
+        read_object(name, value)
 
 
 def settle_bf16(args: Any) -> None:
@@ -145,7 +139,8 @@ def extend_config(args: Any, target: type, **changed: Any) -> Any:
             f"`{target.__name__}`, or derive your class from it."
         )
     settings = args.to_dict()
-    settings |= {name: getattr(args, name) for name in settings if name.endswith("_token")}  # masked in `to_dict`
+    masked = ("_token", "model_init_kwargs")  # in `to_dict`
+    settings |= {name: getattr(args, name) for name in settings if name.endswith(masked)}
     kept = {f.name: settings[f.name] for f in fields(target) if f.init and f.name in settings}
     return target(**kept | changed)
 
@@ -180,12 +175,15 @@ def as_config(args: Any, model: Any, target: type, suffix: str, **changed: Any) 
     return extend_config(args, target, **changed)
 
 
-def without_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of `settings` that hold keywords of `from_pretrained` (`…model_init_kwargs`), without the Hub's token: for files
-    that may be pushed."""
-    options = {name: value for name, value in settings.items() if name.endswith("model_init_kwargs")}
+def without_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that hold keywords of `from_pretrained` (`…model_init_kwargs`), with the keywords alone that
+    [`~trl_kd.sampling.recorded.MODEL_FIELDS`] lists: for files that may be pushed, for trackers, and for messages."""
     return {
-        name: {key: option for key, option in value.items() if key not in ("token", "use_auth_token")}
-        for name, value in options.items()
-        if isinstance(value, dict)
+        name: {
+            key: recorded(option, MODEL_FIELDS.of(key)) if isinstance(option, dict | list | str) else option
+            for key, option in value.items()
+            if key in MODEL_FIELDS.rules
+        }
+        for name, value in settings.items()
+        if name.endswith("model_init_kwargs") and isinstance(value, dict)
     }

@@ -16,6 +16,7 @@ from trl_kd.trainers.fields import (
     check_reasoning,
     parse_radius,
     settle_bf16,
+    without_keys,
 )
 from trl_kd.trainers.imitation_config import ImitationConfig
 
@@ -211,6 +212,11 @@ class MMPbKDConfig(DistillationConfig, ImitationConfig):
         settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
+
+    def to_dict(self):
+        """As TRL's, which trackers log, without what may be a key."""
+        settings = super().to_dict()
+        return settings | without_keys(settings)
 
     def _check_ranges(self) -> None:
         check_reasoning(self.reasoning)

@@ -14,6 +14,7 @@ from trl_kd.trainers.fields import (
     check_reasoning,
     parse_radius,
     settle_bf16,
+    without_keys,
 )
 from trl_kd.trainers.imitation_config import ImitationConfig
 
@@ -209,6 +210,11 @@ class OnlinePbKDConfig(RLOOConfig, ImitationConfig):
         settle_bf16(self)
         super().__post_init__()
         self._check_combinations()
+
+    def to_dict(self):
+        """As TRL's, which trackers log, without what may be a key."""
+        settings = super().to_dict()
+        return settings | without_keys(settings)
 
     @property
     def imitates(self) -> bool:

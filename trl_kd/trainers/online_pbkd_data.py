@@ -164,7 +164,8 @@ reward_model (`str` or `PreTrainedModel`):
         """On the process that asks."""
         if not self.needs_teacher or not accelerator.is_main_process:
             return None
-        return BatchPairs(self.sampler(), self.preference, Path(folder), self.args.reasoning)
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"))
+        return BatchPairs(self.sampler(), self.preference, Path(folder), self.args.reasoning, checkpoints)
 
     def warn_of_nothing(self, groups: list[PromptGroup], wins: list[float], known: list[int]) -> None:
         """Says so if in the first batch the teacher answered nothing, or nothing is known, no pair before either."""

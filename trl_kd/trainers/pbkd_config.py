@@ -15,6 +15,7 @@ from trl_kd.trainers.fields import (
     check_reasoning,
     parse_radius,
     settle_bf16,
+    without_keys,
 )
 from trl_kd.trainers.imitation_config import ImitationConfig, is_changed
 
@@ -218,6 +219,11 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         super().__post_init__()  # `loss_type` is a list from here on
         self._check_combinations()
         self._check_terms()
+
+    def to_dict(self):
+        """As TRL's, which trackers log, without what may be a key."""
+        settings = super().to_dict()
+        return settings | without_keys(settings)
 
     @property
     def has_preference_term(self) -> bool:

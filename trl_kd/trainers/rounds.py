@@ -33,6 +33,7 @@ from trl_kd.trainers.rounds_checks import check_rounds, describe_rounds, no_pair
 from trl_kd.trainers.rounds_folder import (
     CARD_RESULTS,
     ENDED,
+    RECORD,
     SAMPLED,
     TRAINED,
     RoundsFolder,
@@ -183,7 +184,10 @@ class PbKDRounds:
             student = default_student(settings, self.args, quantization_config, peft_config is not None)
         self.student = student
         looked_up = getattr(teacher, "is_lookup", True)  # anything else is refused below
-        self.teacher: Any = teacher if looked_up else FetchedAnswers(teacher, self.folder.teacher, num_teacher_samples)
+        self.teacher: Any = teacher
+        if not looked_up:
+            made = [self.folder.round(1) / RECORD]
+            self.teacher = FetchedAnswers(teacher, self.folder.teacher, num_teacher_samples, made=made)
         check_rounds(self)
 
     def run(self) -> dict[str, Any]:

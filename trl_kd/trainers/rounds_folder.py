@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trl_kd.pairs.store import differences, listed
-from trl_kd.trainers.fields import without_tokens
+from trl_kd.pairs.differences import differences, listed
+from trl_kd.sampling.recorded import recorded_settings
+from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.rounds_regret import regret_coefficient
 
@@ -115,7 +116,8 @@ class RoundsFolder:
     @property
     def begun_with(self) -> dict[str, Any]:
         """The settings of the rounds that are here; empty where there are none."""
-        return (_read(self.path / REPORT) or {}).get("settings", {})
+        settings = recorded_settings((_read(self.path / REPORT) or {}).get("settings", {}))
+        return settings | without_keys(settings)
 
     def check(self, settings: dict[str, Any], rounds: int) -> None:
         """
@@ -177,7 +179,7 @@ def compared_settings(args: Any) -> dict[str, Any]:
     """The fields of a training config that decide what comes out, as JSON."""
     names = [f.name for f in fields(args) if f.name not in _NOT_COMPARED]
     values = {name: getattr(args, name) for name in names if not name.startswith(_NOT_COMPARED_PREFIXES)}
-    return as_json(values | without_tokens(values))
+    return as_json(values | without_keys(values))
 
 
 def as_json(value: Any) -> Any:

@@ -16,6 +16,7 @@ from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
+from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.output_heads import head_logits, is_split, output_head, output_layer, whole
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
@@ -105,9 +106,11 @@ class Teacher:
             if teacher is student:
                 raise ValueError("`teacher_model` and `model` are the same object: load the teacher for itself.")
             for name in ("teacher_model_name_or_path", "teacher_model_init_kwargs"):
-                if getattr(args, name) is not None:
+                value = getattr(args, name)
+                if value is not None:
+                    shown = without_keys({name: value}).get(name, value)
                     raise ValueError(
-                        f"`teacher_model` is given, and so is `{name}` = {getattr(args, name)!r} for another: drop one."
+                        f"`teacher_model` is given, and so is `{name}` = {shown!r} for another: drop one."
                     )
         return cls(args, teacher)
 
@@ -222,7 +225,8 @@ class Teacher:
         return output_layer(self._accelerator.unwrap_model(self.model), self.own)
 
     def _from_pretrained(self) -> PreTrainedModel:
-        given: Any = self._args.teacher_model_init_kwargs
+        name = "teacher_model_init_kwargs"
+        given: Any = getattr(self._args, name)
         kwargs = dict(given or {})
         kwargs.setdefault("revision", self._args.teacher_model_revision or "main")
         kwargs.setdefault("trust_remote_code", self._args.trust_remote_code)
@@ -234,7 +238,7 @@ class Teacher:
                 return load_model(self.name, kwargs)
         except (TypeError, ImportError) as error:
             raise ValueError(
-                f"The teacher {self.name!r} cannot be loaded with `teacher_model_init_kwargs` = {given}: {error}"
+                f"The teacher {self.name!r} cannot be loaded with `{name}` = {without_keys({name: given})}: {error}"
             ) from error
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
