@@ -14,6 +14,7 @@ from trl import ModelConfig
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.scripts.paths import check_name, nearest_folder
 from trl_kd.trainers.checkpoints import last_checkpoint
 
 
@@ -90,12 +91,13 @@ def _check_reporting(names: list[str]) -> None:
 
 def check_output_dir(output_dir: str) -> None:
     """Raises unless `output_dir` can be written to. It is not created: a check must leave no trace."""
-    path = Path(output_dir).expanduser().absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    if not path.is_dir():
-        raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")
+    if not output_dir:
+        raise InputError("`output_dir` is empty: give a folder.")
+    check_name("output_dir", output_dir)
     try:
+        path = nearest_folder(Path(output_dir).absolute())
+        if not path.is_dir():
+            raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -127,7 +129,7 @@ def _checkpoint(value: Any, output_dir: str) -> str | None:
 def check_model_source(field: str, name: str, adapters: bool = False) -> None:
     """Raises when the model that `field` names is a path to nothing, or a folder without a model. Where `adapters` are not
     taken, an adapter alone is none."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if not (path / "adapter_config.json").is_file():

@@ -180,7 +180,7 @@ def check(args: PairsArguments) -> None:
         return
     if args.dataset_name is None:
         raise InputError("`dataset_name` is not set: give the prompts, a Hub id, a folder or a file.")
-    prompts = Path(args.dataset_name).expanduser()
+    prompts = Path(args.dataset_name)
     if prompts.is_dir() and Path(args.output_dir).resolve().is_relative_to(prompts.resolve()):
         raise InputError(
             f"`output_dir` is {args.output_dir!r}, in the folder {args.dataset_name!r} that `dataset_name` names: what is "

@@ -216,4 +216,4 @@ def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Except
 
 def _hub_dataset(name: str | None) -> str | None:
     """The dataset's name for the model card, which knows those of the Hub only."""
-    return None if name is None or Path(name).expanduser().exists() else name
+    return None if name is None or Path(name).exists() else name
