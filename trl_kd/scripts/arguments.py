@@ -19,6 +19,7 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, one_line, refuse
+from trl_kd.scripts.suggestions import advice
 
 
 _NOT_FOR_USERS = {"-m", "--module", "--no_python", "--no-python", "-h", "--help"}
@@ -233,10 +234,8 @@ class _Parser(TrlParser):
 
     def _advice(self, key: str) -> str:
         ours = [option for action in self._actions for option in action.option_strings]
-        names = {option[2:]: option for option in [*ours, *self._launch_options(), "--config", "--traceback"]}
-        known = [name for name in names if "-" not in name]
-        close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, n=1)
-        return f"did you mean `{close[0]}`?" if close else f"`{self.prog} --help` lists the keys."
+        names = [option[2:] for option in [*ours, "--config", "--traceback"]]
+        return advice(key, (n for n in names if "-" not in n)) or f"`{self.prog} --help` lists the keys."
 
 
 def launch_options() -> dict[str, argparse.Action]:
