@@ -39,6 +39,12 @@ def trl_kd(capfd, monkeypatch):
     return run
 
 
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    """A key as `api:` models of OpenAI's server need one. No test reaches it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
+
+
 @pytest.fixture
 def jsonl(tmp_path):
     """Writes rows to a JSONL file and returns its path."""

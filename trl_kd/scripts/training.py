@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.scripts.arguments import Parsed, parse
-from trl_kd.scripts.checks import model_error
+from trl_kd.scripts.checks import check_push, model_error
 from trl_kd.scripts.errors import InputError, bad_input, one_line, report
 from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
 
@@ -88,6 +88,7 @@ class TrainingCommand:
         parsed = parse(self.arguments, argv, self.prog, self.required)
         with bad_input():
             self.check(*parsed.values)
+        check_push(parsed.values[1])
         return parsed
 
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:

@@ -237,7 +237,7 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
 
 def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[str]:
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(_setting(trainer.args, name))} |" for name in settings]
+    lines += [f"| `{name}` | {_cell(setting(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
     if hasattr(trainer, "text_counts") and trainer.args.imitation_weight:
         lines += [
@@ -263,7 +263,8 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     return lines
 
 
-def _setting(args: Any, name: str) -> Any:
+def setting(args: Any, name: str) -> Any:
+    """The value of a field that the training uses."""
     return args.final_imitation_q if name == "imitation_q" else getattr(args, name)
 
 
