@@ -17,10 +17,13 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The line that says what is wrong; there is one, it is the last, and no traceback is in front of it."""
+        """The line that says what is wrong. There is one, it is the last but for commands that show the way out, and no
+        traceback is in front of it."""
         assert self.code == 2, (self.out, self.err)
         assert "Traceback" not in self.err
         lines = self.err.splitlines()
+        while lines[-1].startswith("  "):
+            lines.pop()
         assert [line for line in lines if "error: " in line] == lines[-1:]
         return lines[-1]
 
@@ -28,7 +31,8 @@ class Outcome:
 @pytest.fixture
 def trl_kd(capfd, monkeypatch):
     """Runs `trl-kd` with words given one by one or, where they have no spaces, together."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "TRL_KD_LAUNCHED"):
+        monkeypatch.delenv(name, raising=False)
 
     def run(*words: str) -> Outcome:
         capfd.readouterr()
@@ -37,6 +41,12 @@ def trl_kd(capfd, monkeypatch):
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    """A key as `api:` models of OpenAI's server need one. No test reaches it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
 
 
 @pytest.fixture

@@ -216,6 +216,7 @@ def test_a_student_in_four_bits(trl_kd, mm_base, out, trained):
 
 def test_pushing(trl_kd, mm_base, monkeypatch):
     trainer_class = mm_pbkd_trainer.MMPbKDTrainer
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self, token: {})
     pushed = []
     monkeypatch.setattr(trainer_class, "init_hf_repo", lambda self, **kwargs: None)
     monkeypatch.setattr(trainer_class, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))

@@ -1,6 +1,7 @@
 """`trl-kd online-pbkd` from arguments to a saved student, on tiny models, and what is refused before weights load."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -325,6 +326,7 @@ def test_a_server_is_asked_once(trl_kd, online, pairs_config, jsonl, out, monkey
         assert not out.exists()
         ok(trl_kd(*words, "--max_steps", "1"))
         assert server.count == 3  # one for each prompt of the batch
+        shutil.rmtree(out / "checkpoint-1")  # to start over; the teacher's answers stay
         assert "No more." in trl_kd(*words, "--seed", "1", "--max_steps", "2").error
         assert "No more." in trl_kd(*words, "--dry_run").error
 

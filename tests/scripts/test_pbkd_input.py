@@ -37,7 +37,14 @@ def replaced(base, key, value=None):
         (["--imitation-weigth=2"], ["unknown key `--imitation-weigth`", "did you mean `imitation_weight`"]),
         (["--learning_r", "1"], ["unknown key `--learning_r`", "`learning_rate`"]),  # no abbreviations
         (["--no_remove_unused"], ["unknown key `--no_remove_unused`", "`no_remove_unused_columns`"]),
-        (["--num_proceses", "2"], ["unknown key `--num_proceses`", "did you mean `num_processes`"]),  # accelerate's
+        (["--num_proceses", "2"], ["unknown key `--num_proceses`", "`trl-kd pbkd --help` lists the keys"]),
+        (["--lora_rank", "8"], ["unknown key `--lora_rank`", "did you mean `lora_r`?"]),
+        (["--logging_dir", "x"], ["unknown key `--logging_dir`", "TENSORBOARD_LOGGING_DIR"]),
+        (["--batch-size=2"], ["unknown key `--batch-size`", "did you mean `per_device_train_batch_size`?"]),
+        (["--lr", "1"], ["unknown key `--lr`", "did you mean `learning_rate`?"]),
+        (["--model", "x"], ["unknown key `--model`", "did you mean `model_name_or_path`?"]),
+        (["--imitation_q_", "1"], ["did you mean `imitation_q_warmup`?"]),
+        (["--lora", "x"], ["did you mean `use_peft`?"]),
         (["--module"], ["unknown key `--module`"]),  # what to launch is not the user's to say
         (["--qqqqqqq"], ["unknown key `--qqqqqqq`", "trl-kd pbkd --help"]),
         (["stray"], ["unexpected word 'stray'"]),
@@ -62,7 +69,8 @@ def test_keys_that_are_known_in_every_spelling(trl_kd, base):
     [
         ("betta: 0.2", ["unknown key `betta` in", "did you mean `beta`"]),
         ("learning-rate: 0.2", ["unknown key `learning-rate`", "`learning_rate`"]),
-        ("num_proceses: 2", ["unknown key `num_proceses`", "`num_processes`"]),
+        ("num_proceses: 2", ["unknown key `num_proceses`", "lists the keys"]),
+        ("lora_rank: 8", ["unknown key `lora_rank` in", "did you mean `lora_r`?"]),
         ("help: true", ["unknown key `help`"]),
         ("beta: [", ["not readable as YAML"]),
         ("- beta", ["must hold a mapping"]),

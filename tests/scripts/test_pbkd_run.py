@@ -180,6 +180,7 @@ def test_resuming_gives_what_an_unbroken_run_gives(trl_kd, base, tmp_path, train
 
 def test_pushing(trl_kd, base, out, monkeypatch, trained):
     monkeypatch.setattr(pbkd_trainer.PbKDTrainer, "init_hf_repo", lambda self, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self, token: {})
     pushed = []
     monkeypatch.setattr(pbkd_trainer.PbKDTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(kwargs))
     monkeypatch.setattr(pbkd_trainer.PbKDTrainer, "_push_from_checkpoint", lambda *args: None, raising=False)

@@ -1,5 +1,6 @@
 """Pairs on disk: Parquet files that appear whole or not at all, how they are read, and how pieces become one."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -302,7 +303,7 @@ def load_pairs(output_dir: str | os.PathLike, strict_only: bool = False) -> Data
     """
     files = data_files(output_dir)
     if sum(pq.read_metadata(file).num_rows for file in files):
-        dataset = Dataset.from_parquet(files)
+        dataset = Dataset.from_parquet([glob.escape(file) for file in files])  # a name is not a pattern
         assert isinstance(dataset, Dataset)
     else:  # a piece without pairs, which the other way of reading refuses
         dataset = Dataset(pq.read_table(files[0]))

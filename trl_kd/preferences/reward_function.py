@@ -229,7 +229,8 @@ def load_function(name: str) -> Callable[..., Any]:
     module_name, colon, attributes = name.rpartition(":")
     if not colon:
         module_name, _, attributes = name.rpartition(".")
-    if not module_name or not attributes or module_name.startswith(".") or attributes == "py":
+    is_relative_module = module_name.startswith(".") and not module_name.endswith(".py")
+    if not module_name or not attributes or is_relative_module or attributes == "py":
         raise ValueError(
             f"no function {name!r}: give it as 'package.module.function', 'package.module:function' or "
             "'path/to/file.py:function'."

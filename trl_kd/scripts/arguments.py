@@ -17,7 +17,9 @@ import yaml
 from trl import ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
+from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, one_line, refuse
+from trl_kd.scripts.suggestions import advice
 
 
 _NOT_FOR_USERS = {"-m", "--module", "--no_python", "--no-python", "-h", "--help"}
@@ -122,7 +124,7 @@ def parse(
             raise InputError(f"`{name}` is not set: {told}")
     with bad_input():
         values = _fill(parser, rest)
-    script_args = [] if path is None else ["--config", path]
+    script_args = [] if path is None else paths.option("config", path)
     script_args += _without(rest, remaining)
     return Parsed(values, script_args, from_file + remaining, remaining)
 
@@ -142,7 +144,7 @@ def _fill(parser: "_Parser", words: list[str]) -> tuple[Any, ...]:
 def _take_config(argv: list[str], prog: str) -> tuple[str | None, list[str]]:
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    parser.add_argument("--config")
+    parser.add_argument("--config", type=paths.reader("config"))
     known, rest = parser.parse_known_args(argv)
     return known.config, rest
 
@@ -172,6 +174,11 @@ class _Parser(TrlParser):
             epilog="Every key may stand in the YAML file of --config; the command line wins. "
             f"{passed_on if is_launched else ''}--traceback shows where an error is from.",
         )
+        for action in self._actions:
+            if action.dest in paths.FIELDS:
+                action.type = paths.reader(action.dest)
+            elif action.dest == "datasets":
+                action.type = _dataset_of_path
 
     def error(self, message: str):
         refuse(message)
@@ -227,10 +234,8 @@ class _Parser(TrlParser):
 
     def _advice(self, key: str) -> str:
         ours = [option for action in self._actions for option in action.option_strings]
-        names = {option[2:]: option for option in [*ours, *self._launch_options(), "--config", "--traceback"]}
-        known = [name for name in names if "-" not in name]
-        close = [name for name in known if name.startswith(key)] or get_close_matches(key, known, n=1)
-        return f"did you mean `{close[0]}`?" if close else f"`{self.prog} --help` lists the keys."
+        names = [option[2:] for option in [*ours, "--config", "--traceback"]]
+        return advice(key, (n for n in names if "-" not in n)) or f"`{self.prog} --help` lists the keys."
 
 
 def launch_options() -> dict[str, argparse.Action]:
@@ -278,6 +283,8 @@ def _converted(key: str, value: Any, action: argparse.Action, path: str) -> Any:
 
 
 def _scalar(value: Any, action: argparse.Action, where: str) -> Any:
+    if action.dest in paths.FIELDS:
+        return paths.resolved(action.dest, value) if isinstance(value, str) else value
     kind = getattr(action.type, "__name__", "")
     if action.choices is not None:
         choices = list(action.choices)
@@ -293,10 +300,14 @@ def _scalar(value: Any, action: argparse.Action, where: str) -> Any:
         raise InputError(f"{where}: it must be {KINDS[kind]}.") from None
 
 
+def _dataset_of_path(path: str) -> DatasetConfig:
+    return DatasetConfig(path=paths.resolved("datasets", path))
+
+
 def _dataset_config(entry: Any, path: str) -> DatasetConfig:
     known = [f.name for f in fields(DatasetConfig)]
     if isinstance(entry, str):
-        return DatasetConfig(path=entry)
+        return _dataset_of_path(entry)
     if not isinstance(entry, dict) or "path" not in entry:
         raise InputError(
             f"`datasets` in {path} holds {entry!r}: each entry needs a `path` (keys: {', '.join(known)})."
@@ -306,4 +317,6 @@ def _dataset_config(entry: Any, path: str) -> DatasetConfig:
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
             raise InputError(f"unknown key `{key}` in an entry of `datasets` in {path}: {advice}")
-    return DatasetConfig(**entry)
+    named = ("path", "data_dir", "data_files")
+    resolved = {k: paths.resolved("datasets", v) for k, v in entry.items() if k in named and isinstance(v, str)}
+    return DatasetConfig(**entry | resolved)

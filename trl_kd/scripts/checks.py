@@ -4,7 +4,10 @@ Checks of a training command that need no dataset and no weights: what is missin
 What imports PEFT, and with it bitsandbytes, is imported where it is used: `trl-kd pairs` with a server needs neither.
 """
 
+import os
+import re
 import tempfile
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from trl import ModelConfig
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.scripts.paths import check_name, nearest_folder
 from trl_kd.trainers.checkpoints import last_checkpoint
 
 
@@ -52,6 +56,9 @@ def check_training(training_args: Any, model_args: Any) -> None:
             "`teacher_model_init_kwargs` asks for a quantised teacher, which needs bitsandbytes: pip install 'trl-kd[bnb]'."
         )
     _check_reporting(training_args.report_to)
+    check_attention("attn_implementation", model_args.attn_implementation)
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        check_attention(name, (getattr(training_args, name, None) or {}).get("attn_implementation"))
     check_output_dir(training_args.output_dir)
 
 
@@ -82,25 +89,52 @@ def _check_quantization(model_args: ModelConfig) -> None:
 def _check_reporting(names: list[str]) -> None:
     from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+    unknown = next((name for name in names if name not in INTEGRATION_TO_CALLBACK), None)
+    if unknown is not None:
+        close = get_close_matches(unknown, INTEGRATION_TO_CALLBACK, n=1)
+        meant = f"did you mean {close[0]!r}?" if close else "drop it."
+        raise InputError(
+            f"`report_to` is {unknown!r}, which is none of {', '.join(INTEGRATION_TO_CALLBACK)}, all and none: {meant}"
+        )
     known = set(INTEGRATION_TO_CALLBACK) - {"flyte", "kubeflow"}  # which the function below does not look for
     missing = [name for name in names if name in known and name not in get_available_reporting_integrations()]
     if missing:
         raise InputError(f"`report_to` is {missing[0]!r}, which is not installed: install it, or use 'none'.")
 
 
+def check_attention(field: str, name: Any) -> None:
+    """Raises for an implementation of attention that is not there, or whose package is not. `field` asks for it."""
+    if not isinstance(name, str):
+        return
+    from transformers import AttentionInterface
+    from transformers import utils as parts
+
+    version = re.fullmatch(r"(?:paged\|)?flash_attention_(\d)", name)
+    where = f"`{field}` asks for attention by {name!r}" if field != "attn_implementation" else f"`{field}` is {name!r}"
+    if "/" in name or version is not None:
+        is_there = version is not None and getattr(parts, f"is_flash_attn_{version[1]}_available", lambda: False)()
+        if not is_there and find_spec("kernels") is None:
+            needed = "kernels" if version is None else "flash-attn and a GPU, or kernels"
+            raise InputError(f"{where}, which needs the package {needed}: install it, or use 'sdpa'.")
+    elif name not in (known := ["eager", *AttentionInterface().valid_keys()]):
+        raise InputError(f"{where}, which is none of {', '.join(known)}: use one of them, or drop it.")
+
+
 def check_output_dir(output_dir: str) -> None:
     """Raises unless `output_dir` can be written to. It is not created: a check must leave no trace."""
-    path = Path(output_dir).expanduser().absolute()
+    if not output_dir:
+        raise InputError("`output_dir` is empty: give a folder.")
+    check_name("output_dir", output_dir)
+    path = Path(output_dir).absolute()
     for link in (place for place in [path, *path.parents] if place.is_symlink() and not place.exists()):
         raise InputError(
             f"`output_dir` is {output_dir!r}, but {str(link)!r} is a link to {str(link.readlink())!r}, which is not there: "
             "make that folder, or choose another."
         )
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    if not path.is_dir():
-        raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")
     try:
+        path = nearest_folder(path)
+        if not path.is_dir():
+            raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -132,7 +166,7 @@ def _checkpoint(value: Any, output_dir: str) -> str | None:
 def check_model_source(field: str, name: str, adapters: bool = False) -> None:
     """Raises when the model that `field` names is a path to nothing, or a folder without a model. Where `adapters` are not
     taken, an adapter alone is none."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if not (path / "adapter_config.json").is_file():
@@ -150,6 +184,20 @@ def check_model_source(field: str, name: str, adapters: bool = False) -> None:
         raise InputError(f"`{field}` is {name!r}, a file: give the folder of a model, or a Hub id.")
     elif looks_like_path(name):
         raise InputError(f"`{field}` is {name!r}: no such folder.")
+
+
+def hub_name(training_args: Any) -> str:
+    """The repository that a student is pushed to."""
+    return training_args.hub_model_id or Path(training_args.output_dir).absolute().name
+
+
+def check_push(training_args: Any) -> None:
+    """Raises where a student is to be pushed, and could not be in the end."""
+    # Under a launcher one process asks: the Hub answers this question a limited number of times
+    if training_args.push_to_hub and os.environ.get("RANK", "0") == "0":
+        field = "hub_model_id" if training_args.hub_model_id else "output_dir"
+        value = getattr(training_args, field)
+        check_hub(hub_name(training_args), field, value, "hub_model_id", training_args.hub_token)
 
 
 def check_hub(name: str, field: str, value: Any, own_field: str, token: str | None = None) -> None:

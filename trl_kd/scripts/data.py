@@ -1,6 +1,10 @@
 """Where a command's rows come from: the Hub, a saved folder, a folder of files, or one file."""
 
+import glob
 import hashlib
+import re
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.scripts.paths import check_name
 
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -37,7 +42,7 @@ def load_datasets(
     """
     source = "`datasets`" if mixture.datasets else f"`dataset_name` = {script_args.dataset_name!r}"
     try:
-        splits = get_dataset(mixture) if mixture.datasets else _load_named(script_args)
+        splits = _load_mixture(mixture) if mixture.datasets else _load_named(script_args)
     except InputError:
         raise
     except Exception as error:  # `datasets` wraps what goes wrong in a file in exceptions of its own
@@ -154,16 +159,27 @@ def _load_named(script_args: ScriptArguments) -> Any:
     return _load(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
 
 
+def _load_mixture(mixture: DatasetMixtureConfig) -> Any:
+    local = [
+        replace(entry, path=_without_patterns(Path(entry.path))) if Path(entry.path).is_dir() else entry
+        for entry in mixture.datasets
+    ]
+    return get_dataset(replace(mixture, datasets=local))
+
+
 def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_name") -> Any:
     options: dict[str, Any] = {"streaming": streaming}
-    path = Path(name).expanduser()
+    path = Path(name)
+    if path.exists():
+        check_name(field, name)
+        path = path.absolute()  # `datasets` expands a `~` that is the beginning of a name
     if path.is_file():
         builder = BUILDERS.get(path.suffix)
         if builder is None:
             raise InputError(f"`{field}` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
         if _is_blank(path):  # for which each release of `datasets` has another error
             raise InputError(f"`{field}` is {name!r}, which is empty: it needs at least one row.")
-        return load_dataset(builder, data_files=str(path), **options)
+        return load_dataset(builder, data_files=glob.escape(str(path)), **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _load_saved(path, streaming, field)
@@ -172,7 +188,7 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
                 f"`{field}` is the folder {name!r}, which holds neither a saved dataset nor "
                 f"{', '.join(BUILDERS)} files."
             )
-        return load_dataset(str(path), name=config, cache_dir=_cache_of(path), **options)
+        return load_dataset(_without_patterns(path), name=config, cache_dir=_cache_of(path), **options)
     if looks_like_path(name) or path.suffix in BUILDERS:
         raise InputError(f"`{field}` is {name!r}: no such file or folder.")
     try:
@@ -200,6 +216,20 @@ def _cache_of(path: Path) -> str:
             state += [str(file), str(file.stat().st_size), str(file.stat().st_mtime_ns)]
     name = hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
     return str(Path(hf_datasets.config.HF_DATASETS_CACHE) / "trl-kd" / name)
+
+
+def _without_patterns(path: Path) -> str:
+    """The folder, or one of links to its files if `datasets` would read the folder's own name as a pattern."""
+    if not re.search(r"[*?\[\n]", str(path.resolve())):
+        return str(path)
+    links = Path(_cache_of(path)) / "links"
+    for file in path.rglob("*"):
+        if file.is_file():
+            link = links / file.relative_to(path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # of an earlier run, or another process
+                link.symlink_to(file.resolve())
+    return str(links)
 
 
 def _load_saved(path: Path, streaming: bool, field: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from trl_kd.scripts import paths
 from trl_kd.scripts.errors import bad_input
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(
-    output_dir: Path,
+    output_dir: str | Path,
     seeds: int = 1,
     tasks: list[str] | tuple[str, ...] = DEFAULT_TASKS,
     settings: "DemoSettings | None" = None,
@@ -73,7 +74,7 @@ def run(
     Runs the demo, or what is missing of it, and prints its table and the paths of its results.
 
     Args:
-        output_dir (`Path`):
+        output_dir (`str` or `Path`):
             Folder of the results; every stage found there in full is taken from there.
         seeds (`int`, *optional*, defaults to `1`):
             Number of seeds, each with a teacher, a start and students of its own.
@@ -97,7 +98,7 @@ def run(
         for number, cell in enumerate(cells, 1):
             print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
             results.setdefault(cell.task.name, []).append(cell.compare(white_box))
-        _finish(output_dir, cells, results, time.monotonic() - started)
+        _finish(Path(output_dir), cells, results, time.monotonic() - started)
     return results
 
 
@@ -115,14 +116,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output_dir",
-        type=Path,
-        default=Path("runs/demo"),
+        type=paths.reader("output_dir"),
+        default="runs/demo",
         metavar="DIR",
         help="where results go (default: runs/demo)",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
+        type=paths.reader("tasks"),
         default=list(DEFAULT_TASKS),
         metavar="TASK",
         help="bundled tasks (running_sums, addition), or your own as module:attribute or file.py:attribute "
@@ -143,22 +145,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _prepare(output_dir: Path, seeds: int, tasks, settings) -> list[Any]:
+def _prepare(output_dir: str | Path, seeds: int, tasks, settings) -> list[Any]:
     """Loads what is heavy, checks the tasks and the folder, and returns the cells to run."""
     print("Loading TRL ...", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from trl_kd.scripts.checks import check_output_dir
     from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
     from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
     from trl_kd.scripts.demo_stage import check_settings
     from trl_kd.tasks import TASKS, load_task
 
     quiet_libraries()
+    check_output_dir(str(output_dir))
+    folder = Path(output_dir)
     settings = settings or DemoSettings()
     loaded = [load_task(name, TASKS) for name in dict.fromkeys(tasks)]
     for task in loaded:
-        check_settings(output_dir / task.name, fingerprint(task, settings))
+        check_settings(folder / task.name, fingerprint(task, settings))
     return [
-        Cell(task, seed, settings, output_dir / task.name / f"seed{seed}", BarCallback)
+        Cell(task, seed, settings, folder / task.name / f"seed{seed}", BarCallback)
         for task in loaded
         for seed in range(seeds)
     ]

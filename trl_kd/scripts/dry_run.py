@@ -73,6 +73,20 @@ def first_rows(dataset: Any) -> list[dict[str, Any]]:
     )
 
 
+def total_steps(epoch_steps: int | None, args: Any) -> int:
+    """
+    How many optimizer steps the run has.
+
+    Raises:
+        `ValueError`: that is not known, of a stream without `max_steps`.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    if epoch_steps is None:
+        raise ValueError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
+    return math.ceil(args.num_train_epochs * epoch_steps)
+
+
 def describe_steps(epoch_steps: int | None, args: Any, processes: int) -> Table:
     """
     Args:
@@ -86,12 +100,8 @@ def describe_steps(epoch_steps: int | None, args: Any, processes: int) -> Table:
     batch = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
     told = f"{batch} rows a step ({args.per_device_train_batch_size} × {processes} processes × "
     told += f"{args.gradient_accumulation_steps} accumulated)"
-    if args.max_steps > 0:
-        return [("steps", f"{args.max_steps}, {told}")]
-    if epoch_steps is None:
-        raise ValueError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
-    steps = math.ceil(args.num_train_epochs * epoch_steps)
-    return [("steps", f"{steps} in {args.num_train_epochs:g} epochs, {told}")]
+    epochs = "" if args.max_steps > 0 else f" in {args.num_train_epochs:g} epochs"
+    return [("steps", f"{total_steps(epoch_steps, args)}{epochs}, {told}")]
 
 
 # ---- Models ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -21,7 +21,19 @@ KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true o
 
 
 class InputError(Exception):
-    """Input that a command refuses: a sentence that names the field, its value and the way out."""
+    """
+    Input that a command refuses.
+
+    Args:
+        message (`str`):
+            A sentence that names the field, its value and the way out.
+        commands (`Mapping[str, str]`, *optional*):
+            Ways out that are commands to be pasted, by what they do.
+    """
+
+    def __init__(self, message: str, commands: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.commands = dict(commands or {})
 
 
 @contextmanager
@@ -49,10 +61,15 @@ def bad_input() -> Iterator[None]:
 
 def one_line(error: BaseException | str) -> str:
     """The text of an error on one line, without credentials."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
+    text = without_credentials(" ".join(str(error).split()) or type(error).__name__)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+def without_credentials(text: str) -> str:
+    """A text without the Hub's tokens and the passwords of addresses."""
+    text = re.sub(r"://[^/@\s]+@", "://***@", text)
+    text = re.sub(r"(--hub[_-]token[ =])\S+", r"\1***", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
 
 
 def refuse(message: str) -> None:
@@ -88,6 +105,8 @@ def report(command: Callable[[], int], prog: str, with_traceback: bool = False) 
             if with_traceback:
                 traceback.print_exception(error)
             print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+            for name, words in error.commands.items():
+                print(f"  {name}: {words}", file=sys.stderr)
         return INPUT_ERROR
     except SystemExit as stop:  # argparse's way out of --help
         return int(stop.code or 0)

@@ -15,6 +15,10 @@ import yaml
 from trl_kd.scripts.errors import InputError, bad_input, one_line, refuse, show_traceback
 
 
+LAUNCHED = "TRL_KD_LAUNCHED"
+"""Set in the environment of processes that [`launch`] has started."""
+
+
 def resolve_config(name: str | None) -> list[str]:
     """`--accelerate_config` as arguments of `accelerate launch`: a file, or the name of one that TRL ships."""
     if name is None:
@@ -86,6 +90,7 @@ def launch(module: str, script_args: list[str], launch_args: list[str]) -> int:
         The exit code of the first process that failed, or 0. What went wrong there has been said there.
     """
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if show_traceback.get():
@@ -95,8 +100,13 @@ def launch(module: str, script_args: list[str], launch_args: list[str]) -> int:
     with bad_input():
         args = parse_launch_args(launch_args, module, script_args)
         _check_processes(args)
+        os.environ[LAUNCHED] = "1"
         try:
             launch_command(args)
+        except SignalException as stop:  # so that the processes have ended before this one does
+            if stop.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            return 128 + stop.sigval
         except subprocess.CalledProcessError as error:
             return _exit_code(error.returncode, "The training process")
         except ChildFailedError as error:

@@ -26,6 +26,7 @@ from trl_kd.scripts.dry_run import (
     teacher_memory,
     tokenize_prompt,
 )
+from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
 from trl_kd.trainers.imitation_weights import PairWeights
 from trl_kd.trainers.mm_pbkd_data import (
@@ -86,7 +87,9 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
             table += _describe_pairs(pairs, processor, training_args, processes)
     if training_args.imitation_weight > 0:
         table.append(("imitation", _describe_imitation(train_dataset, pairs, training_args)))
-    table += describe_steps(_epoch_steps(train_dataset, training_args, processes), training_args, processes)
+    epoch_steps = _epoch_steps(train_dataset, training_args, processes)
+    table += describe_steps(epoch_steps, training_args, processes)
+    table += describe_training(training_args, model_args, epoch_steps)
     return table + _describe_memory(training_args, model_args, with_pairs=pairs is not None)
 
 

@@ -23,6 +23,7 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     tokenize_prompt,
 )
+from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.online_pbkd_parts import Parts, make_parts, said, teacher_folder
 from trl_kd.scripts.pairs_arguments import is_server
 from trl_kd.scripts.pairs_dry_run import ask_teacher
@@ -71,7 +72,9 @@ def _describe(script_args: Any, args: Any, model_args: Any, mixture: Any, proces
     if args.adversary != "off":
         table += _describe_pairs(parts, online, processor, args, processes)
     table.append(("student climbs", _climbed(args, script_args.reward_funcs or [])))
-    table += describe_steps(_epoch_steps(parts.train_dataset, args, processes), args, processes)
+    epoch_steps = _epoch_steps(parts.train_dataset, args, processes)
+    table += describe_steps(epoch_steps, args, processes)
+    table += describe_training(args, model_args, epoch_steps)
     return table + _describe_memory(parts, args, model_args)
 
 

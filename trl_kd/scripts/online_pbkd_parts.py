@@ -229,7 +229,7 @@ def reward_function(name: str) -> str | Callable:
         function = getattr(rewards, name)
         # As `trl rloo` calls it
         return function(max_completion_len=1280, soft_punish_cache=256) if name == TRL_REWARDS[-1] else function
-    if Path(name).expanduser().is_dir() or ("/" in name and ":" not in name):
+    if Path(name).is_dir() or ("/" in name and ":" not in name):
         check_model_source("reward_funcs", name)
         return name
     if "." not in name and ":" not in name:

@@ -27,6 +27,7 @@ from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import SOURCES, PairsArguments, check, parse_shard
 from trl_kd.scripts.pairs_dry_run import dry_run
 from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.paths import option, shell
 
 
 PROG = "trl-kd pairs"
@@ -112,7 +113,8 @@ def _report(output_dir: str) -> None:
             file=sys.stderr,
         )
         return
-    print(f"\nPairs: {output_dir}   (trl-kd pbkd --dataset_name {output_dir}, or trl_kd.pairs.load_pairs)")
+    train = shell("trl-kd", "pbkd", *option("dataset_name", output_dir))
+    print(f"\nPairs: {output_dir}   ({train}, or trl_kd.pairs.load_pairs)")
     print(f"Page:  {Path(output_dir) / 'pairs.html'}")
 
 

@@ -2,14 +2,18 @@
 
 # ruff: noqa: RUF009 (`_field` is `dataclasses.field`)
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from trl_kd.pairs.folder import check_folder
+from trl_kd.pairs.report import SUMMARY
+from trl_kd.sampling.client import OPENAI_URL
 from trl_kd.sampling.recorded import read_object
-from trl_kd.scripts.checks import check_output_dir
+from trl_kd.scripts.checks import check_attention, check_output_dir
 from trl_kd.scripts.errors import InputError, bad_input
 
 
@@ -180,7 +184,7 @@ def check(args: PairsArguments) -> None:
         return
     if args.dataset_name is None:
         raise InputError("`dataset_name` is not set: give the prompts, a Hub id, a folder or a file.")
-    prompts = Path(args.dataset_name).expanduser()
+    prompts = Path(args.dataset_name)
     if prompts.is_dir() and Path(args.output_dir).resolve().is_relative_to(prompts.resolve()):
         raise InputError(
             f"`output_dir` is {args.output_dir!r}, in the folder {args.dataset_name!r} that `dataset_name` names: what is "
@@ -201,8 +205,12 @@ def check(args: PairsArguments) -> None:
         refuse_set(args, OF_ASKING, "no server is asked: drop it.")
     for name in (f.name for f in fields(args)):
         if name.endswith(tuple(_JSON)):
-            read_json(args, name)
+            options = read_json(args, name)
+            if name.endswith("model_init_kwargs"):
+                check_attention(name, options.get("attn_implementation"))
     parse_shard(args.shard)
+    if not (Path(args.output_dir) / SUMMARY).is_file():  # else there may be nothing left to ask
+        _check_keys(args)
 
 
 def _check_source(args: PairsArguments, source: str) -> None:
@@ -225,6 +233,27 @@ def _check_source(args: PairsArguments, source: str) -> None:
     ):
         if is_idle:
             refuse_set(args, [f"{source}_{name}" for name in names], why)
+
+
+def _check_keys(args: PairsArguments) -> None:
+    """Raises where a server would be asked without the key that it needs: OpenAI's own, or one whose variable is named."""
+    assert args.preference is not None
+    kind, _, judge = args.preference.partition(":")
+    asked = {source: getattr(args, source) for source in SOURCES if is_server(getattr(args, source))}
+    asked |= {"judge": f"judge:{judge}"} if kind == "judge" else {}
+    for who, model in asked.items():
+        variable = getattr(args, f"{who}_api_key_env")
+        if os.environ.get(variable, "").strip():
+            continue
+        urls = getattr(args, f"{who}_base_url") or [os.environ.get("OPENAI_BASE_URL") or OPENAI_URL]
+        if variable != "OPENAI_API_KEY":
+            raise InputError(f"`{who}_api_key_env` is {variable!r}, but the environment has no such variable: set it.")
+        if any(urlsplit(url).hostname == urlsplit(OPENAI_URL).hostname for url in urls):
+            field = "preference" if who == "judge" else who
+            raise InputError(
+                f"`{field}` is {model!r}, at OpenAI's server, but the environment has no variable {variable}, its key: "
+                f"set it, or give the server's address as `{who}_base_url`."
+            )
 
 
 def refuse_set(args: PairsArguments, names: Iterable[str], why: str) -> None:

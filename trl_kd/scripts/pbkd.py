@@ -78,6 +78,9 @@ def _dry_run(
 class PbKDCommand(TrainingCommand):
     """Trains on pairs that exist, or in rounds that make them."""
 
+    def goes_on(self, script_args: Any) -> bool:
+        return script_args.rounds is not None
+
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
         if script_args.rounds is not None:
             return run_rounds(script_args, training_args, model_args)

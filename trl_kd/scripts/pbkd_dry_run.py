@@ -23,6 +23,7 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
+from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.trainers.imitation_config import imitation_radius
 from trl_kd.trainers.imitation_texts import weigh_texts
 from trl_kd.trainers.imitation_tokens import only_teachers_text
@@ -75,7 +76,9 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
                     follows = "nothing is imitated"
                 table.append((f"{name} teacher", f"no column `teacher_side` or `teacher`: {follows}"))
     table += _describe_tokens(rows, training_args, model_args)
-    table += describe_steps(_epoch_steps(rows["train"], training_args, processes), training_args, processes)
+    epoch_steps = _epoch_steps(rows["train"], training_args, processes)
+    table += describe_steps(epoch_steps, training_args, processes)
+    table += describe_training(training_args, model_args, epoch_steps)
     return table + _describe_memory(training_args, model_args)
 
 

@@ -14,7 +14,7 @@ from trl_kd.pairs.places import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import TrainingScriptArguments
-from trl_kd.scripts.checks import check_hub, check_model_source, check_training, model_error
+from trl_kd.scripts.checks import check_model_source, check_training, model_error
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
@@ -259,9 +259,6 @@ def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mode
 
     with bad_input():
         rounds = checked_rounds(script_args, training_args, model_args)
-    if training_args.push_to_hub:
-        field = "hub_model_id" if training_args.hub_model_id else "output_dir"
-        check_hub(rounds.hub_name, field, getattr(training_args, field), "hub_model_id", training_args.hub_token)
     with _said(), stopped_training(training_args.output_dir):
         rounds.run()
     state = PartialState()

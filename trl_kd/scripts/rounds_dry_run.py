@@ -1,6 +1,7 @@
 """`trl-kd pbkd --rounds N --dry_run`: what a round will do and what all of them take, then one answer of each source."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
@@ -21,6 +22,7 @@ from trl_kd.scripts.dry_run import (
     student_memory,
     teacher_memory,
 )
+from trl_kd.scripts.dry_run_training import describe_push, describe_settings, describe_weights
 from trl_kd.scripts.memory import readable
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
@@ -79,6 +81,12 @@ def _describe(rounds: Any, pairs: PairsArguments, args: Any, model_args: ModelCo
     over = "one schedule over all rounds" if rounds.schedule == "all" else "a schedule for each round"
     table.append(("learning rate", f"{args.learning_rate:g}, {over} ({args.lr_scheduler_type.value})"))
     table.append(("optimizer", f"{rounds.optimizer} in each round"))
+    table += [*describe_weights(args, model_args), *describe_settings(args)]
+    where = Path(args.output_dir)
+    table.append(
+        ("saves", f"each round's pairs and student in {where / 'round-…'}, the last student and its card in {where}")
+    )
+    table += describe_push(args)
     if not args.has_preference_term:
         table.append(("preference term", "off: the teacher's answers are imitated, and no reference is loaded"))
     if args.student_wins == "gated":

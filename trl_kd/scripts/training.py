@@ -1,10 +1,11 @@
 """What the commands that train share: arguments, a launcher where it matters, training, and the student saved, with its
 card, and pushed."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.pairs.full_disk import DiskFull, disk_full, is_disk_full
 from trl_kd.scripts.arguments import Parsed, parse
-from trl_kd.scripts.checks import model_error
+from trl_kd.scripts.checks import check_push, model_error
 from trl_kd.scripts.errors import InputError, bad_input, one_line, report
-from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
+from trl_kd.scripts.launch import LAUNCHED, launch, needs_launcher, planned_processes, resolve_config
+from trl_kd.scripts.resuming import refuse_checkpoint, told_how_to_resume
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class TrainingCommand:
 
     def main(self, argv: list[str]) -> int:
         """Checks the arguments, then trains: in this process, or under `accelerate launch` where that matters."""
-        parsed = self._parse(argv)
+        words = ["trl-kd", self.name, *argv]
+        parsed = self._parse(argv, words)
         script_args, training_args, *_ = parsed.values
         launch_args = resolve_config(script_args.accelerate_config) + parsed.launch_args
         if script_args.dry_run:
@@ -64,9 +67,10 @@ class TrainingCommand:
                 processes = planned_processes(launch_args, training_args.use_cpu)
                 print(self.dry_run(*parsed.values, processes))
             return 0
-        if needs_launcher(launch_args, training_args.use_cpu):
-            return launch(self.module, parsed.script_args, launch_args)
-        return self.train(*parsed.values)
+        with self._interruptible(script_args, training_args, words):
+            if needs_launcher(launch_args, training_args.use_cpu):
+                return launch(self.module, parsed.script_args, launch_args)
+            return self.train(*parsed.values)
 
     def run_module(self) -> None:
         """What launchers start: `python -m` of the command's module trains in this process."""
@@ -75,20 +79,37 @@ class TrainingCommand:
 
     def train_here(self, argv: list[str]) -> int:
         """Trains in this process, which a launcher has started or nobody."""
-        parsed = self._parse(argv)
+        parsed = self._parse(argv, None)
         if parsed.command_line:
             raise InputError(
                 f"`{parsed.command_line[0]}` is for a launcher: use `{self.prog}`, or give it to `accelerate launch` or "
                 "torchrun."
             )
-        return self.train(*parsed.values)
+        if LAUNCHED in os.environ:  # who has launched this says it all
+            return self.train(*parsed.values)
+        script_args, training_args, *_ = parsed.values
+        with self._interruptible(script_args, training_args, None):
+            return self.train(*parsed.values)
 
-    def _parse(self, argv: list[str]) -> Parsed:
+    def goes_on(self, script_args: Any) -> bool:
+        """Whether the same command goes on where it was stopped, without being told to."""
+        return False
+
+    def _interruptible(
+        self, script_args: Any, training_args: Any, words: list[str] | None
+    ) -> AbstractContextManager[None]:
+        return nullcontext() if self.goes_on(script_args) else told_how_to_resume(training_args, words)
+
+    def _parse(self, argv: list[str], words: list[str] | None) -> Parsed:
         # transformers renames an argument that TRL sets; whoever trains can do nothing about it
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
         parsed = parse(self.arguments, argv, self.prog, self.required)
         with bad_input():
             self.check(*parsed.values)
+        script_args, training_args, *_ = parsed.values
+        if not self.goes_on(script_args):
+            refuse_checkpoint(training_args, words)
+        check_push(training_args)
         return parsed
 
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
@@ -221,4 +242,4 @@ def _explained(error: Exception, models: dict[str, str], pushes: bool) -> Except
 
 def _hub_dataset(name: str | None) -> str | None:
     """The dataset's name for the model card, which knows those of the Hub only."""
-    return None if name is None or Path(name).expanduser().exists() else name
+    return None if name is None or Path(name).exists() else name

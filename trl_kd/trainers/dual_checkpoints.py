@@ -9,9 +9,11 @@ from typing import Any
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
+from trl_kd._trl import get_config_model_id
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.full_disk import saving
+from trl_kd.trainers.model_card import DATASET, MODEL, put_names
 
 
 logger = get_logger(__name__)
@@ -46,9 +48,12 @@ class DualCheckpoints:
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         model_name = model_name or os.path.basename(os.path.normpath(self.args.output_dir))
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)  # type: ignore[misc]
+        names = {"model_name": MODEL, "dataset_name": DATASET if dataset_name else None}
+        super().create_model_card(**names, tags=tags)  # type: ignore[misc]
         if self.is_world_process_zero():
-            self._add_card_sections(os.path.join(self.args.output_dir, "README.md"), self)
+            path = os.path.join(self.args.output_dir, "README.md")
+            put_names(path, model_name, dataset_name or None, get_config_model_id(self.model.config))
+            self._add_card_sections(path, self)
 
     def _save_checkpoint(self, *args, **kwargs):
         with saving(self, os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")):

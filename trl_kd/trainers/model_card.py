@@ -1,5 +1,6 @@
 """The model card's account of a distillation: what taught the student, on what, how, and what came of it."""
 
+import json
 import os
 import re
 import textwrap
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from trl_kd import __version__
 from trl_kd._trl import get_config_model_id
+from trl_kd.pairs.card import code, escape
 from trl_kd.pairs.labels import describe_preference
 from trl_kd.trainers.rounds_folder import has_preference_term
 
@@ -93,6 +95,67 @@ _ONLINE_SETTINGS = (
 )
 
 
+MODEL, DATASET = "trl-kd-model-name", "trl-kd-dataset-name"
+"""What TRL's template is given in place of names, which it puts into Markdown as they are; `put_names` puts them in."""
+
+_PROCEDURE, _VERSIONS = "## Training procedure", "### Framework versions"
+
+
+def put_names(path: str, model_name: str, dataset_name: str | list[str] | None, base: str | None) -> None:
+    """
+    Puts names into the card that TRL wrote at `path`, so that each is shown and does nothing else.
+
+    Args:
+        path (`str`):
+            The card, made with `MODEL` and `DATASET` for names.
+        model_name (`str`):
+            Name of the student.
+        dataset_name (`str` or `list[str]`, *optional*):
+            Datasets of the Hub that it was trained on.
+        base (`str`, *optional*):
+            What its config calls the model that it started from, an id of the Hub or a folder, which may be gone.
+    """
+    card = ModelCard.load(path)
+    card.data.model_name = model_name
+    card.text = card.text.replace(f"# Model Card for {MODEL}", f"# Model Card for {_plain(model_name)}", 1)
+    if base is None or not _is_id(base) or os.path.isdir(base):
+        card.data.base_model = None
+        for written in (base, None):
+            card.text = card.text.replace(f"[{written}](https://huggingface.co/{written})", code(public_name(base)), 1)
+    if dataset_name is not None:
+        names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        card.data.datasets = dataset_name
+        links = (f"[{n}](https://huggingface.co/datasets/{n})" if _is_id(n) else code(n) for n in names)
+        card.text = card.text.replace(f"[{DATASET}](https://huggingface.co/datasets/{DATASET})", ", ".join(links), 1)
+    card.text = card.text.replace('model="None"', f"model={_literal(_folder_of(path))}", 1)
+    card.save(path)
+
+
+def _folder_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
+def _is_id(name: str) -> bool:
+    """Whether a name can be that of a repository of the Hub, which no Markdown is made of."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def _literal(text: str) -> str:
+    """A text as Python writes it, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _plain(text: Any) -> str:
+    """A text as Markdown that shows it and does nothing else, on one line. An underscore within a word does nothing."""
+    return re.sub(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])", "_", escape(str(text)))
+
+
+def _insert(card: ModelCard, heading: str, text: str, after: bool = False) -> None:
+    """Puts a text before a heading of TRL's, or behind it."""
+    both = f"{heading}\n\n{text}" if after else f"{text}\n{heading}"
+    card.text = re.sub(rf"^{heading}$", lambda _: both, card.text, count=1, flags=re.MULTILINE)
+
+
 def add_pbkd_sections(path: str, trainer: "PbKDTrainer") -> None:
     """Adds to the card that TRL wrote at `path`: teacher, preference data, settings, results and versions."""
     settings = _IMITATION_SETTINGS if trainer.imitates_alone else _PBKD_SETTINGS
@@ -103,7 +166,7 @@ def add_mm_pbkd_sections(path: str, trainer: "MMPbKDTrainer") -> None:
     """As `add_pbkd_sections`, for a student matched to its teacher's distributions."""
     pairs = trainer.preference_rows
     said = f"{pairs} preference pairs held the Q-function." if pairs else "No preferences: moment matching alone."
-    lines = [f"Teacher: {public_name(trainer.teacher.name)}, by its distribution at each token. {said}", ""]
+    lines = [f"Teacher: {_plain(public_name(trainer.teacher.name))}, by its distribution at each token. {said}", ""]
     weights = trainer.pair_weights
     if weights is not None and weights.pairs:
         counts = "" if trainer.answer_counts is None else f": {trainer.answer_counts.told}"
@@ -118,10 +181,11 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
     """As `add_pbkd_sections`, for a student that climbed a reward model."""
     parts, learner = trainer.parts, trainer.learner
     if parts.teacher is None:
-        teacher = f"the column `{trainer.args.teacher_column}`" if parts.needs_teacher else "none"
+        teacher = f"the column {code(trainer.args.teacher_column)}" if parts.needs_teacher else "none"
     else:
         described = parts.teacher.describe()
-        teacher = public_name(described.get("model")) if described.get("model") else str(described.get("sampler"))
+        named = public_name(described.get("model")) if described.get("model") else str(described.get("sampler"))
+        teacher = _plain(named)
     lines = [f"Teacher: {teacher}.", ""]
     if parts.preference is not None:
         lines += [
@@ -131,7 +195,10 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
     if learner is not None:
         start = parts.reward_model
         name = start if start is None or isinstance(start, str) else get_config_model_id(start.config)
-        lines += [f"The reward model started from {'the student' if start is None else public_name(name)}.", ""]
+        lines += [
+            f"The reward model started from {'the student' if start is None else _plain(public_name(name))}.",
+            "",
+        ]
         held_out = f", {len(learner.pool.held_out)} of them held out" if learner.holds_out else ""
         lines += [f"In the end there were {len(learner.pool)} preference pairs{held_out}.", ""]
         logged = [entry for entry in trainer.state.log_history if "pbkd/rm_held_out_accuracy" in entry]
@@ -144,8 +211,7 @@ def add_online_sections(path: str, trainer: "OnlinePbKDTrainer") -> None:
 def add_rounds_section(path: str, told: dict[str, Any]) -> None:
     """Adds to the card of the last round's student, copied to `path`, how the rounds went: what `rounds.json` holds."""
     card = ModelCard.load(path)
-    name = os.path.basename(os.path.dirname(os.path.abspath(path)))
-    card.text = card.text.replace('model="student"', f'model="{name}"', 1)
+    card.text = card.text.replace('model="student"', f"model={_literal(_folder_of(path))}", 1)
     settings, final = told["settings"], told["final"]
     comparer = _comparer(settings["preference"])
     grown = "the pairs of all rounds so far" if settings["accumulate"] else "the pairs of that round"
@@ -177,14 +243,14 @@ def add_rounds_section(path: str, told: dict[str, Any]) -> None:
         wins = f"{100 * final['student_win_rate']:.1f} % of {final['teacher_pairs']} comparisons with its teacher"
         lines += ["", f"This student, after the last round, wins {wins}, on the last round's prompts."]
     if final is not None and "ended" in final:
-        lines += ["", final["ended"]]
+        lines += ["", _plain(final["ended"])]
     steps = sum(record.get("steps", 0) for record in told["rounds"])
     card.text = re.sub(
         r"\| optimizer steps \| \d+ \|", f"| optimizer steps, of all rounds | {steps} |", card.text, count=1
     )
     seed = f"| `seed`, of the first round | {settings['seed']} |"
     card.text = re.sub(r"\| `seed` \| \d+ \|", seed, card.text, count=1)
-    card.text = card.text.replace("## Training procedure", "\n".join([*lines, "", "## Training procedure"]), 1)
+    _insert(card, _PROCEDURE, "\n".join([*lines, ""]))
     card.save(path)
 
 
@@ -193,21 +259,13 @@ def _comparer(described: dict[str, Any]) -> str:
     kind = described.get("preference", described.get("name", "a function"))
     model, functions = described.get("model"), described.get("functions")
     names = [public_name(model)] if model else [str(function.get("name")) for function in functions or []]
-    return f"`{kind}`" + (f" ({', '.join(names)})" if names else "")
+    return code(str(kind)) + (f" ({', '.join(map(_plain, names))})" if names else "")
 
 
 def _add_sections(path: str, trainer: Any, data: list[str], settings: tuple[str, ...]) -> None:
     card = ModelCard.load(path)
-    # TRL names neither a base model in a folder nor a repository that does not exist yet
-    start = public_name(get_config_model_id(trainer.model.config))
-    card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{start}`", 1)
-    card.text = card.text.replace(
-        'model="None"', f'model="{os.path.basename(os.path.normpath(trainer.args.output_dir))}"', 1
-    )
-    card.text = card.text.replace(
-        "## Training procedure", "\n".join(_sections(trainer, data, settings)) + "\n## Training procedure", 1
-    )
-    card.text = card.text.replace("### Framework versions\n", f"### Framework versions\n\n{_versions()}", 1)
+    _insert(card, _PROCEDURE, "\n".join(_sections(trainer, data, settings)))
+    _insert(card, _VERSIONS, _versions(), after=True)
     card.save(path)
 
 
@@ -215,23 +273,23 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
     """Who taught the student, and on what."""
     lines, teacher = [], trainer.teacher
     if teacher is not None:
-        lines += [f"Teacher: {public_name(teacher.name)}, by its distribution at each token.", ""]
+        lines += [f"Teacher: {_plain(public_name(teacher.name))}, by its distribution at each token.", ""]
     else:
-        name = f"{trainer.card_teacher}, " if trainer.card_teacher else ""
+        name = f"{_plain(trainer.card_teacher)}, " if trainer.card_teacher else ""
         lines += [f"Teacher: {name}known by its responses in the preference data.", ""]
     if not trainer.row_counts:
         lines += ["The data was streamed, and not counted.", ""]
     for name, counts in trainer.row_counts.items():
         named = f", of which {counts.teacher} with a response of the teacher's"
         lines += [
-            f"{name.capitalize()} data: {counts.rows} rows{'' if name in trainer.unnamed_teacher else named}; "
+            f"{_plain(name.capitalize())} data: {counts.rows} rows{'' if name in trainer.unnamed_teacher else named}; "
             f"preference known for {counts.known} ({counts.soft} soft labels or ties), unknown for {counts.null}.",
             "",
         ]
     for name, texts in trainer.text_counts.items():
-        lines += [f"Of the {name} data {texts.told}.", ""]
+        lines += [f"Of the {_plain(name)} data {texts.told}.", ""]
     if trainer.unnamed_teacher and trainer.args.imitation_weight:
-        told = " and ".join(trainer.unnamed_teacher)
+        told = " and ".join(map(_plain, trainer.unnamed_teacher))
         lines += [
             f"No column of the {told} data names the teacher: every chosen answer was taken as the teacher's.",
             "",
@@ -241,7 +299,7 @@ def _pbkd_data(trainer: "PbKDTrainer") -> list[str]:
 
 def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[str]:
     lines = ["## Distillation", "", *data, "| setting | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(_setting(trainer.args, name))} |" for name in settings]
+    lines += [f"| `{name}` | {_cell(setting(trainer.args, name))} |" for name in settings]
     dual = trainer.dual
     if hasattr(trainer, "text_counts") and trainer.args.imitation_weight:
         lines += [
@@ -267,7 +325,8 @@ def _sections(trainer: Any, data: list[str], settings: tuple[str, ...]) -> list[
     return lines
 
 
-def _setting(args: Any, name: str) -> Any:
+def setting(args: Any, name: str) -> Any:
+    """The value of a field that the training uses."""
     return args.final_imitation_q if name == "imitation_q" else getattr(args, name)
 
 
@@ -288,8 +347,7 @@ def _last_evaluation(trainer: "PbKDTrainer") -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(f"{value:.6g}" if isinstance(value, float) else value)
 
 
 def public_name(name: str | None) -> str:
