@@ -102,8 +102,9 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         student_wins (`str`, *optional*, defaults to `"off"`):
             `"gated"`: the student's own winning answers are imitated too, so that the expert of a prompt is the better of
             teacher and student. Their weight is (1 − 2p̄)₊, where p̄ is P(teacher's response ≻ student's) over at least
-            three different answers of the student's to the prompt, equal ones counting ½. For pairs with several such answers, and
-            rounds. Not for streamed data, nor with the preference term. `"off"`: the teacher's responses alone.
+            three different answers of the student's to the prompt, equal ones counting ½. For pairs with several such
+            answers, and rounds. Not for streamed data, nor with the preference term. `"off"`: the teacher's responses
+            alone.
 
         > Parameters of the data
 
