@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -88,13 +89,17 @@ def run(
         `dict[str, list[dict]]`: for each task the results of each seed, stage by stage.
     """
     started = time.monotonic()
-    with bad_input():
-        cells = _prepare(output_dir, seeds, tasks, settings)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for number, cell in enumerate(cells, 1):
-        print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
-        results.setdefault(cell.task.name, []).append(cell.compare(white_box))
-    _finish(output_dir, cells, results, time.monotonic() - started)
+    with ExitStack() as held:
+        with bad_input():
+            cells = _prepare(output_dir, seeds, tasks, settings)
+            from trl_kd.pairs.lock import hold_folder  # heavy, as what has been loaded by now
+
+            held.enter_context(hold_folder(output_dir, "demo"))
+        results: dict[str, list[dict[str, Any]]] = {}
+        for number, cell in enumerate(cells, 1):
+            print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
+            results.setdefault(cell.task.name, []).append(cell.compare(white_box))
+        _finish(output_dir, cells, results, time.monotonic() - started)
     return results
 
 

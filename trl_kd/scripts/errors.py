@@ -24,6 +24,10 @@ class InputError(Exception):
     """Input that a command refuses: a sentence that names the field, its value and the way out."""
 
 
+class ProcessError(InputError):
+    """What ends one process of several and not the others: it is said by this process, whichever it is."""
+
+
 @contextmanager
 def bad_input() -> Iterator[None]:
     """
@@ -84,7 +88,7 @@ def report(command: Callable[[], int], prog: str, with_traceback: bool = False) 
         return command()
     except InputError as error:
         # Under a launcher every process fails alike; one of them says so
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
             if with_traceback:
                 traceback.print_exception(error)
             print(f"{prog}: error: {one_line(error)}", file=sys.stderr)

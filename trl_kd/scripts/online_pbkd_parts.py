@@ -10,7 +10,6 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import DatasetMixtureConfig, ModelConfig
 
-from trl_kd.pairs.store import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import PreferenceScriptArguments
@@ -266,7 +265,7 @@ def said() -> Iterator[None]:
 
 
 @contextmanager
-def stopped() -> Iterator[None]:
+def fit_rewards() -> Iterator[None]:
     """Around the training: what stops it from outside, or since the reward model is not fit to be climbed or another than
     that of the checkpoint, is one line."""
     from trl_kd.rewards.reward_model import OtherRewardModel
@@ -274,7 +273,7 @@ def stopped() -> Iterator[None]:
 
     try:
         yield
-    except (WarmUpFailed, OtherRewardModel, BudgetExceeded, ServerError, StoreError) as error:
+    except (WarmUpFailed, OtherRewardModel, BudgetExceeded, ServerError) as error:
         raise InputError(in_our_words(one_line(error))) from error
 
 

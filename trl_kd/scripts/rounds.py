@@ -10,7 +10,6 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.pairs.pairing import PairingSettings
-from trl_kd.pairs.store import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import TrainingScriptArguments
@@ -19,7 +18,7 @@ from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
-from trl_kd.scripts.training import finite_training, model_init_kwargs
+from trl_kd.scripts.training import model_init_kwargs, stopped
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.teacher import Teacher
 
@@ -240,10 +239,17 @@ _WORDS = {"`optimizer`": "`round_optimizer`", "`schedule`": "`round_schedule`"}
 """What `PbKDRounds` says in Python's words, and how the command says it."""
 
 
-def checked_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:
-    """As `make_rounds`, and compared with what `output_dir` holds; what is refused is said in the command's words."""
+def checked_rounds(
+    script_args: PbKDScriptArguments,
+    training_args: PbKDConfig,
+    model_args: ModelConfig,
+    processes: int | None = None,
+) -> Any:
+    """As `make_rounds`, and compared with what `output_dir` holds; what is refused is said in the command's words. Where the
+    rounds will run in other `processes` than these, it is said how many."""
     try:
         rounds = make_rounds(script_args, training_args, model_args)
+        rounds.num_processes = processes or rounds.num_processes
         rounds.check()
     except ValueError as error:
         text = str(error)
@@ -262,7 +268,7 @@ def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mode
     if training_args.push_to_hub:
         field = "hub_model_id" if training_args.hub_model_id else "output_dir"
         check_hub(rounds.hub_name, field, getattr(training_args, field), "hub_model_id", training_args.hub_token)
-    with _said(), finite_training():
+    with _said(), stopped():
         rounds.run()
     state = PartialState()
     if state.is_main_process:
@@ -279,7 +285,7 @@ def _said() -> Iterator[None]:
     """What stops the rounds from outside is one line, and what there is, is kept."""
     try:
         yield
-    except (BudgetExceeded, ServerError, StoreError) as error:
+    except (BudgetExceeded, ServerError) as error:
         raise InputError(one_line(error)) from error
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept: the same command goes on from here.", file=sys.stderr)

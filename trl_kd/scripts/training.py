@@ -12,9 +12,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from trl_kd.pairs.lock import StoreError
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import model_error
-from trl_kd.scripts.errors import InputError, bad_input, one_line, report
+from trl_kd.scripts.errors import InputError, ProcessError, bad_input, one_line, report
 from trl_kd.scripts.launch import launch, needs_launcher, planned_processes, resolve_config
 
 
@@ -91,7 +92,14 @@ class TrainingCommand:
         return parsed
 
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
-        """Trains, saves the student with its card, and pushes it where `push_to_hub` says so."""
+        """Trains in `output_dir`, which is nobody else's meanwhile, saves the student with its card, and pushes it where
+        `push_to_hub` says so."""
+        from trl_kd.trainers.main_process import claim
+
+        with stopped(), claim(training_args.output_dir):
+            return self._train(script_args, training_args, model_args, mixture)
+
+    def _train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
         with bad_input():
             trainer = self.make_trainer(script_args, training_args, model_args, mixture)
 
@@ -101,8 +109,7 @@ class TrainingCommand:
             trainer.model._ddp_params_and_buffers_to_ignore = [
                 name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
             ]
-        with finite_training():
-            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.accelerator.print("Training completed.")
 
         trainer.save_model(training_args.output_dir)
@@ -123,14 +130,17 @@ class TrainingCommand:
 
 
 @contextmanager
-def finite_training() -> Iterator[None]:
-    """A training that stops at NaN or infinity says so in one line."""
+def stopped() -> Iterator[None]:
+    """What stops a training from outside, or at NaN or infinity, is one line."""
     from trl_kd.trainers.finite import NotFinite
+    from trl_kd.trainers.main_process import MainProcessEnded
 
     try:
         yield
-    except NotFinite as error:
+    except (NotFinite, StoreError) as error:
         raise InputError(one_line(error)) from error
+    except MainProcessEnded as error:
+        raise ProcessError(one_line(error)) from error
 
 
 def build_trainer(

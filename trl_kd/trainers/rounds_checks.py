@@ -205,6 +205,7 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
         "peft_config": None if rounds.peft_config is None else rounds.peft_config.to_dict(),
         "quantization_config": rounds.quantization_config,
         "eval_dataset": eval_rows,
+        "num_processes": rounds.num_processes,
     }
     return as_json(described) | compared_settings(rounds.args)
 
