@@ -267,6 +267,10 @@ DATA = {
         {"pairs": [*PAIRS[:3], {**PAIRS[3], "chosen": None}]},
         "Row 3 of the preference dataset: `chosen` is null",
     ),
+    "messages for pairs": (
+        {"pairs": [{"prompt": USER, "chosen": ANSWER, "rejected": [{**ANSWER[0], "content": "3"}]}]},
+        "`preference_dataset` is messages, but the prompts of the train dataset are text: give both as text or both as",
+    ),
     "no room for a response": ({"pairs": PAIRS, "pair_max_length": 3}, "`pair_max_length` = 3"),
 }
 

@@ -101,8 +101,8 @@ class FolderLock:
 
 def lock_folder(folder: str | Path, purpose: str = "") -> FolderLock:
     """
-    Claims a folder, which exists, until the returned lock is closed or the process ends, however it ends. `purpose` is written
-    down, where the folder is not one of pairs.
+    Claims a folder, which exists, until the returned lock is closed or the process ends, however it ends. `purpose` is
+    written down, where the folder is not one of pairs.
 
     Raises:
         `StoreError`: another process has it, which the message names with its host, or it may not be written,

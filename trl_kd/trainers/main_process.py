@@ -68,7 +68,7 @@ def claim(folder: str | Path) -> Iterator[Claim]:
         yield Claim()
 
 
-# ---- What the processes tell each other in the store by which they have met --------------------------------------------------
+# ---- What the processes tell each other in the store by which they have met -----------------------------------------------
 
 
 def _tell(state: PartialState, key: str, value: str) -> None:

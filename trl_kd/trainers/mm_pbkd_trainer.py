@@ -149,7 +149,9 @@ quantization_config, peft_config, tools:
             check_prompts(train_dataset, "train", args.lmbda, tools)
             check_prompt_count(train_dataset, args, args.world_size)
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args.lmbda, tools))
-        pairs = None if preference_dataset is None else read_pairs(preference_dataset, args.pair_max_length)
+        pairs = preference_dataset
+        if pairs is not None:
+            pairs = read_pairs(pairs, args.pair_max_length, train_dataset)
         if processing_class is None:
             processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

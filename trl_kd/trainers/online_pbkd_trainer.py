@@ -169,7 +169,7 @@ optimizers, quantization_config, peft_config:
         rows = {"train dataset": train_dataset, "`preference_dataset`": preference_dataset}
         tokenizer = check_reward_model(reward_model, tokenizer, rows, args)
         pool = PairPool(args.rm_held_out, args.seed)
-        pool.add(parts.given_pairs(tokenizer or processing_class))
+        pool.add(parts.given_pairs(tokenizer or processing_class, train_dataset))
         if args.warms_up:
             check_held_out(pool, None if parts.preference is None else train_dataset, args)
 

@@ -21,7 +21,7 @@ from trl_kd.pairs.stored import resume_usage
 from trl_kd.sampling import Request
 from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.fields import check_integer, check_schedule, extend_config
-from trl_kd.trainers.pbkd_data import load_processing_class
+from trl_kd.trainers.pbkd_data import each_dataset, load_processing_class, prepare_rows
 from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
 
 
@@ -76,6 +76,8 @@ def check_rounds(rounds: Any) -> None:
         )
     check_parts(first, sources, rounds.preference)
     _check_length(first, getattr(tokenizer, "tokenizer", tokenizer), rounds.args.max_length)
+    # The first trainer would refuse it when the pairs of a round are paid for
+    each_dataset(rounds.eval_dataset, lambda dataset, name: prepare_rows(dataset, name, rounds.args))
     _warn_of_longer_schedule(rounds)
 
 
