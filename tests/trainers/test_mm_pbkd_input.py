@@ -125,7 +125,7 @@ def test_the_teacher_is_given_once(tiny_dir, teacher_dir, settings):
 
 
 def test_a_student_that_is_nowhere_is_named(teacher_dir, settings):
-    with pytest.raises(OSError, match="`model` is 'nosuch/model', whose tokenizer cannot be loaded: We"):
+    with pytest.raises(OSError, match="`model` is 'nosuch/model', which cannot be loaded: We"):
         make("nosuch/model", teacher_dir, settings)
 
 

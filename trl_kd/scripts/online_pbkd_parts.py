@@ -13,12 +13,12 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import PreferenceScriptArguments
-from trl_kd.scripts.checks import check_arguments, check_model_source, check_preference_dataset, model_error
+from trl_kd.scripts.checks import check_arguments, check_model_source, check_preference_dataset, read_model
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.pairs_parts import check_models, check_sampler, make_preference, make_sampler
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
 
@@ -179,7 +179,7 @@ def make_parts(
         pairs = read_config(script_args, training_args, model_args)
         if pairs.teacher is not None:
             teacher = make_sampler(pairs, "teacher")
-            load_tokenizers(pairs, {"teacher": teacher})
+            check_models(pairs, {"teacher": teacher})
         else:
             assert pairs.teacher_column is not None
             training_args.teacher_column = pairs.teacher_column
@@ -206,10 +206,7 @@ def _student(pairs: PairsArguments, training_args: OnlinePbKDConfig, model_args:
     changed: dict[str, Any] = {"student_model_init_kwargs": options}
     check_model_source("model_name_or_path", name)
     sampler = make_sampler(replace(pairs, **changed), "student")
-    try:
-        _ = sampler.tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        raise model_error("model_name_or_path", name, error) from error
+    check_sampler("model_name_or_path", name, sampler)
     return sampler
 
 
@@ -230,6 +227,8 @@ def reward_function(name: str) -> str | Callable:
         return function(max_completion_len=1280, soft_punish_cache=256) if name == TRL_REWARDS[-1] else function
     if Path(name).expanduser().is_dir() or ("/" in name and ":" not in name):
         check_model_source("reward_funcs", name)
+        if Path(name).is_dir():
+            read_model("reward_funcs", name, {})
         return name
     if "." not in name and ":" not in name:
         raise InputError(

@@ -13,11 +13,18 @@ from trl_kd.pairs.pairing import PairingSettings
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import TrainingScriptArguments
-from trl_kd.scripts.checks import check_hub, check_model_source, check_training, model_error
+from trl_kd.scripts.checks import check_hub, check_model_source, check_training
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.pairs_parts import (
+    check_models,
+    check_sampler,
+    describe_prompts,
+    load_prompts,
+    make_preference,
+    make_sampler,
+)
 from trl_kd.scripts.training import model_init_kwargs, stopped
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.teacher import Teacher
@@ -206,11 +213,8 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
     assert name is not None
     assert script_args.rounds is not None
     teacher, first = make_sampler(pairs, "teacher"), student(name, 1)
-    load_tokenizers(pairs, {"teacher": teacher})
-    try:
-        _ = first.tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        raise model_error("model_name_or_path", name, error) from error
+    check_models(pairs, {"teacher": teacher})
+    check_sampler("model_name_or_path", name, first)
     chosen: dict[str, Any] = {
         key: getattr(script_args, key) for key in ("prompts_per_round", "accumulate", "reference")
     }

@@ -294,8 +294,8 @@ def _check_same_format(pair: dict[str, Any], row: dict[str, Any]) -> None:
     ours, theirs = ("messages" if is_conversational(first) else "text" for first in (pair, row))
     if ours != theirs:
         raise ValueError(
-            f"`preference_dataset` is {ours}, but the prompts of the train dataset are {theirs}: give both as text or both as "
-            "messages (`trl-kd pairs --as_messages` makes pairs of messages from prompts of text)."
+            f"`preference_dataset` is {ours}, but the prompts of the train dataset are {theirs}: give both as text or both "
+            "as messages (`trl-kd pairs --as_messages` makes pairs of messages from prompts of text)."
         )
 
 

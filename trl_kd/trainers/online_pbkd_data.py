@@ -223,8 +223,8 @@ def _check_contents(pair: dict[str, Any], row: dict[str, Any]) -> None:
         if _has_parts(pair[column]) != has_parts:
             told = ("a list of parts", "text") if has_parts else ("text", "a list of parts")
             raise ValueError(
-                f"The messages in the column {column!r} of `preference_dataset` have {told[1]} as `content`, and those of the "
-                f"pairs that are made in training {told[0]}: give all contents as text."
+                f"The messages in the column {column!r} of `preference_dataset` have {told[1]} as `content`, and those of "
+                f"the pairs that are made in training {told[0]}: give all contents as text."
             )
 
 

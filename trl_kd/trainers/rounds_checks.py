@@ -23,6 +23,7 @@ from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.fields import check_integer, check_schedule, extend_config
 from trl_kd.trainers.pbkd_data import each_dataset, load_processing_class, prepare_rows
 from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
+from trl_kd.trainers.student_head import check_student, check_student_tokens
 
 
 logger = get_logger(__name__)
@@ -62,7 +63,9 @@ def check_rounds(rounds: Any) -> None:
         )
     PairingSettings(**{name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options})
     _check_model(rounds)
+    embeddings = check_student(rounds.model, rounds.args)
     tokenizer = load_processing_class(rounds.model, rounds.args)  # or the sentence that names the model
+    check_student_tokens(rounds.model, getattr(tokenizer, "tokenizer", tokenizer), embeddings)
     check_asked_anew(rounds.preference, "preference")
     first = next(read_prompts(rounds.prompts, batch_size=CHECKED_ROWS))
     teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
