@@ -149,7 +149,7 @@ def make_pairs(prompts: Dataset, teacher: Path, start: Path, work: Path) -> None
                 relabel=True,
             )
             copy = work / f"pairs-{name}"
-            shutil.copytree(work / "pairs", copy, ignore=shutil.ignore_patterns("answers.db*", "*.lock"))
+            shutil.copytree(work / "pairs", copy, ignore=shutil.ignore_patterns("answers.db*", "_lock"))
 
 
 @contextmanager

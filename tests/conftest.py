@@ -29,6 +29,7 @@ OLDEST = (
     *("trainers/test_bf16.py", "trainers/test_rounds_parts.py"),
     *("scripts/test_pbkd_run.py", "scripts/test_pbkd_input.py", "scripts/test_mm_pbkd_run.py"),
     *("scripts/test_online_pbkd.py", "scripts/test_rounds.py"),
+    *("sampling/test_model_files.py", "scripts/test_bad_models.py", "scripts/test_data_files.py"),
 )
 """Tests that run with the lower bounds of the dependencies too: data and stores, servers, parity with TRL's trainers, and
 training by the commands."""

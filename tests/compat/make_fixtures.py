@@ -136,7 +136,7 @@ def make(fixture: str, work: Path) -> None:
         in_process(folder, "--write", fixture, output, code=0 if is_finished else KILLED)
     for output in REFUSED if fixture == "pairs" else ():
         in_process(folder, "--write", fixture, output, code=1)
-    for lock in folder.rglob(".lock"):  # of a process that died: it names the host
+    for lock in folder.rglob("_lock"):  # of a process that died: it names the host
         if lock.read_text():
             lock.write_text("12345@elsewhere")
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)

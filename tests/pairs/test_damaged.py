@@ -14,6 +14,7 @@ from tests.pairs.fakes import Longer, Source
 from tests.pairs.test_store import KEY, SETTINGS
 from trl_kd.pairs import build_pairs, merge_shards
 from trl_kd.pairs.fetched import FetchedAnswers
+from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
@@ -185,7 +186,7 @@ def test_a_store_that_is_no_file_is_one_sentence(tmp_path, kind, opened):
     assert [file.name for file in tmp_path.iterdir()] == ["answers.db"]
 
 
-@pytest.mark.parametrize("name", [".lock", ".reserve"])
+@pytest.mark.parametrize("name", [LOCK, ".reserve"])
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("gone")])
 def test_other_files_of_ours_that_are_none(tmp_path, name, make):
     make(tmp_path / name)

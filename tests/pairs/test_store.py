@@ -10,6 +10,7 @@ import pytest
 
 from tests.pairs.fakes import processes
 from trl_kd.pairs.dataset import PairWriter
+from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.network import is_network_folder
 from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.store import AnswerStore
@@ -129,13 +130,13 @@ def test_a_second_process_is_refused_by_name_and_let_in_after_kill_9(tmp_path):
     assert ready.wait(30)
     with pytest.raises(StoreError, match=f"is being written by process {process.pid}: let it end"):
         AnswerStore(tmp_path)
-    (tmp_path / ".lock").write_text("12345@elsewhere")
+    (tmp_path / LOCK).write_text("12345@elsewhere")
     with pytest.raises(StoreError, match="by process 12345 on the host elsewhere"):
         AnswerStore(tmp_path)
     process.kill()
     process.join()
     AnswerStore(tmp_path).close()
-    assert (tmp_path / ".lock").read_text() == ""
+    assert (tmp_path / LOCK).read_text() == ""
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -152,7 +153,7 @@ def test_a_file_system_without_locks_is_refused_and_no_file_left_for_a_lock(tmp_
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".lock"))
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / LOCK))
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with pytest.raises(StoreError, match=rf"{tmp_path}` may not be written .*Permission denied.*another `output_dir`"):

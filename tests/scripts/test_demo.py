@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_kd.pairs import load_pairs
+from trl_kd.pairs.lock import lock_folder
 from trl_kd.scripts import demo, demo_experiment, demo_methods
 from trl_kd.scripts.cli import main
 from trl_kd.scripts.demo_experiment import DemoSettings
@@ -268,6 +269,12 @@ def test_changed_settings_are_not_mixed(interrupted_then_finished, task_file, ca
     assert "steps was 12 and is now 600" in error
     assert "choose another --output_dir, or delete that folder" in error
     assert "Traceback" not in error
+
+
+def test_a_second_demo_in_one_folder_is_refused(task_file, tmp_path, capsys):
+    with lock_folder(tmp_path):
+        assert main(["demo", "--tasks", task_file, "--output_dir", str(tmp_path)]) == 2
+    assert "is being written by process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def test_messages(dry, jsonl, mm_base):
         return [{"role": role, "content": text}]
 
     rows = [{"prompt": say("user", "1+1"), "completion": say("assistant", "2"), "source": "x"}] * 4
-    text = dry("--lmbda", "0", base=replaced(mm_base, "--dataset_name", jsonl(rows, "chats.jsonl")))
+    words = replaced(mm_base, "--dataset_name", jsonl(rows, "chats.jsonl"))
+    pair = {"prompt": say("user", "1+1"), "chosen": say("assistant", "2"), "rejected": say("assistant", "3")}
+    text = dry("--lmbda", "0", base=replaced(words, "--preference_dataset", jsonl([pair] * 2, "compared.jsonl")))
     assert line(text, "train columns") == "prompt, completion (messages)"
     assert line(text, "row 0") == f"{len('u?1+1a?')} prompt + 2 completion tokens"
 

@@ -17,6 +17,7 @@ from tests.sampling.fault_server import FaultServer, chat, error
 from tests.scripts.conftest import replaced
 from tests.scripts.test_pbkd_dry_run import line
 from trl_kd.pairs import load_pairs
+from trl_kd.pairs.lock import lock_folder
 from trl_kd.rewards.reward_model import from_student
 from trl_kd.scripts import training
 from trl_kd.scripts.dry_run import reward_model_memory
@@ -393,3 +394,10 @@ def test_a_reward_model_for_nobody(trl_kd, online, tiny_dir, tmp_path):
         *replaced(online, "--pairs_config"), *words, "--reward_funcs", f"{tmp_path / 'digits.py'}:digits"
     ).error
     assert "`reward_model_name_or_path` is given, but `adversary` is 'off'" in told
+
+
+def test_a_second_run_is_refused_before_weights_load(trl_kd, online, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"):
+        assert "out` is being written by process" in trl_kd(*online).error

@@ -59,6 +59,12 @@ def test_unknown_keys_on_the_command_line(trl_kd, base, words, said):
     assert all(part in error for part in said), error
 
 
+@pytest.mark.parametrize("value", ["[1]", "3", "dtype", "{bad", '"x"'])
+@pytest.mark.parametrize("name", ["model_init_kwargs", "lr_scheduler_kwargs"])
+def test_mappings_on_the_command_line(name, value, trl_kd, base):
+    assert f"`{name}` is {value!r}: it must be a mapping, as in JSON" in trl_kd(*base, f"--{name}", value).error
+
+
 def test_keys_that_are_known_in_every_spelling(trl_kd, base):
     done = trl_kd(*base, "--imitation-weight=0.5", "--no-remove-unused-columns", "--dry-run")
     assert done.code == 0, done.err
@@ -76,6 +82,14 @@ def test_keys_that_are_known_in_every_spelling(trl_kd, base):
         ("- beta", ["must hold a mapping"]),
         ("", ["must hold a mapping"]),
         ("beta: high", ["`beta` is 'high' in", "it must be a number"]),
+        ("output_dir: 5", ["`output_dir` is 5 in", "it must be text: put it into quotes, as in output_dir: '5'"]),
+        ("run_name: 2024_01", ["`run_name` is 202401 in", "put it into quotes"]),
+        ("output_dir: [a]", ["`output_dir` is ['a'] in", "it must be text."]),
+        ("dataset_name: {a: b}", ["`dataset_name` is {'a': 'b'} in", "it must be text."]),
+        ("loss_type: [sigmoid, 1]", ["`loss_type` is ['sigmoid', 1] in", "it must be text"]),
+        ("model_init_kwargs: [1]", ["`model_init_kwargs` is [1] in", "it must be a mapping of names to values"]),
+        ("model_init_kwargs: 3", ["`model_init_kwargs` is 3 in", "it must be a mapping of names to values"]),
+        ("model_init_kwargs: '[1]'", ["`model_init_kwargs` is '[1]'", "it must be a mapping, as in JSON"]),
         ("beta: {a: 1}", ["`beta` is {'a': 1} in", "it must be a number"]),
         ("max_steps: 2.5", ["`max_steps` is 2.5 in", "a whole number"]),
         ("max_steps: null", ["`max_steps` is null in"]),
@@ -207,7 +221,7 @@ def test_sources_that_are_not_there(trl_kd, base, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds neither a saved dataset nor" in error(tmp_path / "empty")
     (tmp_path / "broken.jsonl").write_text('{"prompt": ')
-    assert "could not be loaded" in error(tmp_path / "broken.jsonl")
+    assert "is no JSON" in error(tmp_path / "broken.jsonl")
     Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}).save_to_disk(tmp_path / "none")
     assert "is empty" in error(tmp_path / "none")
 

@@ -117,7 +117,7 @@ def test_a_run(monkeypatch, trl_kd, rounds, out):
     assert json.loads((out / "rounds.json").read_text()) == told
     assert "pushed to the Hub: me/out" in again.out
     assert {"model.safetensors", "README.md", "rounds.json", "rounds.html"} <= Hub.uploads[0]
-    assert not [name for name in Hub.uploads[0] if "/" in name or name == ".lock"]
+    assert not [name for name in Hub.uploads[0] if "/" in name or name.startswith((".", "_"))]
 
     more = trl_kd(*rounds, "--rounds", "3", "--dry_run").out
     assert "The pairs of round 3." in more

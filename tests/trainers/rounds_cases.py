@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -88,11 +89,39 @@ def make(output_dir, model, args=None, **changed) -> PbKDRounds:
 
 def run_rank(rank, port, output_dir, model, settings):
     """One of two processes, as a launcher starts them."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    begin_rank(rank, port)
     rounds = make(output_dir, model, settings, teacher=Teacher(f"{output_dir}.log"))
     assert rounds.args.world_size == 2, rounds.args.world_size
     assert rounds.args.distributed_state.distributed_type == "MULTI_CPU"
     rounds.run()
     torch.distributed.destroy_process_group()
+
+
+def begin_rank(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+class Broken(Teacher):
+    """Raises instead of answering."""
+
+    def text(self, request, sample):
+        raise ConnectionAbortedError("the teacher is gone")
+
+
+def lose_main_process(rank, port, output_dir, model, fate):
+    """One of two processes, of which the main one meets its `fate`; the other writes down how it ends."""
+    begin_rank(rank, port)
+    teacher = {"killed": Teacher(dies_after=3), "error": Broken()}.get(fate, Teacher())
+    rounds = make(output_dir, model, teacher=teacher)
+    if rank == 0:
+        if fate == "absent":
+            raise SystemExit(1)
+        if fate == "trained":
+            rounds._tidy = lambda number: die()
+        rounds.run()
+    try:
+        rounds.run()
+    except BaseException as error:
+        Path(f"{output_dir}.said").write_text(f"{type(error).__name__}: {error}")

@@ -131,7 +131,7 @@ def test_the_teacher_is_given_once(tiny_dir, teacher_dir, settings):
 
 
 def test_a_student_that_is_nowhere_is_named(teacher_dir, settings):
-    with pytest.raises(OSError, match="`model` is 'nosuch/model', whose tokenizer cannot be loaded: We"):
+    with pytest.raises(OSError, match="`model` is 'nosuch/model', which cannot be loaded: We"):
         make("nosuch/model", teacher_dir, settings)
 
 
@@ -272,6 +272,10 @@ DATA = {
     "a null response": (
         {"pairs": [*PAIRS[:3], {**PAIRS[3], "chosen": None}]},
         "Row 3 of the preference dataset: `chosen` is null",
+    ),
+    "messages for pairs": (
+        {"pairs": [{"prompt": USER, "chosen": ANSWER, "rejected": [{**ANSWER[0], "content": "3"}]}]},
+        "`preference_dataset` is messages, but the prompts of the train dataset are text: give both as text or both as",
     ),
     "no room for a response": ({"pairs": PAIRS, "pair_max_length": 3}, "`pair_max_length` = 3"),
 }

@@ -63,6 +63,19 @@ def test_bad_settings(tiny_dir, settings, more, message):
 
 
 IMAGES = [{**row, "image": 1} for row in ROWS]
+USER = [{"role": "user", "content": "1+1="}]
+ASKED = [{"prompt": USER, "completion": "2"}] * 8
+MESSAGES = [
+    {"prompt": USER, **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}}
+    for row in PAIRS
+]
+IN_PARTS = [
+    {
+        column: [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        for column, messages in row.items()
+    }
+    for row in MESSAGES
+]
 PARTS = {
     "nothing to climb": ({"adversary": "off"}, "`adversary` is 'off' and there are no `reward_funcs`"),
     "pairs for nobody": (
@@ -121,6 +134,22 @@ PARTS = {
         "`preference_dataset` is a IterableDataset",
     ),
     "pairs without a rejected response": ({"pairs": [{"prompt": "1", "chosen": "2"}]}, "lacks the column 'rejected'"),
+    "text for prompts and messages for pairs": (
+        {"pairs": MESSAGES, "preference_function": digits},
+        "`preference_dataset` is messages, but the prompts of the train dataset are text: give both as text",
+    ),
+    "messages for prompts and text for pairs": (
+        {"rows": ASKED, "pairs": PAIRS},
+        "`preference_dataset` is text, but the prompts of the train dataset are messages: give both as text",
+    ),
+    "contents in parts": (
+        {"rows": ASKED, "pairs": IN_PARTS, "preference_function": digits},
+        "The messages in the column 'prompt' of `preference_dataset` have a list of parts as `content`, and .* text: give",
+    ),
+    "answers in parts": (
+        {"rows": ASKED, "pairs": [{**row, "prompt": USER} for row in IN_PARTS], "preference_function": digits},
+        "The messages in the column 'chosen' of `preference_dataset` have a list of parts as `content`",
+    ),
     "a preference that cannot be called": (
         {"preference_function": lambda prompts: [1.0]},
         "cannot be called",

@@ -95,6 +95,20 @@ def test_a_changed_dual_is_told_on_resume_and_stays_under_the_cap(tiny_dir, rows
     assert resumed.dual.value == 4.0
 
 
+def test_another_number_of_processes_is_told_on_resume(tiny_dir, rows, settings, caplog):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(tiny_dir, rows, settings, **options).train()
+    checkpoint = Path(settings["output_dir"], "checkpoint-1")
+    with caplog.at_level(logging.WARNING):
+        make(tiny_dir, rows, settings, **options).train(resume_from_checkpoint=str(checkpoint))
+        assert "processes" not in caplog.text
+        dual = json.loads((checkpoint / "pbkd_dual.json").read_text())
+        assert dual["num_processes"] == 1
+        (checkpoint / "pbkd_dual.json").write_text(json.dumps(dual | {"num_processes": 2}))
+        make(tiny_dir, rows, settings, **options).train(resume_from_checkpoint=str(checkpoint))
+    assert caplog.text.count("was saved by a run of 2 processes, and this run has 1: each step takes") == 1
+
+
 def test_a_dual_at_its_cap_is_reported_once(tiny_dir, pairs, settings, caplog):
     options = {**MOVING, "dual_max": 1.1, "max_steps": 120, "learning_rate": 0.0, "logging_steps": 60}
     trainer = make(tiny_dir, pairs, settings, **options)

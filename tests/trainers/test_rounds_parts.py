@@ -46,6 +46,11 @@ from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret
         ({}, {"preference": LabelColumn("label")}, "`preference` reads the column 'label'"),
         ({}, {"student": lambda model, number: ColumnSampler("a")}, "`student` looks its answers up"),
         ({"eval_strategy": "steps"}, {}, "`eval_strategy` is 'steps', but `eval_dataset` is not given"),
+        (
+            {"eval_strategy": "steps"},
+            {"eval_dataset": PROMPTS},
+            "The eval dataset lacks the column 'chosen' and 'rejected'",
+        ),
         ({}, {"peft_config": LoraConfig(init_lora_weights="pissa")}, "`init_lora_weights` = 'pissa'"),
         ({}, {"model": "no/such/folder"}, "`model` is 'no/such/folder'"),
     ],

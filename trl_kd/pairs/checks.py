@@ -30,7 +30,8 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
 
     Answers that exist already (`is_lookup`) are read. Another sampler may have a method `check_requests(requests)`, and a
     preference `check_rows(prompts, **columns)` with the columns that it will get; each raises a `ValueError` for what it
-    could not work with. Of any other preference it is known at least whether it can be called so.
+    could not work with. Of any other preference it is known at least whether it can be called so. A sampler may have a
+    method `check_model()`, which raises an `OSError` for a model that cannot be loaded.
 
     Args:
         rows (`list[PromptRow]`):
@@ -43,11 +44,13 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
     Raises:
         `ValueError`: the sentence names the row, where it is a row's fault.
         `TypeError`: something that is no sampler or preference function.
+        `OSError`: a model that cannot be loaded.
     """
     for source, (sampler, samples) in sources.items():
         _check_kind(
             source, sampler, ("is_lookup", "describe", "sample"), "ServerSampler(MODEL, URL) or ColumnSampler(NAME)"
         )
+        _check_model(source, sampler)
         _warn_of_greedy(source, sampler, samples)
         _warn_of_second_start(source, sampler, rows)
     _check_kind("preference", preference, ("__call__",), "TeacherWins() or RewardFunctionPreference(FUNCTION)")
@@ -156,6 +159,15 @@ def _check_kind(name: str, part: Any, needed: tuple[str, ...], example: str) -> 
         raise TypeError(
             f"`{name}` is a {type(part).__name__}, which has no {lacking}: give an object that does, such as {example}."
         )
+
+
+def _check_model(source: str, sampler: Any) -> None:
+    """Raises where a sampler knows that its model cannot be loaded, before another one is asked and paid."""
+    if callable(getattr(sampler, "check_model", None)):
+        try:
+            sampler.check_model()
+        except OSError as error:
+            raise OSError(f"`{source}`: {error}") from error
 
 
 def _warn_of_greedy(source: str, sampler: Any, samples: int) -> None:

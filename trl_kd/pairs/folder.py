@@ -11,6 +11,7 @@ from trl_kd.pairs.report import COUNTS, SETTINGS, SUMMARY
 
 
 _WRITTEN = ("README.md", "pairs.html", SUMMARY, SETTINGS, COUNTS)
+_FORMER_LOCK = ".lock"
 _OURS = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 
 
@@ -47,8 +48,8 @@ def check_folder(output_dir: str | Path) -> None:
 def _is_ours(folder: Path) -> bool:
     if (folder / DATABASE).is_file():
         return True
-    lock = folder / LOCK
-    if lock.is_file() and re.fullmatch(r"(\d+@.*)?", lock.read_text(errors="replace")):
+    locks = [folder / name for name in (LOCK, _FORMER_LOCK)]
+    if any(lock.is_file() and re.fullmatch(r"(\d+@\S*)?", lock.read_text(errors="replace")) for lock in locks):
         return True  # of a merge that was interrupted
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trl_kd import _trl
 from trl_kd.preferences.preference import ScoredPreference
@@ -15,7 +15,8 @@ from trl_kd.preferences.tokens import altered, encode_answer, template_options, 
 from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
-from trl_kd.sampling.loading import FINDING, load_model
+from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.model_files import check_files, check_tokens, named, read_config
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 from trl_kd.sampling.recorded import recorded_description
@@ -76,12 +77,12 @@ class ModelPreference(ScoredPreference):
             if value is not None and value < 2:
                 raise ValueError(f"`{name}` is {value!r}: it is a number of tokens, at least 2.")
         self.init_kwargs = dict(model_init_kwargs or {})
-        finding = {name: self.init_kwargs[name] for name in FINDING if name in self.init_kwargs}
         if isinstance(model, str):
             check_no_adapter("model", model)
             self.name = model
             self._given = None
-            config = AutoConfig.from_pretrained(model, **finding)
+            with named(f"The model {model!r}"):
+                config = read_config(model, self.init_kwargs)
             architectures = config.architectures or []
         else:
             architectures = [type(model).__name__]
@@ -92,6 +93,9 @@ class ModelPreference(ScoredPreference):
         if processing_class is None:
             processing_class = load_tokenizer(self.name, self.init_kwargs)
         self.tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        if self._given is None:
+            with named(f"The model {self.name!r}"):
+                check_tokens(self.tokenizer, check_files(self.name, config, self.init_kwargs))
         self.pad_id: int | None = self.tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = self.tokenizer.eos_token_id

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.models.auto import modeling_auto as families
 
+from trl_kd.sampling.model_files import is_adapter, read_config
 from trl_kd.sampling.own_logits import Probe, evaluating, log_probs, run
 
 
@@ -38,15 +38,19 @@ def check_kind(config: Any, architectures: list[str], who: str) -> None:
 
 
 def check_named(model: Any, who: str, **options: Any) -> None:
-    """As `check_kind`, for a model or the name of one that is not loaded yet. Where no config can be read nothing is said:
-    whoever loads the model says why."""
+    """As `check_kind`, for a model or the name of one that is not loaded yet. Of an adapter's folder nothing is said: who
+    loads the model reads the config of its base.
+
+    Raises:
+        `ValueError`: see `check_kind`.
+        `BadModel`: there is no config, or it is none.
+    """
     if not isinstance(model, str):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         return check_kind(model.config, [type(base).__name__], who)
-    try:
-        config = AutoConfig.from_pretrained(model, **options)
-    except (OSError, ValueError):
+    if is_adapter(model):
         return None
+    config = read_config(model, options)
     return check_kind(config, config.architectures or [], who)
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from trl_kd import _trl
 from trl_kd.sampling.causal import check_named
+from trl_kd.sampling.model_files import FINDING, MODEL_ERRORS, BadModel, reason
 
-
-FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
-"""Options of `from_pretrained` that say where the files are: the config needs them too."""
 
 QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
 """How the options begin that are fields of `BitsAndBytesConfig`."""
@@ -33,6 +32,7 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
     Raises:
         `ValueError`: it is no causal language model; before its weights are read.
         `ImportError`: it is to be quantized and bitsandbytes is missing.
+        `BadModel`: its files cannot be used.
     """
     quantization = {key: value for key, value in options.items() if key.startswith(QUANTIZATION)}
     kwargs = {key: value for key, value in options.items() if key not in quantization}
@@ -44,7 +44,12 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
     if architecture is None:
         check_named(name, f"The model {name!r}", **{key: kwargs[key] for key in FINDING if key in kwargs})
-    return _trl.create_model_from_path(name, architecture=architecture, **kwargs)
+    try:
+        return _trl.create_model_from_path(name, architecture=architecture, **kwargs)
+    except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError):  # of the options, or the machine
+        raise
+    except MODEL_ERRORS as error:
+        raise BadModel(reason(error)) from error
 
 
 def keep_gradients(model: Any) -> None:

@@ -19,6 +19,7 @@ from trl_kd.responses.special_tokens import end_tokens, turn_end
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.decoding import Batch, Prompt, Row
 from trl_kd.sampling.loading import QUANTIZATION, load_model
+from trl_kd.sampling.model_files import check_files, check_tokens, named, read_config
 from trl_kd.sampling.own_logits import evaluating, probe
 from trl_kd.sampling.prompts import (
     cut_at,
@@ -112,6 +113,7 @@ class LocalSampler:
         self.settings = settings
         self._model = self._given
         self._tokenizer = tokenizer
+        self._is_checked = False
         self._options = dict(model_init_kwargs or {})
         self._template_options = dict(chat_template_kwargs or {})
         self._max_batch_tokens = max_batch_tokens
@@ -147,6 +149,18 @@ class LocalSampler:
     def load(self) -> None:
         """Loads the model now."""
         _ = self.model
+
+    def check_model(self) -> None:
+        """Raises a `BadModel` if the files of a model given by name cannot be used, or its tokenizer has more tokens than it
+        has embeddings. Nothing is loaded for it."""
+        if self._given is not None or self._is_checked:
+            return
+        rows = None
+        with named(f"The model {self.name!r}"):
+            if self.adapter is None:  # or it may have embeddings of its own
+                rows = check_files(self.name, read_config(self.name, self._options), self._options)
+            check_tokens(self.tokenizer, rows)
+        self._is_checked = True
 
     def check_requests(self, requests: Iterable[Request]) -> None:
         """Raises what the tokenizer raises for such prompts, for want of a chat template say. Nothing is loaded for it."""

@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.special_tokens import turn_end
+from trl_kd.sampling.model_files import check_files, named, read_config
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,
@@ -96,6 +97,12 @@ class VLLMSampler:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._engine_kwargs.get("tokenizer", self.name), self._engine_kwargs)
         return self._tokenizer
+
+    def check_model(self) -> None:
+        """Raises a `BadModel` if config, weights or tokenizer of the model cannot be used; the engine is not started."""
+        with named(f"The model {self.name!r}"):
+            check_files(self.name, read_config(self.name, self._engine_kwargs), self._engine_kwargs)
+            _ = self.tokenizer
 
     @cached_property
     def _turn_ends(self) -> list[int]:

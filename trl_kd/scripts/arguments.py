@@ -5,13 +5,16 @@ neither the command nor, where that is used, `accelerate launch` knows is an err
 """
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import ScriptArguments, TrlParser
@@ -21,6 +24,12 @@ from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, one_line, refuse
 from trl_kd.scripts.suggestions import advice
 
+
+_UNIONS = (Union, UnionType)
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+"""Mappings that may be the name of a file."""
+_JSON = ("_kwargs", "_body")
+"""How the names of `trl-kd pairs` end whose text is JSON, in YAML a mapping too."""
 
 _NOT_FOR_USERS = {"-m", "--module", "--no_python", "--no-python", "-h", "--help"}
 """Options of `accelerate launch` that say what to launch, which is the command's business."""
@@ -122,6 +131,7 @@ def parse(
     for name, told in (required or {}).items():
         if not getattr(found, name):
             raise InputError(f"`{name}` is not set: {told}")
+    _check_mappings(parser.types, found)
     with bad_input():
         values = _fill(parser, rest)
     script_args = [] if path is None else paths.option("config", path)
@@ -139,6 +149,17 @@ def _fill(parser: "_Parser", words: list[str]) -> tuple[Any, ...]:
             "`bf16` is True, or `bf16_full_eval`, but no GPU here can do it: leave it out, or set `use_cpu` to true to do "
             "it on the CPU."
         ) from error
+
+
+def _check_mappings(types: Iterable[type], found: argparse.Namespace) -> None:
+    """Raises for a value of a field that transformers reads as JSON and takes for a mapping, and that is none."""
+    for name in dict.fromkeys(name for t in types for name in getattr(t, "_VALID_DICT_FIELDS", ())):
+        value = given = getattr(found, name, None)
+        if isinstance(value, str) and (name not in _FILES or value.startswith("{")):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if not (value is None or isinstance(value, dict) or (name in _FILES and isinstance(value, str))):
+            raise InputError(f'`{name}` is {given!r}: it must be a mapping, as in JSON: \'{{"name": "value"}}\'.')
 
 
 def _take_config(argv: list[str], prog: str) -> tuple[str | None, list[str]]:
@@ -193,15 +214,15 @@ class _Parser(TrlParser):
         config = _load_yaml(path)
         _set_environment(config.pop("env", None), path)
         actions = {action.dest: action for action in reversed(self._actions)}  # `--x` comes before its `--no_x`
-        nullable = {
-            name for t in self.types for name, hint in get_type_hints(t).items() if type(None) in get_args(hint)
-        }
+        hints = {name: hint for t in reversed(self.types) for name, hint in get_type_hints(t).items()}
+        nullable = {name for name, hint in hints.items() if type(None) in get_args(hint)}
         defaults: dict[str, Any] = {}
         launch_args = []
         for key, value in config.items():
             if key in actions and key != "help":
                 if value is None and key not in nullable:
                     raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
+                _check_kind(key, value, hints.get(key), path)
                 defaults[key] = None if value is None else _converted(key, value, actions[key], path)
             else:
                 launch_args += self._launch_words(key, value, path)
@@ -269,6 +290,26 @@ def _set_environment(variables: Any, path: str) -> None:
 def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:
     # YAML reads a bare `no` as false, and `eval_strategy: no` is what one writes
     return "no" if value is False and choices is not None and "no" in choices else str(value)
+
+
+def _check_kind(key: str, value: Any, hint: Any, path: str) -> None:
+    """Raises for a value that is no text where a text is wanted: YAML reads 5, 010 and 2024_01 as numbers, and on the
+    command line they are texts."""
+    hints = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
+    kinds = {get_origin(kind) or kind for kind in hints}
+    kinds |= {item for kind in hints if get_origin(kind) is list for item in get_args(kind)}
+    if str not in kinds or not kinds <= {str, dict, list, type(None)}:
+        return
+    if key.endswith(_JSON):
+        kinds.add(dict)
+    for item in value if isinstance(value, list) and list in kinds else [value]:
+        if item is None or isinstance(item, tuple(kinds - {list})):
+            continue
+        wanted = "a mapping of names to values" if dict in kinds else "text"
+        quotes = (
+            "" if dict in kinds or isinstance(item, list | dict) else f": put it into quotes, as in {key}: '{item}'"
+        )
+        raise InputError(f"`{key}` is {value!r} in {path}, and it must be {wanted}{quotes}.")
 
 
 def _converted(key: str, value: Any, action: argparse.Action, path: str) -> Any:

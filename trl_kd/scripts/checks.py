@@ -7,6 +7,7 @@ What imports PEFT, and with it bitsandbytes, is imported where it is used: `trl-
 import os
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,8 +222,25 @@ def check_hub(name: str, field: str, value: Any, own_field: str, token: str | No
         ) from error
 
 
-def model_error(field: str, name: str, error: Exception) -> InputError:
+def read_model(field: str, name: str, options: Mapping[str, Any], load: Callable[[], Any] = lambda: None) -> Any:
+    """Checks the files of a model that `field` names, of which no weights are read, and returns its tokenizer or processor,
+    which `load` gives."""
+    from trl_kd.sampling.model_files import check_files, check_tokens, read_config
+
+    try:
+        rows = check_files(name, read_config(name, options), options)
+        processor = load()
+        if processor is not None:
+            check_tokens(getattr(processor, "tokenizer", processor), rows)
+    except Exception as error:  # those of `tokenizers` have no class of their own
+        raise model_error(field, name, error) from error
+    return processor
+
+
+def model_error(field: str, name: str, error: BaseException) -> InputError:
     """What went wrong with the model that `field` names, said so that the field can be found."""
+    while isinstance(error, OSError) and type(error) is type(error.__cause__):
+        error = error.__cause__  # without the name that it was given on the way
     try:
         check_model_source(field, name)
     except InputError as clearer:

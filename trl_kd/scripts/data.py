@@ -13,9 +13,13 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset,
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from trl_kd.sampling.names import looks_like_path
+from trl_kd.scripts.data_files import TEXT_FILES, check_encoding, check_kinds, infer_features
 from trl_kd.scripts.errors import InputError, one_line
 from trl_kd.scripts.paths import check_name
 
+
+_READ = {"prompt", "chosen", "rejected", "teacher", "completion", "preference", "teacher_side"}
+"""Columns that have a meaning here."""
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -177,9 +181,7 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
         builder = BUILDERS.get(path.suffix)
         if builder is None:
             raise InputError(f"`{field}` is the file {name!r}: its name must end in {', '.join(BUILDERS)}.")
-        if _is_blank(path):  # for which each release of `datasets` has another error
-            raise InputError(f"`{field}` is {name!r}, which is empty: it needs at least one row.")
-        return load_dataset(builder, data_files=glob.escape(str(path)), **options)
+        return _load_file(path, builder, f"`{field}` is {name!r}", options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _load_saved(path, streaming, field)
@@ -188,7 +190,7 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
                 f"`{field}` is the folder {name!r}, which holds neither a saved dataset nor "
                 f"{', '.join(BUILDERS)} files."
             )
-        return load_dataset(_without_patterns(path), name=config, cache_dir=_cache_of(path), **options)
+        return _load_folder(path, f"`{field}` is {name!r}", name=config, cache_dir=_cache_of(path), **options)
     if looks_like_path(name) or path.suffix in BUILDERS:
         raise InputError(f"`{field}` is {name!r}: no such file or folder.")
     try:
@@ -200,9 +202,43 @@ def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_
         ) from error
 
 
-def _is_blank(path: Path) -> bool:
-    with path.open("rb") as file:
-        return not any(block.strip() for block in iter(lambda: file.read(2**16), b""))
+def _load_file(path: Path, builder: str, source: str, options: dict[str, Any]) -> Any:
+    if path.suffix in TEXT_FILES or not path.stat().st_size:
+        check_encoding(path, source)
+    options |= {"data_files": glob.escape(str(path))}
+    if builder != "json":
+        return load_dataset(builder, **options)
+    try:
+        splits = load_dataset(builder, **options)
+    except Exception:
+        check_kinds(path, source)
+        return load_dataset(builder, features=infer_features(path, source), **options)
+    if any(_is_mixed(split) for split in splits.values()):
+        check_kinds(path, source, _READ)
+    return splits
+
+
+def _load_folder(path: Path, source: str, **options: Any) -> Any:
+    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.stat().st_size)
+    for file in files:
+        check_encoding(file, source)
+    json_files = [file for file in files if BUILDERS[file.suffix] == "json"]
+    try:
+        splits = load_dataset(_without_patterns(path), **options)
+    except Exception:
+        for file in json_files:
+            check_kinds(file, source)
+        raise
+    if any(_is_mixed(split) for split in splits.values()):
+        for file in json_files:
+            check_kinds(file, source, _READ)
+    return splits
+
+
+def _is_mixed(split: Dataset | IterableDataset) -> bool:
+    """Whether a column that is read here may hold values of several kinds, which new releases of `datasets` keep as JSON."""
+    features = split.features or {}
+    return any(type(features.get(name)).__name__ == "Json" for name in _READ)
 
 
 def _cache_of(path: Path) -> str:

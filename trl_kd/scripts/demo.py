@@ -91,10 +91,11 @@ def run(
     started = time.monotonic()
     with bad_input():
         cells = _prepare(output_dir, seeds, tasks, settings)
+    from trl_kd.pairs.lock import hold_folder  # heavy, as what has been loaded by now
     from trl_kd.scripts.training import stopped_training
 
     results: dict[str, list[dict[str, Any]]] = {}
-    with stopped_training(str(output_dir)):
+    with stopped_training(str(output_dir)), hold_folder(output_dir, "demo"):
         for number, cell in enumerate(cells, 1):
             print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
             results.setdefault(cell.task.name, []).append(cell.compare(white_box))

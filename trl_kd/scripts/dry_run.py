@@ -12,7 +12,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.special_tokens import set_end_token, unlearnable_end
-from trl_kd.scripts.checks import check_model_source, model_error
+from trl_kd.scripts.checks import check_model_source, model_error, read_model
 from trl_kd.scripts.memory import (
     ModelSize,
     empty_model,
@@ -116,10 +116,8 @@ def load_student_processor(args: Any, model_args: ModelConfig) -> Any:
 
 
 def _load(auto: Any, field: str, name: str, revision: str | None, args: Any) -> Any:
-    try:
-        return auto.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise model_error(field, name, error) from error
+    options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
+    return read_model(field, name, options, lambda: auto.from_pretrained(name, **options))
 
 
 def describe_tokenizer(processor: Any) -> Table:

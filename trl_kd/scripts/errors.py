@@ -36,6 +36,10 @@ class InputError(Exception):
         self.commands = dict(commands or {})
 
 
+class ProcessError(InputError):
+    """What ends one process of several and not the others: it is said by this process, whichever it is."""
+
+
 @contextmanager
 def bad_input() -> Iterator[None]:
     """
@@ -101,7 +105,7 @@ def report(command: Callable[[], int], prog: str, with_traceback: bool = False) 
         return command()
     except InputError as error:
         # Under a launcher every process fails alike; one of them says so
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
             if with_traceback:
                 traceback.print_exception(error)
             print(f"{prog}: error: {one_line(error)}", file=sys.stderr)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from trl_kd.rewards.q_function import ADAPTER_WIDTH
 from trl_kd.rewards.reward_model import RewardModel
+from trl_kd.sampling import model_files
 from trl_kd.sampling.causal import check_kind
+from trl_kd.sampling.model_files import read_config, reading
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,17 +37,10 @@ def empty_model(
 ) -> PreTrainedModel:
     """The model that `name` describes, on the meta device: shapes, no weights. Unless told otherwise it must be a causal
     language model."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    config = read_config(name, {"trust_remote_code": trust_remote_code, "revision": revision})
     if causal:
         check_kind(config, config.architectures or [], f"The model {name!r}")
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with init_empty_weights():
-        if architecture is None:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = architecture(config)
-    model.tie_weights()  # the context has made two parameters of a shared one
-    return model
+    return model_files.empty_model(config, trust_remote_code)
 
 
 def model_size(model: PreTrainedModel, dtype: Any, quantization: str | None = None) -> ModelSize:
@@ -99,8 +93,8 @@ def trainable_parameters(model: PreTrainedModel, peft_config: Any) -> int:
 
 def empty_reward_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A sequence-classification model of one label with the backbone that `name` describes, on the meta device."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, num_labels=1)
-    with init_empty_weights():
+    config = read_config(name, {"trust_remote_code": trust_remote_code}, num_labels=1)
+    with reading("config.json"), init_empty_weights():
         return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
 
 

@@ -84,7 +84,7 @@ def _describe(script_args: Any, training_args: Any, model_args: Any, mixture: An
     else:
         table.append(("preference_dataset", script_args.preference_dataset))
         if training_args.moment_coef > 0:
-            table += _describe_pairs(pairs, processor, training_args, processes)
+            table += _describe_pairs(pairs, train_dataset, processor, training_args, processes)
     if training_args.imitation_weight > 0:
         table.append(("imitation", _describe_imitation(train_dataset, pairs, training_args)))
     epoch_steps = _epoch_steps(train_dataset, training_args, processes)
@@ -162,11 +162,11 @@ def _epoch_steps(dataset: Any, args: Any, processes: int) -> int | None:
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
 
 
-def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int) -> Table:
+def _describe_pairs(dataset: Dataset, prompts: Any, processor: Any, args: Any, processes: int) -> Table:
     table = [
         ("pairs columns", columns({c: dataset[0][c] for c in ("prompt", "chosen", "rejected") if c in dataset[0]}))
     ]
-    known = known_pairs(read_pairs(dataset, args.pair_max_length))
+    known = known_pairs(read_pairs(dataset, args.pair_max_length, prompts))
     sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
     batches = PairBatches(_told_apart(known), args, world, pad_token_id=0)
@@ -192,7 +192,7 @@ def _describe_pairs(dataset: Dataset, processor: Any, args: Any, processes: int)
 
 
 def _describe_imitation(dataset: Any, pairs: Dataset | None, args: Any) -> str:
-    weights = PairWeights(None if pairs is None else read_pairs(pairs, args.pair_max_length), args)
+    weights = PairWeights(None if pairs is None else read_pairs(pairs, args.pair_max_length, dataset), args)
     told = f"weight {args.imitation_weight:g}"
     if pairs is None or not isinstance(dataset, Dataset) or "completion" not in dataset.column_names:
         return f"{told}, of all completions alike"

@@ -16,7 +16,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_kd.scripts.online_pbkd_dry_run import dry_run
-from trl_kd.scripts.online_pbkd_parts import OnlinePbKDScriptArguments, check, make_parts, said, stopped
+from trl_kd.scripts.online_pbkd_parts import OnlinePbKDScriptArguments, check, fit_rewards, make_parts, said
 from trl_kd.scripts.training import TrainingCommand, build_trainer
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
@@ -45,7 +45,7 @@ class OnlinePbKDCommand(TrainingCommand):
     """Refuses a reward model that is not fit to be climbed as it refuses any input."""
 
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
-        with stopped():
+        with fit_rewards():
             return super().train(script_args, training_args, model_args, mixture)
 
 

@@ -153,7 +153,7 @@ def _describe_pairs(parts: Parts, online: OnlineParts, processor: Any, args: Any
     if not args.uses_preferences:
         return [("D", "not used"), ("reward model", _steps(args, ""))]
     pool = PairPool(args.rm_held_out, args.seed)
-    pool.add(online.given_pairs(processor))
+    pool.add(online.given_pairs(processor, parts.train_dataset))
     grows = parts.preference_function is not None
     told = "empty at the start" if not len(pool) else f"{len(pool):,} known pairs at the start"
     told += f", {len(pool.held_out)} held out ({len(pool.strict)} strict)" if len(pool) else ""

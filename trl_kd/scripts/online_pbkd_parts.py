@@ -10,16 +10,15 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import DatasetMixtureConfig, ModelConfig
 
-from trl_kd.pairs.places import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import PreferenceScriptArguments
-from trl_kd.scripts.checks import check_arguments, check_model_source, check_preference_dataset, model_error
+from trl_kd.scripts.checks import check_arguments, check_model_source, check_preference_dataset, read_model
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.pairs_parts import check_models, check_sampler, make_preference, make_sampler
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
 
@@ -180,7 +179,7 @@ def make_parts(
         pairs = read_config(script_args, training_args, model_args)
         if pairs.teacher is not None:
             teacher = make_sampler(pairs, "teacher")
-            load_tokenizers(pairs, {"teacher": teacher})
+            check_models(pairs, {"teacher": teacher})
         else:
             assert pairs.teacher_column is not None
             training_args.teacher_column = pairs.teacher_column
@@ -207,10 +206,7 @@ def _student(pairs: PairsArguments, training_args: OnlinePbKDConfig, model_args:
     changed: dict[str, Any] = {"student_model_init_kwargs": options}
     check_model_source("model_name_or_path", name)
     sampler = make_sampler(replace(pairs, **changed), "student")
-    try:
-        _ = sampler.tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        raise model_error("model_name_or_path", name, error) from error
+    check_sampler("model_name_or_path", name, sampler)
     return sampler
 
 
@@ -231,6 +227,8 @@ def reward_function(name: str) -> str | Callable:
         return function(max_completion_len=1280, soft_punish_cache=256) if name == TRL_REWARDS[-1] else function
     if Path(name).is_dir() or ("/" in name and ":" not in name):
         check_model_source("reward_funcs", name)
+        if Path(name).is_dir():
+            read_model("reward_funcs", name, {})
         return name
     if "." not in name and ":" not in name:
         raise InputError(
@@ -266,7 +264,7 @@ def said() -> Iterator[None]:
 
 
 @contextmanager
-def stopped() -> Iterator[None]:
+def fit_rewards() -> Iterator[None]:
     """Around the training: what stops it from outside, or since the reward model is not fit to be climbed or another than
     that of the checkpoint, is one line."""
     from trl_kd.rewards.reward_model import OtherRewardModel
@@ -274,7 +272,7 @@ def stopped() -> Iterator[None]:
 
     try:
         yield
-    except (WarmUpFailed, OtherRewardModel, BudgetExceeded, ServerError, StoreError) as error:
+    except (WarmUpFailed, OtherRewardModel, BudgetExceeded, ServerError) as error:
         raise InputError(in_our_words(one_line(error))) from error
 
 

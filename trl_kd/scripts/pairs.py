@@ -26,7 +26,7 @@ from trl_kd.scripts.checks import check_hub
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import SOURCES, PairsArguments, check, parse_shard
 from trl_kd.scripts.pairs_dry_run import dry_run
-from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.pairs_parts import check_models, describe_prompts, load_prompts, make_preference, make_sampler
 from trl_kd.scripts.paths import option, shell
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         with bad_input():
             prompts = load_prompts(args)
             sources = {source: make_sampler(args, source) for source in SOURCES}
-            load_tokenizers(args, sources)
+            check_models(args, sources)
             preference = make_preference(args, sources["student"])
             seed = args.seed if args.pairing_seed is None else args.pairing_seed
             pairing = PairingSettings(args.policy, args.max_pairs_per_prompt, args.truncated, seed, args.reasoning)

@@ -67,14 +67,23 @@ def describe_prompts(args: PairsArguments) -> dict[str, Any]:
     }
 
 
-def load_tokenizers(args: PairsArguments, samplers: dict[str, Any]) -> None:
-    """Loads what is small of the models here, so that one that is missing is said at once, and by its name."""
+def check_models(args: PairsArguments, samplers: dict[str, Any]) -> None:
+    """[`check_sampler`] of each."""
     for source, sampler in samplers.items():
-        try:
-            getattr(sampler, "tokenizer", None)
-        except (OSError, ValueError, ImportError) as error:
-            model = getattr(args, source)
-            raise model_error(source, model, error) from error
+        check_sampler(source, getattr(args, source), sampler)
+
+
+def check_sampler(field: str, name: str, sampler: Any) -> None:
+    """Reads what is small of a local model here, so that one that is missing or cannot be loaded is said at once, and by the
+    `field` that names it."""
+    if not hasattr(type(sampler), "check_model"):
+        return
+    from trl_kd.sampling.model_files import MODEL_ERRORS
+
+    try:
+        sampler.check_model()
+    except MODEL_ERRORS as error:
+        raise model_error(field, name, error) from error
 
 
 def make_sampler(args: PairsArguments, source: str) -> Any:

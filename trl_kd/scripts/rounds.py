@@ -10,15 +10,21 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_kd.pairs.pairing import PairingSettings
-from trl_kd.pairs.places import StoreError
 from trl_kd.sampling.budget import BudgetExceeded
 from trl_kd.sampling.server_errors import ServerError
 from trl_kd.scripts.arguments import TrainingScriptArguments
-from trl_kd.scripts.checks import check_model_source, check_training, model_error
+from trl_kd.scripts.checks import check_model_source, check_training
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import describe_prompts, load_prompts, load_tokenizers, make_preference, make_sampler
+from trl_kd.scripts.pairs_parts import (
+    check_models,
+    check_sampler,
+    describe_prompts,
+    load_prompts,
+    make_preference,
+    make_sampler,
+)
 from trl_kd.scripts.training import model_init_kwargs, stopped_training
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.teacher import Teacher
@@ -207,11 +213,8 @@ def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mod
     assert name is not None
     assert script_args.rounds is not None
     teacher, first = make_sampler(pairs, "teacher"), student(name, 1)
-    load_tokenizers(pairs, {"teacher": teacher})
-    try:
-        _ = first.tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        raise model_error("model_name_or_path", name, error) from error
+    check_models(pairs, {"teacher": teacher})
+    check_sampler("model_name_or_path", name, first)
     chosen: dict[str, Any] = {
         key: getattr(script_args, key) for key in ("prompts_per_round", "accumulate", "reference")
     }
@@ -240,10 +243,17 @@ _WORDS = {"`optimizer`": "`round_optimizer`", "`schedule`": "`round_schedule`"}
 """What `PbKDRounds` says in Python's words, and how the command says it."""
 
 
-def checked_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:
-    """As `make_rounds`, and compared with what `output_dir` holds; what is refused is said in the command's words."""
+def checked_rounds(
+    script_args: PbKDScriptArguments,
+    training_args: PbKDConfig,
+    model_args: ModelConfig,
+    processes: int | None = None,
+) -> Any:
+    """As `make_rounds`, and compared with what `output_dir` holds; what is refused is said in the command's words. Where the
+    rounds will run in other `processes` than these, it is said how many."""
     try:
         rounds = make_rounds(script_args, training_args, model_args)
+        rounds.num_processes = processes or rounds.num_processes
         rounds.check()
     except ValueError as error:
         text = str(error)
@@ -276,7 +286,7 @@ def _said() -> Iterator[None]:
     """What stops the rounds from outside is one line, and what there is, is kept."""
     try:
         yield
-    except (BudgetExceeded, ServerError, StoreError) as error:
+    except (BudgetExceeded, ServerError) as error:
         raise InputError(one_line(error)) from error
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept: the same command goes on from here.", file=sys.stderr)

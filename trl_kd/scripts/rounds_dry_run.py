@@ -46,7 +46,7 @@ def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, proce
     Raises:
         `ValueError` or `InputError`: what the run itself would refuse.
     """
-    rounds = checked_rounds(script_args, training_args, model_args)
+    rounds = checked_rounds(script_args, training_args, model_args, processes)
     what = "the rounds, then one answer of each source, and nothing is written"
     pairs = read_pairs_config(script_args, training_args, model_args)
     table = as_text(lambda: _describe(rounds, pairs, training_args, model_args, processes), what)

@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_kd.pairs.full_disk import DiskFull, disk_full, is_disk_full
+from trl_kd.pairs.full_disk import disk_full, is_disk_full
+from trl_kd.pairs.places import StoreError
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import check_push, model_error
-from trl_kd.scripts.errors import InputError, bad_input, one_line, report
+from trl_kd.scripts.errors import InputError, ProcessError, bad_input, one_line, report
 from trl_kd.scripts.launch import LAUNCHED, launch, needs_launcher, planned_processes, resolve_config
 from trl_kd.scripts.resuming import refuse_checkpoint, told_how_to_resume
 
@@ -113,7 +114,14 @@ class TrainingCommand:
         return parsed
 
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
-        """Trains, saves the student with its card, and pushes it where `push_to_hub` says so."""
+        """Trains in `output_dir`, which is nobody else's meanwhile, saves the student with its card, and pushes it where
+        `push_to_hub` says so."""
+        from trl_kd.trainers.main_process import claim
+
+        with stopped_training(training_args.output_dir), claim(training_args.output_dir):
+            return self._train(script_args, training_args, model_args, mixture)
+
+    def _train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
         with bad_input():
             trainer = self.make_trainer(script_args, training_args, model_args, mixture)
 
@@ -123,13 +131,12 @@ class TrainingCommand:
             trainer.model._ddp_params_and_buffers_to_ignore = [
                 name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
             ]
-        with stopped_training(training_args.output_dir):
-            trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-            trainer.accelerator.print("Training completed.")
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.accelerator.print("Training completed.")
 
-            trainer.save_model(training_args.output_dir)
-            dataset_name = _hub_dataset(script_args.dataset_name)
-            trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
+        trainer.save_model(training_args.output_dir)
+        dataset_name = _hub_dataset(script_args.dataset_name)
+        trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=dataset_name)
         trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=dataset_name)
@@ -146,13 +153,16 @@ class TrainingCommand:
 
 @contextmanager
 def stopped_training(output_dir: str) -> Iterator[None]:
-    """A training that stops at NaN or infinity, or since the disk of `output_dir` is full, says so in one line."""
+    """What stops a training from outside, at NaN or infinity, or since the disk of `output_dir` is full, is one line."""
     from trl_kd.trainers.finite import NotFinite
+    from trl_kd.trainers.main_process import MainProcessEnded
 
     try:
         yield
-    except (NotFinite, DiskFull) as error:
+    except (NotFinite, StoreError) as error:
         raise InputError(one_line(error)) from error
+    except MainProcessEnded as error:
+        raise ProcessError(one_line(error)) from error
     except Exception as error:
         if is_disk_full(error, output_dir):  # a log, say
             raise InputError(one_line(disk_full(output_dir, 2**20, "Checkpoints that are whole stay so"))) from error

@@ -19,6 +19,7 @@ from trl_kd.trainers.model_card import DATASET, MODEL, put_names
 logger = get_logger(__name__)
 
 DUAL_FILE = "pbkd_dual.json"
+_PROCESSES = "num_processes"
 
 
 def make_dual(args: Any, pairs: int, target: float = 0.0) -> DualVariable:
@@ -33,6 +34,15 @@ def make_dual(args: Any, pairs: int, target: float = 0.0) -> DualVariable:
         target=target,
         radius=float(radius),
     )
+
+
+def _warn_of_processes(before: int | None, args: Any) -> None:
+    if before is not None and before != args.world_size:
+        logger.warning(
+            f"The checkpoint was saved by a run of {before} processes, and this run has {args.world_size}: each step "
+            "takes another number of rows, and other ones, so that the student will not be the one of a run that was never "
+            f"stopped. For that start {before} processes again."
+        )
 
 
 class DualCheckpoints:
@@ -67,7 +77,7 @@ class DualCheckpoints:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
             with open(os.path.join(output_dir, DUAL_FILE), "w", encoding="utf-8") as file:
-                json.dump(self.dual.state_dict(), file)
+                json.dump(self.dual.state_dict() | {_PROCESSES: self.args.world_size}, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -79,6 +89,7 @@ class DualCheckpoints:
             return
         with open(path, encoding="utf-8") as file:
             state = json.load(file)
+        _warn_of_processes(state.pop(_PROCESSES, None), self.args)
         for name, now in self.dual.settings().items():
             if state[name] != now:
                 logger.warning(f"λ's {name} was {state[name]} in the checkpoint and is now {now}.")

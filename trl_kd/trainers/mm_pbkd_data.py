@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.finish_reasons import check_finish_reason, has_end
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import row_options
@@ -238,7 +239,7 @@ def _pair_settings(max_length: int | None, reasoning: str | None = None) -> Any:
     )
 
 
-def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
+def read_pairs(dataset: Any, max_length: int | None, prompts: Any) -> Dataset:
     """
     Checks preference pairs as `PbKDTrainer` does.
 
@@ -247,12 +248,14 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
             Pairs in TRL's preference format, `preference` being P(chosen ≻ rejected), by default 1.
         max_length (`int` or `None`):
             Tokens of a row that will be read.
+        prompts (`Dataset` or `IterableDataset`, *optional*):
+            What is trained on, of the same format as the pairs.
 
     Returns:
         All pairs, with a column `preference`.
 
     Raises:
-        `ValueError`: a stream, images, or a wrong label.
+        `ValueError`: a stream, images, a wrong label, or text beside messages.
     """
     if not isinstance(dataset, Dataset):
         hint = ""
@@ -268,6 +271,8 @@ def read_pairs(dataset: Any, max_length: int | None) -> Dataset:
     unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
     dataset = dataset.remove_columns(unused)
     dataset, _ = prepare_rows(dataset, "preference", _pair_settings(max_length), imitated=False)
+    if prompts is not None:
+        _check_same_format(next(iter(dataset)), next(iter(prompts)))
     if "preference" not in dataset.column_names:
         dataset = dataset.add_column("preference", [1.0] * len(dataset))
     return dataset
@@ -299,6 +304,15 @@ def known_pairs(dataset: Dataset) -> Dataset:
             "nothing from it."
         )
     return dataset
+
+
+def _check_same_format(pair: dict[str, Any], row: dict[str, Any]) -> None:
+    ours, theirs = ("messages" if is_conversational(first) else "text" for first in (pair, row))
+    if ours != theirs:
+        raise ValueError(
+            f"`preference_dataset` is {ours}, but the prompts of the train dataset are {theirs}: give both as text or both "
+            "as messages (`trl-kd pairs --as_messages` makes pairs of messages from prompts of text)."
+        )
 
 
 def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) -> Dataset:

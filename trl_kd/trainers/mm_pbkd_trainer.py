@@ -53,7 +53,7 @@ from trl_kd.trainers.mm_pbkd_step import (
 from trl_kd.trainers.model_card import PAPER, add_mm_pbkd_sections
 from trl_kd.trainers.output_heads import output_head, output_layer, whole
 from trl_kd.trainers.pbkd_data import check_tokenizer, each_dataset, load_processing_class
-from trl_kd.trainers.student_head import CheckedStudent, check_student
+from trl_kd.trainers.student_head import CheckedStudent, check_student, check_student_tokens
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -140,7 +140,7 @@ quantization_config, peft_config, tools:
         self.card_results: dict[str, float | str] = {}
         self.preference_rows = 0
         teacher = Teacher.for_matching(args, model, teacher_model)
-        check_student(model, args)
+        embeddings = check_student(model, args)
         if preference_dataset is not None and args.moment_coef == args.imitation_weight == 0:
             raise ValueError(
                 "`moment_coef` is 0, so that there is no Q for `preference_dataset` to hold, and so is `imitation_weight`: "
@@ -150,10 +150,13 @@ quantization_config, peft_config, tools:
             check_prompts(train_dataset, "train", args.lmbda, tools)
             check_prompt_count(train_dataset, args, args.world_size)
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args.lmbda, tools))
-        pairs = None if preference_dataset is None else read_pairs(preference_dataset, args.pair_max_length)
+        pairs = preference_dataset
+        if pairs is not None:
+            pairs = read_pairs(pairs, args.pair_max_length, train_dataset)
         if processing_class is None:
             processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        check_student_tokens(model, tokenizer, embeddings)
         set_end_token(tokenizer, args.eos_token)
         teacher.check_vocabulary(tokenizer, model)
 

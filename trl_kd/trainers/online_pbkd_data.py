@@ -197,22 +197,40 @@ reward_model (`str` or `PreTrainedModel`):
             dataset
         )
 
-    def given_pairs(self, processing_class: Any) -> list[dict[str, Any]]:
+    def given_pairs(self, processing_class: Any, prompts: Any) -> list[dict[str, Any]]:
         """D at the start, without the pairs that the reward model's `processing_class` cannot render.
 
         Raises:
-            `ValueError`: `preference_dataset` is not what it should be.
+            `ValueError`: `preference_dataset` is not what it should be, or could not grow by pairs of the `prompts`.
         """
         if self.pairs is None:
             return []
-        pairs = known_pairs(read_pairs(self.pairs, self.args.rm_max_length))
+        pairs = known_pairs(read_pairs(self.pairs, self.args.rm_max_length, prompts))
         if "prompt" not in pairs.column_names:
             pairs = pairs.map(maybe_extract_prompt)
+        if self.preference is not None:
+            _check_contents(pairs[0], next(iter(prompts)))
         settings: Any = self.args
         pairs = ResponseReader(processing_class, settings, "preference", options=settings.chat_template_kwargs).look(
             pairs
         )
         return as_rows(pairs)
+
+
+def _check_contents(pair: dict[str, Any], row: dict[str, Any]) -> None:
+    """Raises a `ValueError` for messages that could not be stored in one column with those of the pairs to come."""
+    made = {"prompt": _has_parts(row["prompt"]), "chosen": False}
+    for column, has_parts in made.items():
+        if _has_parts(pair[column]) != has_parts:
+            told = ("a list of parts", "text") if has_parts else ("text", "a list of parts")
+            raise ValueError(
+                f"The messages in the column {column!r} of `preference_dataset` have {told[1]} as `content`, and those of "
+                f"the pairs that are made in training {told[0]}: give all contents as text."
+            )
+
+
+def _has_parts(messages: Any) -> bool:
+    return isinstance(messages, list) and any(isinstance(message.get("content"), list) for message in messages)
 
 
 def check_parts(parts: OnlineParts, reward_funcs: list, dataset: Any, name: str) -> None:

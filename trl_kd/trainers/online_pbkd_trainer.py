@@ -49,7 +49,7 @@ from trl_kd.trainers.pair_pool import PairPool
 from trl_kd.trainers.pbkd_data import each_dataset
 from trl_kd.trainers.reward_learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.reward_loading import check_reward_model, load_reward_model
-from trl_kd.trainers.student_head import FusedStudent, check_student
+from trl_kd.trainers.student_head import FusedStudent, check_student, check_student_tokens
 
 
 if TYPE_CHECKING:
@@ -161,15 +161,16 @@ optimizers, quantization_config, peft_config:
         )
         parts = OnlineParts(args, teacher, preference_function, preference_dataset, reward_model)
         check_parts(parts, reward_funcs, train_dataset, "train")
-        check_student(model, args)
+        embeddings = check_student(model, args)
         each_dataset(eval_dataset, lambda dataset, name: check_parts(parts, reward_funcs, dataset, name))
         processing_class = check_student_template(model, processing_class, train_dataset, args)
+        check_student_tokens(model, getattr(processing_class, "tokenizer", processing_class), embeddings)
         train_dataset = parts.look_at_answers(train_dataset, processing_class)
         functions, classes, tokenizer = reward_columns(args, reward_funcs, reward_processing_classes)
         rows = {"train dataset": train_dataset, "`preference_dataset`": preference_dataset}
         tokenizer = check_reward_model(reward_model, tokenizer, rows, args)
         pool = PairPool(args.rm_held_out, args.seed)
-        pool.add(parts.given_pairs(tokenizer or processing_class))
+        pool.add(parts.given_pairs(tokenizer or processing_class, train_dataset))
         if args.warms_up:
             check_held_out(pool, None if parts.preference is None else train_dataset, args)
 

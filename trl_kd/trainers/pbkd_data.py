@@ -28,6 +28,7 @@ from trl_kd.responses.finish_reasons import check_finish_reason
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.responses.tokens import LEFT_OUT, OWN
+from trl_kd.sampling.model_files import reason
 from trl_kd.trainers.pbkd_config import PbKDConfig
 from trl_kd.trainers.response_rows import KIND_COLUMNS, REASON_COLUMNS, PairReader
 from trl_kd.trainers.student_answers import COUNT, check_count, student_count
@@ -352,8 +353,8 @@ def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
         return AutoProcessor.from_pretrained(
             name, revision=(kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code, **options
         )
-    except OSError as error:
-        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # those of `tokenizers` have no class of their own
+        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {reason(error)}") from error
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:

@@ -50,7 +50,7 @@ from trl_kd.trainers.pbkd_data import (
 from trl_kd.trainers.pbkd_step import GlobalBatch
 from trl_kd.trainers.preference_step import PreferenceStep
 from trl_kd.trainers.response_rows import PairReader, tokenize_rows
-from trl_kd.trainers.student_head import FusedStudent, check_student
+from trl_kd.trainers.student_head import FusedStudent, check_student, check_student_tokens
 from trl_kd.trainers.teacher import Teacher
 
 
@@ -162,14 +162,15 @@ optimizers, quantization_config, peft_config:
         if self.imitates_alone:
             refuse_for_preferences(ref_model=ref_model, data_collator=data_collator)
         teacher = Teacher.from_args(args, teacher_model)
-        check_student(model, args)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             # In the order in which a user can mend them: rows, then tokenizers, then (in `DPOTrainer`) weights
             train_dataset = self._read_rows(train_dataset, args, "train")
             eval_dataset = each_dataset(eval_dataset, lambda dataset, name: self._read_rows(dataset, args, name))
+            embeddings = check_student(model, args)
             if processing_class is None:
                 processing_class = load_processing_class(model, args)
             self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            check_student_tokens(model, self._tokenizer, embeddings)
             set_end_token(self._tokenizer, args.eos_token)
             if teacher is not None:
                 teacher.check_vocabulary(self._tokenizer, model)

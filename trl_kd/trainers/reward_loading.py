@@ -18,6 +18,7 @@ from trl_kd.preferences.tokens import is_conversational
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
 from trl_kd.sampling.causal import check_kind
 from trl_kd.sampling.loading import keep_gradients, load_model
+from trl_kd.sampling.model_files import check_model, named, read_config
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
 
@@ -115,6 +116,9 @@ def check_reward_model(
     if source is not None:
         name = _check_source(source, args)
         tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer
+        if isinstance(source, str):
+            with named(f"`reward_model` is {source!r}, which"):
+                check_model(source, {"trust_remote_code": args.trust_remote_code}, tokenizer)
     if tokenizer is None:
         return None
     for dataset_name, dataset in datasets.items():
@@ -139,11 +143,8 @@ def _check_source(source: str | PreTrainedModel, args: OnlinePbKDConfig) -> str:
                 f"`reward_model` is {source!r}, an adapter: merge it into its base model first (`merge_and_unload` of "
                 "PEFT), and save that."
             )
-        try:
-            name, config = source, AutoConfig.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        except (OSError, ValueError) as error:
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"`reward_model` is {source!r}, which cannot be loaded: {error}") from error
+        with named(f"`reward_model` is {source!r}, which"):
+            name, config = source, read_config(source, {"trust_remote_code": args.trust_remote_code})
     else:
         name, config = get_config_model_id(source.config), source.config
     if isinstance(source, str) and _is_language_model(config):
@@ -175,7 +176,7 @@ def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:
         raise ValueError(f"`reward_model` is a model of no checkpoint, so that its tokenizer is unknown: {fix}")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # those of `tokenizers` have no class of their own
         raise ValueError(f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {error}") from error
 
 

@@ -21,11 +21,11 @@ from transformers import TrainerCallback
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.pairs.dataset import join_pairs
 from trl_kd.pairs.fetched import FetchedAnswers
-from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
 from trl_kd.trainers.imitation_texts import NothingTeaches
+from trl_kd.trainers.main_process import Claim, claim
 from trl_kd.trainers.model_card import add_rounds_section, public_name
 from trl_kd.trainers.pbkd_config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd_trainer import PbKDTrainer
@@ -39,7 +39,6 @@ from trl_kd.trainers.rounds_folder import (
     RoundsFolder,
     late_means,
     told_of_round,
-    wait_until,
 )
 from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, teacher_preferred
 from trl_kd.trainers.rounds_students import (
@@ -178,6 +177,7 @@ class PbKDRounds:
         if self.args.reasoning is not None:
             pairs_options.setdefault("reasoning", self.args.reasoning)
         self.pairs_options = pairs_options
+        self.num_processes = PartialState().num_processes
         self.folder = RoundsFolder(self.args.output_dir)
         if student is None or isinstance(student, SamplingSettings):
             settings = student or SamplingSettings(seed=1)
@@ -201,6 +201,8 @@ class PbKDRounds:
 
         Raises:
             `ValueError`: `output_dir` holds rounds of other settings; the message names what differs.
+            `StoreError`: another run writes `output_dir`.
+            `MainProcessEnded`: in another than the main process, which has ended.
         """
         with self._begun():
             for number in range(1, self.rounds + 1):
@@ -296,7 +298,7 @@ class PbKDRounds:
             earlier = sum(record["new_pairs"] for record in folder.records()) if self.accumulate else 0
             told |= {"pairs": earlier + told["new_pairs"], "regret": cumulative_regret(rates)}
             folder.note(folder.round(number), {"round": number, "stage": SAMPLED, **told})
-        wait_until(lambda: folder.stage(number) is not None)
+        self._claim.wait_until(lambda: folder.stage(number) is not None)
 
     def _compare(self, number: int, prompts: Dataset, output_dir: Path) -> dict[str, Any]:
         student = self.student(self.student_of(number), number)
@@ -354,7 +356,7 @@ class PbKDRounds:
             self._say(record)
             self._report()
         free(trainer)
-        wait_until(lambda: folder.stage(number) == TRAINED)
+        self._claim.wait_until(lambda: folder.stage(number) == TRAINED)
 
     def _end(self, number: int, why: str) -> None:
         """Writes down that a round has nothing to teach. Its pairs have measured the student, which stays as it is."""
@@ -365,7 +367,7 @@ class PbKDRounds:
             )
             record = folder.record(folder.round(number)) or {}
             folder.note(folder.round(number), record | {"stage": ENDED, "ended": f"{said}."})
-        wait_until(lambda: folder.stage(number) == ENDED)
+        self._claim.wait_until(lambda: folder.stage(number) == ENDED)
 
     def _tidy(self, number: int) -> None:
         """Removes what was there to go on from, in a round that is finished; this one can still be done again."""
@@ -388,7 +390,7 @@ class PbKDRounds:
             repo_id=repo.repo_id,
             folder_path=self.folder.path,
             revision=args.hub_revision,
-            ignore_patterns=["*/*", LOCK],
+            ignore_patterns=["*/*", ".*", "_*"],
             commit_message="Student of rounds, by trl-kd",
         )
         return repo.repo_id
@@ -399,16 +401,14 @@ class PbKDRounds:
     def _begun(self) -> Iterator[None]:
         """The folder, found to be that of these rounds, and claimed: nobody else writes it meanwhile."""
         self._settings = self.check()
-        if not PartialState().is_main_process:
-            yield
-            return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.folder.path):
-            self._report()
-            for record in self.folder.records():
-                if record["stage"] == TRAINED:
-                    self._tidy(record["round"])
-            resume_rounds_usage(self)
+        self._claim: Claim
+        with claim(self.folder.path) as self._claim:
+            if PartialState().is_main_process:
+                self._report()
+                for record in self.folder.records():
+                    if record["stage"] == TRAINED:
+                        self._tidy(record["round"])
+                resume_rounds_usage(self)
             yield
 
     def _finish(self) -> None:
@@ -430,7 +430,7 @@ class PbKDRounds:
                 self._say(record)
             folder.publish(self.rounds)
             add_rounds_section(str(folder.path / "README.md"), self._report())
-        wait_until(lambda: folder.record(place) is not None)
+        self._claim.wait_until(lambda: folder.record(place) is not None)
 
     def _report(self) -> dict[str, Any]:
         if not PartialState().is_main_process:

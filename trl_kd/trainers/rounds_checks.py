@@ -21,8 +21,9 @@ from trl_kd.pairs.stored import resume_usage
 from trl_kd.sampling import Request
 from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.fields import check_integer, check_schedule, extend_config
-from trl_kd.trainers.pbkd_data import load_processing_class
+from trl_kd.trainers.pbkd_data import each_dataset, load_processing_class, prepare_rows
 from trl_kd.trainers.rounds_folder import TRAINED, as_json, compared_settings
+from trl_kd.trainers.student_head import check_student, check_student_tokens
 
 
 logger = get_logger(__name__)
@@ -62,7 +63,9 @@ def check_rounds(rounds: Any) -> None:
         )
     PairingSettings(**{name: rounds.pairs_options[name] for name in _PAIRING if name in rounds.pairs_options})
     _check_model(rounds)
+    embeddings = check_student(rounds.model, rounds.args)
     tokenizer = load_processing_class(rounds.model, rounds.args)  # or the sentence that names the model
+    check_student_tokens(rounds.model, getattr(tokenizer, "tokenizer", tokenizer), embeddings)
     check_asked_anew(rounds.preference, "preference")
     first = next(read_prompts(rounds.prompts, batch_size=CHECKED_ROWS))
     teacher = rounds.teacher.sampler if isinstance(rounds.teacher, FetchedAnswers) else rounds.teacher
@@ -76,6 +79,8 @@ def check_rounds(rounds: Any) -> None:
         )
     check_parts(first, sources, rounds.preference)
     _check_length(first, getattr(tokenizer, "tokenizer", tokenizer), rounds.args.max_length)
+    # The first trainer would refuse it when the pairs of a round are paid for
+    each_dataset(rounds.eval_dataset, lambda dataset, name: prepare_rows(dataset, name, rounds.args))
     _warn_of_longer_schedule(rounds)
 
 
@@ -205,6 +210,7 @@ def describe_rounds(rounds: Any) -> dict[str, Any]:
         "peft_config": None if rounds.peft_config is None else rounds.peft_config.to_dict(),
         "quantization_config": rounds.quantization_config,
         "eval_dataset": eval_rows,
+        "num_processes": rounds.num_processes,
     }
     return as_json(described) | compared_settings(rounds.args)
 

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
@@ -128,6 +127,7 @@ class RoundsFolder:
             `ValueError`: one has changed, or more rounds are there than are asked for; the message names the field.
         """
         before = self.begun_with or settings
+        before = {"num_processes": settings["num_processes"]} | before  # which earlier versions did not write down
         compared = {*before, *settings} if self._has_trained() else _OF_PAIRS
         changes = [c for name in sorted(compared) for c in _changes(before, settings, name)]
         if changes:
@@ -167,12 +167,6 @@ class RoundsFolder:
         for file in sorted(self.student(number).iterdir()):
             if file.is_file():
                 shutil.copy2(file, self.path / file.name)
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    """Returns when `done()`, which another process sees to. It looks again and again: a collective would time out."""
-    while not done():
-        time.sleep(0.2)
 
 
 def compared_settings(args: Any) -> dict[str, Any]:

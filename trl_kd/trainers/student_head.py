@@ -7,6 +7,7 @@ import torch
 from trl_kd import _trl
 from trl_kd._trl import get_config_model_id
 from trl_kd.sampling.causal import check_causality, check_named
+from trl_kd.sampling.model_files import check_files, check_tokens, is_adapter, named, read_config
 from trl_kd.sampling.own_logits import (
     OTHER_CAPS,
     Probe,
@@ -23,12 +24,31 @@ from trl_kd.sampling.own_logits import (
 from trl_kd.trainers.output_heads import head_logits
 
 
-def check_student(model: Any, args: Any) -> None:
-    """Raises a `ValueError` for a student, or the name of one, that is no causal language model: before its weights are
-    loaded."""
-    given = args.model_init_kwargs if isinstance(model, str) else None
-    options = {"trust_remote_code": args.trust_remote_code, "revision": (given or {}).get("revision")}
-    check_named(model, _who(model), **options)
+def check_student(model: Any, args: Any) -> int | None:
+    """
+    Checks a student before its weights are loaded.
+
+    Returns:
+        `int` or `None`: rows of the embeddings of one that is named, where they can be told: see
+        [`~trl_kd.sampling.model_files.check_tokens`].
+
+    Raises:
+        `ValueError`: it is no causal language model.
+        `BadModel`: the files of one that is named cannot be used.
+    """
+    given: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
+    options = {"trust_remote_code": args.trust_remote_code, **given}
+    with named(f"`model` is {model!r}, which"):
+        check_named(model, _who(model), **options)
+        if not isinstance(model, str) or is_adapter(model):
+            return None
+        return check_files(model, read_config(model, options), options)
+
+
+def check_student_tokens(model: Any, tokenizer: Any, rows: int | None) -> None:
+    """Raises a `BadModel` for a named student of so many `rows` of embeddings, whose tokenizer has more tokens."""
+    with named(f"`model` is {model!r}, which"):
+        check_tokens(tokenizer, rows)
 
 
 def _who(model: Any) -> str:

@@ -14,6 +14,7 @@ from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.model_files import check_files, read_config
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
 from trl_kd.trainers.fields import without_keys
@@ -125,13 +126,19 @@ class Teacher:
                 The student, or where it is.
         """
         self._tokenizer = student_tokenizer
+        options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
+        with self._named():
+            check_named(self.model or self.name, self._who, **options)
         self._check_tokenizer(student_tokenizer)
-        given: Any = self._args.model_init_kwargs or {}
+        if self.model is None:
+            assert self.name is not None
+            with self._named():
+                given: Any = self._args.teacher_model_init_kwargs or {}
+                check_files(self.name, read_config(self.name, options), options | given)
+        given = self._args.model_init_kwargs or {}
         ours = vocabulary_size(student, self._args, given.get("revision"))
         with self._named():
             theirs = vocabulary_size(self.model or self.name, self._args, self._args.teacher_model_revision)
-        options = {"revision": self._args.teacher_model_revision, "trust_remote_code": self._args.trust_remote_code}
-        check_named(self.model or self.name, self._who, **options)
         self.shared_tokens = shared_rows(ours, theirs, tokens=max(student_tokenizer.get_vocab().values()) + 1)
 
     def _check_tokenizer(self, student_tokenizer: Any) -> None:
@@ -139,7 +146,7 @@ class Teacher:
         try:
             with self._named():
                 tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # those of `tokenizers` have no class of their own
             if self.model is None and not isinstance(error, OSError):
                 raise ValueError(
                     f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be "

@@ -1,0 +1,110 @@
+"""Models whose files cannot be used: every command says which field and file, before weights load or anything is asked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaForCausalLM
+
+from tests.conftest import make_tokenizer
+from tests.scripts.conftest import replaced
+
+
+def impossible(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    return "cannot be loaded: config.json: ZeroDivisionError"
+
+
+def unsafe(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cprint\n(S'run'\ntR.")
+    return "cannot be loaded: pytorch_model.bin, which is not safe to load or damaged"
+
+
+def large(folder: Path) -> str:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    return "cannot be loaded: its tokenizer numbers 77 tokens, and its embeddings have 76 rows"
+
+
+def untokenized(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{}")
+    return "cannot be loaded: "
+
+
+@pytest.fixture(params=[impossible, unsafe, large, untokenized])
+def bad(request, tiny_dir, tmp_path, monkeypatch) -> tuple[str, str]:
+    """The folder of a model that cannot be loaded, and what is to be said of it."""
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    folder = tmp_path / "bad"
+    shutil.copytree(tiny_dir, folder)
+    return str(folder), request.param(folder)
+
+
+def check(outcome, field: str, bad: tuple[str, str]) -> None:
+    name, said = bad
+    assert f"`{field}` is {name!r}, which {said}" in outcome.error
+    assert "a TypeError" not in outcome.error
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_a_student(dry_run, bad, trl_kd, base):
+    words = replaced(base, "--model_name_or_path", bad[0])
+    check(trl_kd(*words, *dry_run), "model_name_or_path", bad)
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+@pytest.mark.parametrize("field", ["model_name_or_path", "teacher_model_name_or_path"])
+def test_models_of_distributions(field, dry_run, bad, trl_kd, mm_base):
+    outcome = trl_kd(*replaced(mm_base, f"--{field}", bad[0]), *dry_run)
+    if (
+        "tokenizer" in bad[1] and field.startswith("teacher") and not dry_run
+    ):  # which is compared with the student's first
+        assert "The teacher has another vocabulary than the student" in outcome.error
+    elif bad[1].endswith("loaded: ") and field.startswith("teacher") and not dry_run:
+        assert f"The teacher {bad[0]!r} has no tokenizer that can be read" in outcome.error
+    else:
+        check(outcome, field, bad)
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+@pytest.mark.parametrize("field", ["teacher", "student", "preference"])
+def test_models_of_pairs(field, dry_run, bad, trl_kd, tiny_dir, jsonl, tmp_path):
+    named = {"teacher": tiny_dir, "student": tiny_dir, "preference": "teacher_wins"}
+    named[field] = f"likelihood:{bad[0]}" if field == "preference" else bad[0]
+    words = [word for name, value in named.items() for word in (f"--{name}", value)]
+    prompts = jsonl([{"prompt": "1+1="}], "prompts.jsonl")
+    out = tmp_path / "pairs"
+    check(trl_kd("pairs", "--dataset_name", prompts, *words, "--output_dir", str(out), *dry_run), field, bad)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("field", ["model_name_or_path", "teacher"])
+def test_models_of_rounds(field, bad, trl_kd, base, tiny_dir, jsonl, tmp_path):
+    teacher = bad[0] if field == "teacher" else tiny_dir
+    settings = {"dataset_name": jsonl([{"prompt": "1+1="}], "prompts.jsonl"), "preference": "teacher_wins"}
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(settings | {"teacher": teacher}))
+    words = replaced(replaced(base, "--dataset_name"), "--model_name_or_path", tiny_dir)
+    words += ["--rounds", "1", "--pairs_config", str(tmp_path / "pairs.yaml")]
+    if field != "teacher":
+        words = replaced(words, "--model_name_or_path", bad[0])
+    check(trl_kd(*words), field, bad)
+
+
+@pytest.mark.parametrize("field", ["model_name_or_path", "reward_model_name_or_path", "reward_funcs"])
+def test_models_of_an_online_run(field, bad, trl_kd, base, tiny_dir, jsonl, pairs):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    words = ["online-pbkd", *replaced(base, "--dataset_name", jsonl(rows, "prompts.jsonl"))[1:]]
+    words = replaced(words, "--model_name_or_path", tiny_dir)
+    words += ["--preference_dataset", jsonl(pairs), "--num_generations", "2", "--rm_warmup_accuracy", "0"]
+    outcome = trl_kd(*words, f"--{field}", bad[0])
+    if field == "reward_funcs" and "tokenizer" in bad[1] + "tokenizer" * bad[1].endswith("loaded: "):
+        return  # TRL's own, whose tokenizer is read with it
+    if field == "reward_model_name_or_path" and bad[1].endswith("loaded: "):
+        assert "The tokenizer of `reward_model_name_or_path`" in outcome.error
+    else:
+        check(outcome, field, bad)

@@ -1,0 +1,102 @@
+"""One process of a run claims its folder and works there; the others wait for it, for as long as it lives."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from torch.distributed import distributed_c10d
+
+from trl_kd.pairs.lock import LockWatch, hold_folder
+from trl_kd.pairs.places import StoreError
+
+
+_POLL = 0.2
+_REFUSED = "refused: "
+_numbers = itertools.count()
+
+
+class MainProcessEnded(RuntimeError):
+    """The main process has ended, or failed, while this one waited for it."""
+
+
+class Claim:
+    """What [`claim`] gives: the claimed folder, as one process of the run sees it."""
+
+    def __init__(self, watch: LockWatch | None = None):
+        self._watch = watch
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """
+        Returns when `done()`, which the main process sees to and leaves behind in files. That may take hours: a collective
+        would time out.
+
+        Raises:
+            `MainProcessEnded`: the main process has ended before.
+        """
+        while True:
+            lives = self._watch is None or self._watch.is_held()  # looked at first: it may end as soon as it is done
+            if done():
+                return
+            if not lives:
+                raise _ended(f" ({self._watch.owner})" if self._watch else "")
+            time.sleep(_POLL)
+
+
+@contextmanager
+def claim(folder: str | Path) -> Iterator[Claim]:
+    """
+    Claims a folder for all processes of a run together: the main one makes and locks it, the others wait until it has.
+
+    Raises:
+        `StoreError`: somebody else writes the folder, or it cannot be written.
+        `MainProcessEnded`: the main process has ended before it had the folder.
+    """
+    state, key = PartialState(), f"trl_kd/claim/{next(_numbers)}"
+    if not state.is_main_process:
+        yield Claim(LockWatch(folder, _told(key)))
+        return
+    with ExitStack() as held:
+        try:
+            lock = held.enter_context(hold_folder(folder, "training"))
+        except OSError as error:
+            _tell(state, key, f"{_REFUSED}{error}")
+            raise
+        held.enter_context(lock.beating())
+        _tell(state, key, lock.owner)
+        yield Claim()
+
+
+# ---- What the processes tell each other in the store by which they have met -----------------------------------------------
+
+
+def _tell(state: PartialState, key: str, value: str) -> None:
+    if state.num_processes > 1:
+        _store().set(key, value)
+
+
+def _told(key: str) -> str:
+    """Waits for what the main process tells. Without an elastic agent, which ends all processes when one fails, the main
+    process keeps the store itself, and it ends with it."""
+    try:
+        while not _store().check([key]):
+            time.sleep(_POLL)
+        value = _store().get(key).decode()
+    except RuntimeError as error:  # torch.distributed's DistError
+        raise _ended("") from error
+    if value.startswith(_REFUSED):
+        raise StoreError(value.removeprefix(_REFUSED))
+    return value
+
+
+def _store():
+    return distributed_c10d._get_default_store()
+
+
+def _ended(who: str) -> MainProcessEnded:
+    return MainProcessEnded(
+        f"The main process of this run{who} has ended, and this process, of rank {PartialState().process_index}, ends "
+        "too: what it said stands in its own output. What is finished is kept: the same command goes on from there."
+    )
