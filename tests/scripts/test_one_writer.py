@@ -34,6 +34,17 @@ def test_a_second_run_is_refused_before_weights_load(command, request, trl_kd, o
     assert f"`{out}` is being written by process {os.getpid()}: let it end, or give another `output_dir`." in error
 
 
+def test_checkpoints_of_a_run_that_goes_on_are_neither_resumed_nor_removed(trl_kd, base, out):
+    (out / "checkpoint-1").mkdir(parents=True)
+    (out / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    with lock_folder(out):
+        refused = trl_kd(*base)
+    assert "is being written by process" in refused.error
+    assert "start over" not in refused.err
+    assert "holds checkpoint-1 of an earlier run" in trl_kd(*base).error
+    assert not (out / LOCK).exists()
+
+
 def test_the_lock_is_held_to_the_end_and_leaves_nothing(trl_kd, base, out, monkeypatch):
     from trl_kd.trainers.pbkd_trainer import PbKDTrainer
 

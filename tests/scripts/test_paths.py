@@ -205,7 +205,10 @@ def test_a_path_is_resolved_once(home, value, expected):
         ("a::b", ["`output_dir` is 'a::b'", "address"]),
         ("s3://bucket/x", ["`output_dir` is 's3://bucket/x'", "a folder of this machine"]),
         ("x" * 300, ["`output_dir` is", "cannot be written to (File name too long)"]),
-        ("dangling", ["`output_dir` is 'dangling'", "cannot be written to (No such file or directory)"]),
+        (
+            "dangling",
+            ["`output_dir` is 'dangling'", "dangling' is a link to 'nowhere', which is not there: make that"],
+        ),
     ],
 )
 def test_what_no_folder_can_be_called(trl_kd, furnished, tmp_path, monkeypatch, value, said):

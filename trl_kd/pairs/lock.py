@@ -115,6 +115,12 @@ def lock_folder(folder: str | Path, purpose: str = "") -> FolderLock:
     return FolderLock(folder, purpose)
 
 
+def check_unclaimed(folder: str | Path) -> None:
+    """Raises as [`lock_folder`] if another process has claimed a folder. Nothing is written where none has."""
+    if (Path(folder) / LOCK).is_file():
+        lock_folder(folder).remove()  # what a process has left that was killed
+
+
 @contextmanager
 def hold_folder(folder: str | Path, purpose: str) -> Iterator[FolderLock]:
     """

@@ -127,12 +127,12 @@ def check_output_dir(output_dir: str) -> None:
         raise InputError("`output_dir` is empty: give a folder.")
     check_name("output_dir", output_dir)
     path = Path(output_dir).absolute()
-    for link in (place for place in [path, *path.parents] if place.is_symlink() and not place.exists()):
-        raise InputError(
-            f"`output_dir` is {output_dir!r}, but {str(link)!r} is a link to {str(link.readlink())!r}, which is not there: "
-            "make that folder, or choose another."
-        )
     try:
+        for link in (place for place in [path, *path.parents] if place.is_symlink() and not place.exists()):
+            raise InputError(
+                f"`output_dir` is {output_dir!r}, but {str(link)!r} is a link to {str(link.readlink())!r}, which is not "
+                "there: make that folder, or choose another."
+            )
         path = nearest_folder(path)
         if not path.is_dir():
             raise InputError(f"`output_dir` is {output_dir!r}, but {path.name!r} is a file: choose another folder.")

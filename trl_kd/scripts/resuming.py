@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trl_kd.scripts.errors import InputError, without_credentials
+from trl_kd.pairs.lock import check_unclaimed
+from trl_kd.scripts.errors import InputError, bad_input, without_credentials
 from trl_kd.scripts.paths import shell
 from trl_kd.trainers.checkpoints import last_checkpoint
 
@@ -26,11 +27,13 @@ def refuse_checkpoint(training_args: Any, words: list[str] | None) -> None:
             The command as it was typed; `None` where it is a launcher's of the user's own.
 
     Raises:
-        `InputError`: with the commands that resume and that start over.
+        `InputError`: with the commands that resume and that start over, or without them while the earlier run goes on.
     """
     last = None if training_args.resume_from_checkpoint else last_checkpoint(Path(training_args.output_dir))
     if last is None:
         return
+    with bad_input():
+        check_unclaimed(training_args.output_dir)
     remove = f"rm -r -- {shlex.quote(training_args.output_dir)}/checkpoint-[0-9]*"
     again = "the same command" if words is None else _command(words)
     raise InputError(
