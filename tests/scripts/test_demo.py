@@ -284,7 +284,7 @@ def test_a_second_demo_in_one_folder_is_refused(task_file, tmp_path, capsys):
         (["--seeds", "x"], "'x' is not a whole number of at least 1"),
         (["--tasks", "additoin"], "no task 'additoin': the bundled tasks are running_sums, addition"),
         (["--seed", "1"], "unrecognized arguments"),
-        (["--output_dir", __file__], "Not a directory"),
+        (["--output_dir", __file__], "is a file: choose another folder"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
