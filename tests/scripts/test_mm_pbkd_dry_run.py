@@ -101,7 +101,7 @@ def test_imitation_by_pairs(dry, jsonl, mm_base):
     words = replaced(mm_base, "--preference_dataset", jsonl(rows, "told.jsonl"))
     more = ("--imitation_weight", "0.5", "--lmbda", "0", "--imitation_radius", "0")
     text = dry("--moment_coef", "0", *more, base=words)
-    assert line(text, "imitation") == ("weight 0.5; of 8 completions 3 stand in the pairs, and 2 have the weight 0")
+    assert line(text, "imitation") == ("weight 0.5; 3 of 8 completions stand in the pairs; 2 of weight 0")
     assert "pairs a step" not in text
     assert line(dry(*more[:4], base=replaced(mm_base, "--preference_dataset")), "imitation") == (
         "weight 0.5, of all completions alike"

@@ -229,7 +229,7 @@ def test_an_evaluation_without_a_used_row_is_warned_of(tiny_dir, rows, settings,
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_training_data_that_teaches_nothing_is_refused(stream, no_weights, tiny_dir, rows, settings):
-    message = "No row of the train dataset teaches with `imitation_radius` = 0.02.* Raise it"
+    message = "No row of the train dataset teaches with `imitation_radius` = 0.02.* Raise the radius"
     with pytest.raises(ValueError, match=message):
         make(tiny_dir, [rows[4], rows[5]], settings, stream=stream)
     if not stream:

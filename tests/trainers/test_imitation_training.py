@@ -145,7 +145,9 @@ def test_checkpoints_of_the_other_loss_are_refused(tiny_dir, rows, settings):
         make(tiny_dir, rows, settings, **options, dual_init=0.5).train(resume_from_checkpoint=without)
 
 
-def test_changed_settings_are_told_on_resume_and_the_mean_advantage_stays(tiny_dir, rows, settings, caplog):
+def test_changed_settings_are_told_on_resume_and_the_mean_advantage_is_that_of_the_weights(
+    tiny_dir, rows, settings, caplog
+):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     first = make(tiny_dir, rows, settings, **options)
     first.train()
@@ -154,7 +156,13 @@ def test_changed_settings_are_told_on_resume_and_the_mean_advantage_stays(tiny_d
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=str(Path(settings["output_dir"], "checkpoint-1")))
     assert "`imitation_radius` was 0.02 in the checkpoint and is now 0.3" in caplog.text
-    assert resumed.mean_advantage == first.mean_advantage
+    assert resumed.mean_advantage != first.mean_advantage  # that of the weights as they are now
+    again = make(tiny_dir, rows, settings, **options, imitation_weight=0.5)
+    again.mean_advantage = 0.1
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(Path(settings["output_dir"], "checkpoint-1")))
+    assert "`imitation_weight` was 1.0 in the checkpoint and is now 0.5" in caplog.text
+    assert again.mean_advantage == first.mean_advantage
 
 
 # ---- Students, data and evaluations --------------------------------------------------------------------------------------

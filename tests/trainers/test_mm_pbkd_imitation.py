@@ -73,7 +73,7 @@ def test_scores_of_pairs_without_a_label_count_too(other, tiny_dir, teacher_dir,
 def test_how_many_completions_the_pairs_know_is_said(tiny_dir, teacher_dir, settings, caplog):
     options = {"lmbda": 0.0, "moment_coef": 0.0, "imitation_weight": 1.0, "imitation_radius": 0.0}
     for blank, said in (
-        ("", "of 8 completions 1 stand in the pairs, and 1 have the weight 0"),
+        ("", "1 of 8 completions stand in the pairs; 1 of weight 0"),
         (" ", "none of 8 completions stands in the pairs, so that all are imitated alike"),
     ):
         row = {"prompt": ROWS[0]["prompt"] + blank, "chosen": "0", "rejected": ROWS[0]["completion"]}

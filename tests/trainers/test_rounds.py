@@ -126,7 +126,10 @@ class TestRound:
             assert record["new_pairs"] == len(rows)
             equal = sum(row["chosen"] == row["rejected"] for row in rows)
             assert record["equal_answers"] == equal == len(rows) - len(known)
-            preferred = (sum(wins) + equal / 2) / len(rows)
+            # Each answer as often as the student gave it
+            of_known = sum(row["student_count"] * win for row, win in zip(known, wins, strict=True))
+            ties = sum(row["student_count"] for row in rows if row["preference"] is None)
+            preferred = (of_known + ties / 2) / sum(row["student_count"] for row in rows)
             assert record["teacher_preferred"] == pytest.approx(preferred)
             if record["stage"] == "trained":
                 rates.append(preferred)

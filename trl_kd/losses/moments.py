@@ -201,6 +201,14 @@ def _mixture(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tuple[
     return spec.beta * kl_mu + (1 - spec.beta) * kl_pi, kl_pi
 
 
+def _above(z_pi, z_mu, level, out: torch.Tensor) -> torch.Tensor:
+    """[π > μ] of a tile, with a short ramp from 0 to 1 above π = μ. Rounding differs between the passes, and a jump there
+    would change the gradient of a token of which both models are certain by its whole range. `level`: log π's normaliser
+    less that of log μ, `[n, 1]`."""
+    width = 1e-3 if out.dtype == torch.float32 else 1e-9
+    return torch.sub(z_pi, z_mu, out=out).sub_(level).div_(width).clamp_(0, 1)
+
+
 def _variation(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
     """TV(μ, π) and P_{a~π}(π(a) > μ(a)), in a second pass: both need both normalisers."""
     grid = spec.grid(words, 3, student)
@@ -209,12 +217,14 @@ def _variation(student, teacher, log_pi, log_mu, words: int, spec: Spec) -> tupl
         student.load(columns)
         teacher.load(columns)
         for rows in grid.rows():
-            z_pi, z_mu, excess = grid.buffers(rows, columns)
-            pi = student.project(rows, z_pi).sub_(log_pi[rows].unsqueeze(-1)).exp_()
-            mu = teacher.project(rows, z_mu).sub_(log_mu[rows].unsqueeze(-1)).exp_()
-            torch.sub(pi, mu, out=excess)
-            above[rows] += pi.mul_(excess > 0).sum(-1)
-            variation[rows] += excess.abs_().sum(-1) / 2
+            z_pi, z_mu, scratch = grid.buffers(rows, columns)
+            student.project(rows, z_pi)
+            teacher.project(rows, z_mu)
+            of_pi, of_mu = log_pi[rows].unsqueeze(-1), log_mu[rows].unsqueeze(-1)
+            is_above = _above(z_pi, z_mu, of_pi - of_mu, scratch)
+            pi, mu = z_pi.sub_(of_pi).exp_(), z_mu.sub_(of_mu).exp_()
+            above[rows] += is_above.mul_(pi).sum(-1)
+            variation[rows] += pi.sub_(mu).abs_().sum(-1) / 2
     return variation, above
 
 
@@ -267,6 +277,7 @@ def _gradient_tiles(
     Writes the gradient of the student's raw logits over `z_pi` and that of ⟨g, e⟩ over `z_mu`. The latter is still to be
     multiplied with each token's gradient of `q_gap`.
 
+    `spare` has two tiles for a mixture, one for total variation and one for the student's cap, each where there is such.
     `caps` are the student's and Q's `cap_ratio`, `players` says which of the two wants a gradient, `taken` is `in_tile` of
     the words taken, or `None`.
     """
@@ -275,9 +286,7 @@ def _gradient_tiles(
     if to_student:
         slope_of_cap = None if caps[0] is None else cap_slope(z_pi, caps[0], out=spare[-1])
         if known.variation is not None:
-            excess = torch.sub(z_pi, z_mu, out=spare[-2 if slope_of_cap is not None else -1]).gt_(
-                known.log_pi - known.log_mu
-            )
+            above = _above(z_pi, z_mu, known.log_pi - known.log_mu, out=spare[2 * (0 < beta < 1)])
         if beta == 0:
             z_pi.zero_()
         elif beta == 1:
@@ -285,7 +294,7 @@ def _gradient_tiles(
         else:
             z_pi.sub_(_log_mixture(z_pi, z_mu, known.log_pi, known.log_mu, beta, *spare[:2])).mul_(known.slope)
         if known.variation is not None:
-            z_pi.addcmul_(excess, known.variation)
+            z_pi.addcmul_(above, known.variation)
         if values is not None:
             z_pi.addcmul_(values, known.gap, value=-1)
         z_pi.add_(known.constant).mul_(pi)

@@ -39,8 +39,9 @@ def parse_radius(value: float | str | None, name: str = "confidence_radius", def
         try:
             return float(value)
         except ValueError:
+            allowed = "at least 0 (or 'inf')" if name == "imitation_radius" else "at least 0"
             raise ValueError(
-                f"`{name}` is {value!r}: give a number of nats per pair, at least 0, or 'theory'."
+                f"`{name}` is {value!r}: give a number of nats per pair, {allowed}, or 'theory'."
             ) from None
     return value
 

@@ -49,8 +49,8 @@ class ImitationConfig:
     imitation_q: float | None = field(
         default=None,
         metadata={
-            "help": "q in [0, 1] of the token loss (1 − π^q)/q: 0 is −log π, 1 is 1 − π. By default 0.5 for the teacher's "
-            "texts and 0 for its distributions."
+            "help": "q in [0, 1] of the token loss (1 − π^q)/q: 0 is −log π, 1 is 1 − π. With PbKDConfig's "
+            "imitation='token' of (1 − q)·KL + q·TV. By default 0.5, and 0 with imitation='token'."
         },
     )
     imitation_q_warmup: float = field(

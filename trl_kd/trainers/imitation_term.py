@@ -20,6 +20,8 @@ from trl_kd.trainers.pbkd_step import ImitationWindow
 logger = get_logger(__name__)
 
 IMITATION_FILE = "pbkd_imitation.json"
+_OF_WEIGHTS = {"imitation_radius", "imitation_min_score", "student_wins"}
+"""Settings on which the weights depend, and so their mean ā."""
 STEPS = 10
 """Training steps over which it is looked at how much of the gradient ℓ_q leaves."""
 LITTLE_LEFT = 0.3
@@ -34,7 +36,7 @@ class ImitationTerm(ImitationSchedule):
         imitates_alone (`bool`):
             Whether the preference term is off. Settled at construction.
         mean_advantage (`float`):
-            ā. It is saved in checkpoints.
+            ā. It is saved in checkpoints, and taken from them unless a setting of the weights has changed.
         imitation_radius (`float`):
             ζ of a(p, ζ), nats per pair.
     """
@@ -57,9 +59,10 @@ class ImitationTerm(ImitationSchedule):
         losses_BT = imitation_losses(logps_BT, self._is_end(tokens_BT), self.imitation_q)
         return (weight_B * losses_BT.sum(1)).sum()
 
-    def _variation(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """The share of TV(μ, π) in the divergence from the teacher's distribution: q, and 0 where a text ends."""
-        return self.imitation_q * ~self._is_end(tokens_BT)
+    def _variation(self, tokens_BT: torch.Tensor) -> torch.Tensor | None:
+        """The share of TV(μ, π) in the divergence from the teacher's distribution: q, and 0 where a text ends. `None` if q
+        is 0."""
+        return self.imitation_q * ~self._is_end(tokens_BT) if self.imitation_q else None
 
     def _count_imitation(
         self,
@@ -132,12 +135,13 @@ class ImitationTerm(ImitationSchedule):
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
-    def _imitation_state(self) -> dict[str, float]:
+    def _imitation_state(self) -> dict[str, Any]:
+        names = ("imitation", "imitation_weight", "imitation_q_warmup", "imitation_min_score", "student_wins")
         return {
             "mean_advantage": self.mean_advantage,
             "imitation_radius": self.imitation_radius,
             "imitation_q": self.args.final_imitation_q,
-            "imitation_q_warmup": self.args.imitation_q_warmup,
+            **{name: getattr(self.args, name) for name in names},
         }
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -154,10 +158,12 @@ class ImitationTerm(ImitationSchedule):
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if saved is None:
             return
-        for name, now in self._imitation_state().items():
-            if saved[name] != now and name != "mean_advantage":
-                logger.warning(f"`{name}` was {saved[name]} in the checkpoint and is now {now}.")
-        self.mean_advantage = saved["mean_advantage"]
+        now = self._imitation_state()
+        changed = [name for name in now if name in saved and saved[name] != now[name] and name != "mean_advantage"]
+        for name in changed:
+            logger.warning(f"`{name}` was {saved[name]} in the checkpoint and is now {now[name]}.")
+        if not _OF_WEIGHTS.intersection(changed):
+            self.mean_advantage = saved["mean_advantage"]
 
     def _check_checkpoint(self, checkpoint: str, saved: dict[str, Any] | None) -> None:
         """Raises a `ValueError` for a checkpoint of the other loss."""

@@ -79,7 +79,9 @@ class TextCounts:
         fate = "left out" if self.training and alone else "of weight 0"
         left_out = [f"{self.lost:,} {fate}: {why}"] if self.lost else []
         left_out += [f"{without:,} {fate}: no text of the teacher's"] if without else []
-        merged = f" ({self.texts:,} different texts)" if self.texts < self.used else ""
+        merged = (
+            f" ({self.texts:,} different {'text' if self.texts == 1 else 'texts'})" if self.texts < self.used else ""
+        )
         if self.training and self.unused:
             left_out.append(f"{self.unused:,} of them left out: no known preference either")
         if self.student:
@@ -112,11 +114,13 @@ class NothingTeaches(ValueError):
 
 def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> NothingTeaches:
     """What to say of training data in which every teacher's text has the weight 0."""
-    score = "" if args.imitation_min_score is None else ", or lower `imitation_min_score`"
+    least = args.imitation_min_score
+    score = "" if least is None else f" and `imitation_min_score` = {least}"
+    lower = "" if least is None else ", and lower `imitation_min_score` where there are scores"
     why = f": {told}" if told else ""
     return NothingTeaches(
-        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{why}. Raise it ('inf' "
-        f"imitates all of the teacher's responses){score}.",
+        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{score}{why}. Raise the "
+        f"radius ('inf' imitates all of the teacher's responses){lower}.",
         told,
     )
 
@@ -411,5 +415,7 @@ def _weigh_stream(
         if not args.imitation_weight:
             raise nothing_known(name)
         lost = sum(row[ADVANTAGE] is not None for row in dataset.take(1000))
-        TextCounts(rows=lost, used=0, lost=lost, texts=0).check(name, args)
+        TextCounts(rows=lost, used=0, lost=lost, texts=0).check(
+            name if lost < 1000 else f"{name} (first 1,000 rows)", args
+        )
     return taught

@@ -50,7 +50,8 @@ class AnswerCounts(NamedTuple):
         """A clause without its full stop."""
         if not self.found:
             return f"none of {self.completions:,} completions stands in the pairs, so that all are imitated alike"
-        return f"of {self.completions:,} completions {self.found:,} stand in the pairs, and {self.lost:,} have the weight 0"
+        said = f"{self.found:,} of {self.completions:,} completions stand in the pairs; {self.lost:,} of weight 0"
+        return f"{said}, so that nothing is imitated" if self.lost == self.completions else said
 
 
 class PairWeights:

@@ -47,6 +47,7 @@ WEIGHT_KEYS = ("advantage", "weight", "compared")
 BATCH_KEYS = (*LABEL_COLUMNS, "own_mask", *WEIGHT_KEYS)
 """What a batch has beside TRL's."""
 SCORE_COLUMNS = ("score_chosen", "score_rejected")
+SOURCE_COLUMNS = ("chosen_source", "rejected_source")
 SIDES: dict[str | None, int] = {None: NO_TEACHER, "chosen": CHOSEN, "rejected": REJECTED}
 
 
@@ -207,6 +208,9 @@ class _RowReader:
         for column in (*REASON_COLUMNS, _THIRD_REASON):
             check_finish_reason(row.get(column), f"{where}: `{column}`")
         check_count(row.get(COUNT), where)
+        for column in SOURCE_COLUMNS:
+            if row.get(column) not in (None, "teacher", "student"):
+                raise ValueError(f"{where}: `{column}` is {row[column]!r}; it must be 'teacher', 'student' or null.")
         for column in SCORE_COLUMNS:
             if not isinstance(row.get(column), Real | None):
                 raise ValueError(
@@ -254,7 +258,7 @@ class _RowReader:
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
         read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, *SCORE_COLUMNS}
-        read |= {_THIRD_REASON, COUNT}
+        read |= {_THIRD_REASON, COUNT, *SOURCE_COLUMNS}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
         batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
         rows = (

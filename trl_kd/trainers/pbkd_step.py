@@ -129,7 +129,7 @@ class CapturingForward:
             Who wrote what; the weight of the teacher's text; whether the preference is known.
         imitated_BT (`torch.Tensor` of shape `[B, T−1]`):
             The teacher's own tokens, which are imitated.
-        variation_BT (`torch.Tensor` of shape `[B, T−1]`):
+        variation_BT (`torch.Tensor` of shape `[B, T−1]`, *optional*):
             The share of total variation in the divergence of each.
         detach (`bool`):
             Whether any rank's window has rows without a known preference.
@@ -151,7 +151,7 @@ class CapturingForward:
         weight_B: torch.Tensor,
         known_B: torch.Tensor,
         imitated_BT: torch.Tensor,
-        variation_BT: torch.Tensor,
+        variation_BT: torch.Tensor | None,
         detach: bool,
     ):
         self.model, self.teacher, self.detach = model, teacher, detach

@@ -263,7 +263,7 @@ class Teacher:
         model: Any,
         imitated_BT: torch.Tensor,
         weight_B: torch.Tensor,
-        variation_BT: torch.Tensor,
+        variation_BT: torch.Tensor | None,
         choose: Callable[[torch.Tensor], torch.Tensor] = lambda values_B: values_B,
         **kwargs: Any,
     ) -> tuple[Any, torch.Tensor]:
@@ -278,8 +278,8 @@ class Teacher:
                 The teacher's own tokens in its texts, from the second token on.
             weight_B (`torch.Tensor` of shape `[B]`):
                 Weight of each text.
-            variation_BT (`torch.Tensor` of shape `[B, T−1]`):
-                s in [0, 1], the share of the total variation in the divergence.
+            variation_BT (`torch.Tensor` of shape `[B, T−1]`, *optional*):
+                s in [0, 1], the share of the total variation in the divergence. `None`: 0.
             choose (`Callable`, *optional*):
                 Takes the rows of the teacher's texts, `[B, ...]`, out of those that the student is given. By default they
                 are the same.
@@ -291,7 +291,7 @@ class Teacher:
             next-token distributions, nats.
         """
         weight_N = weight_B.unsqueeze(1).expand_as(imitated_BT)[imitated_BT]
-        variation_N = variation_BT[imitated_BT] if variation_BT.any() else None
+        variation_N = None if variation_BT is None else variation_BT[imitated_BT]
         length = kwargs["input_ids"].size(1)
         teacher_BTH = self.hidden_states(choose(kwargs["input_ids"]), choose(kwargs["attention_mask"]))[:, :-1]
         student = self._accelerator.unwrap_model(model)
