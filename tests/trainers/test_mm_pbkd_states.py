@@ -380,7 +380,9 @@ def test_what_a_tool_says_is_no_state(tmp_path, settings, monkeypatch):
     )
     options = {"max_completion_length": 400, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2}
     rows = [{"prompt": said_by("user", "6*2=")}] * 2
-    trainer = make(student, teacher, settings, rows, pairs=PAIRS, tools=[double], **options)
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pairs = [{**pair, **{column: said_by(role, pair[column]) for column, role in roles.items()}} for pair in PAIRS]
+    trainer = make(student, teacher, settings, rows, pairs=pairs, tools=[double], **options)
     call = '<tool_call>\n{"name": "double", "arguments": {"number": 6}}\n</tool_call><|im_end|>'
     turns = [[call, "12<|im_end|>"], ["12<|im_end|>"]]
 
