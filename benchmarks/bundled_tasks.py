@@ -83,10 +83,15 @@ def run(task, seed: int, folder: Path, verified: bool) -> Rows:
     few = replace(settings, curve_every=settings.steps)
     clean, wrong = (Cell(task, seed, few, folder / f"seed{seed}", BarCallback, flipped) for flipped in (False, True))
     results |= clean.run([*METHODS, *(VERIFIED if verified else ())])
-    pairs = results["pairs"]
+    pairs = results["pairs"] | {"equal and wrong": equal_and_wrong(clean.rows())}
     rows = [row(task.name, seed, method, False, results[method], pairs) for method in NAMES if method in results]
     found = wrong.run(FLIPPED)
     return rows + [row(task.name, seed, method, True, found[method], pairs) for method in FLIPPED]
+
+
+def equal_and_wrong(rows: Rows) -> int:
+    """Pairs in which teacher and student gave the same wrong answer."""
+    return sum(row["chosen"] == row["rejected"] and row["score_chosen"] == 0 for row in rows)
 
 
 def row(task: str, seed: int, method: str, flipped: bool, found: dict[str, Any], pairs: dict[str, Any]) -> dict:

@@ -201,7 +201,8 @@ def write(path: Path, what: str, rows: list[dict[str, Any]], seen: dict[str, str
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By task and setting: mean and standard deviation over seeds, and of the difference to the default of the same seed."""
+    """By task and setting: mean and standard deviation over seeds, and of the difference to the default of the same seed, of
+    `token_…` to `token`."""
     lines: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(partial(defaultdict, dict))
     for row in rows:
         lines[row["task"] + (", flipped labels" if row["flipped"] else "")][row["setting"]][row["seed"]] = row
@@ -212,10 +213,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             told: dict[str, Any] = {"seeds": len(seeds)}
             for measure in MEASURES:
                 told[measure] = spread({seed: row[measure] for seed, row in seeds.items()})
-                theirs = settings.get("default", {})
+                other = "token" if name.startswith("token_") else "default"
+                theirs = settings.get(other, {})
                 leads = {s: row[measure] - theirs[s][measure] for s, row in seeds.items() if s in theirs}
                 if leads and name not in ("default", "teacher", "start"):
-                    told[f"{measure}, difference to default"] = spread(leads)
+                    told[f"{measure}, difference to {other}"] = spread(leads)
             told["temperature"] = round(mean(row["temperature"] for row in seeds.values()), 2)
             summary[task][name] = told
     return summary

@@ -79,7 +79,7 @@ IMPLICIT: dict[str, tuple[str, dict[str, Any]]] = {  # settings of the training,
 READ = ("prompt", "chosen", "rejected", "preference", "teacher_side", "student_count")
 OF_ROUNDS = ("optimizer", "accumulate")
 METHODS = {name: seen for name, (seen, _) in (IMPLICIT | ONLINE).items()}
-LEADS = {"pbkd": "offline PbKD", "rounds": "rounds", "rloo": "RLOO"}
+LEADS = {"pbkd": "offline PbKD", "pbkd_6": "offline PbKD, six answers", "rounds": "rounds", "rloo": "RLOO"}
 OF_ONLINE = {  # found on validation questions of another seed
     "per_device_train_batch_size": 64,  # answers: as many as 32 pairs have
     "num_generations": 4,

@@ -96,6 +96,7 @@ class ImitationStep:
         inputs = dict(inputs)  # the weights must not reach the model's forward
         advantage_B, weight_B, compared_B = (inputs.pop(name) for name in WEIGHT_KEYS)
         labels_BT = inputs["labels"][:, 1:]
+        imitated_BT = labels_BT != -100
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -103,7 +104,6 @@ class ImitationStep:
         if self.teacher is None:
             output = model(**inputs, fused_lm_head=True)
         else:
-            imitated_BT = labels_BT != -100
             variation_BT = self._variation(labels_BT)
             output, imitation = self.teacher.student_forward(
                 model, imitated_BT, weight_B, variation_BT, **inputs, fused_lm_head=True
@@ -116,9 +116,9 @@ class ImitationStep:
         share = window.mean(imitation, self._imitation_scale(window))
         loss = self.args.imitation_weight * share + auxiliary
 
-        self._count_imitation(window, imitation, logps_BT, labels_BT, labels_BT != -100, advantage_B, compared_B)
+        self._count_imitation(window, imitation, logps_BT, labels_BT, imitated_BT, advantage_B, compared_B)
         window.add(auxiliary=torch.as_tensor(auxiliary, device=loss.device))
-        self._record_tokens(output, inputs, labels_BT != -100)
+        self._record_tokens(output, inputs, imitated_BT)
         self._keep_window(window)
         if not return_outputs:
             return loss

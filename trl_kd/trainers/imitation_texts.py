@@ -319,8 +319,8 @@ def _warn_of_idle(name: str, args: PbKDConfig, wins: StudentWins, texts: dict[by
 def _compare(wins: StudentWins, key: bytes, index: int, row: dict[str, Any], args: PbKDConfig) -> None:
     """Adds the student's text of a row. That of another teacher is none."""
     side = "rejected" if side_of_teacher(row) == "chosen" else "chosen"
-    if row.get(f"{side}_source") == "teacher":
-        wins.add(key, key, index, side, None, count=0)
+    if row.get(f"{side}_source") == "teacher" or not student_count(row):
+        wins.know(key)
         return
     score, least = _known(row.get(f"score_{side}")), args.imitation_min_score
     is_good = score is None or least is None or score >= least

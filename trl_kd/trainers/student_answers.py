@@ -104,6 +104,10 @@ class StudentWins:
     def __init__(self) -> None:
         self._texts: dict[bytes, _Comparisons] = {}
 
+    def know(self, teacher: bytes) -> None:
+        """Takes a text as one of the teacher's, which is no answer of the student's."""
+        self._texts.setdefault(teacher, _Comparisons())
+
     def add(
         self,
         teacher: bytes,
@@ -136,8 +140,7 @@ class StudentWins:
             return
         text.won += count * preference
         text.count += count
-        if count:
-            text.compared.add(student)
+        text.compared.add(student)
         if teacher != student and is_good:
             answer = text.answers.setdefault(student, _Answer(row, side))
             answer.lost += count * preference
