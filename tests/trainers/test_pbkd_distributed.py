@@ -1,4 +1,5 @@
-"""Two processes of one row each, or accumulation, equal one process of two: really two, under DDP and FSDP2."""
+"""Two processes of one row each, or accumulation, equal one process of two: really two, under DDP and FSDP2, and under
+ZeRO-2 and ZeRO-3 where DeepSpeed is installed."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainers.two_processes import train
+from tests.trainers.two_processes import WORLDS, train
 
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,20 @@ LABELS = [(None, "chosen"), (1.0, "rejected"), (0.2, None), (0.6, "chosen"), (1.
 
 EXACT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 3}
 MOVING = {"dual_learning_rate": 0.5, "preference_nll_target": 0.1}
+
+
+def zero(stage: int) -> dict:
+    """A DeepSpeed configuration that splits every weight, even the small ones of these models."""
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(sizes, "auto"),
+    }
 
 
 @pytest.fixture
@@ -45,6 +60,8 @@ def launch(kind: str, jobs: list[dict]) -> None:
     if kind == "fsdp2":
         wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **wrap}
+    if kind.startswith("zero"):
+        environment |= {"DS_ACCELERATOR": "cpu"}
     script = str(Path(__file__).with_name("two_processes.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -59,13 +76,17 @@ def launch(kind: str, jobs: list[dict]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [kind for kind in WORLDS if kind != "single"])
 def test_two_processes_equal_one(kind, jobs):
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
     expected = []
     for job in jobs:
         train("single", {**job, "settings": {**job["settings"], "per_device_train_batch_size": 4}})
         expected.append(torch.load(job["out"]))
         job["settings"]["per_device_train_batch_size"] = 2
+        if kind.startswith("zero"):
+            job["settings"]["deepspeed"] = zero(int(kind[-1]))
     launch(kind, jobs)
     for one, job in zip(expected, jobs, strict=True):
         two = torch.load(job["out"])

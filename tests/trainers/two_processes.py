@@ -1,6 +1,6 @@
 """Trainings that end in a file each; run by `torchrun` in test_pbkd_distributed.py.
 
-two_processes.py {ddp,fsdp2} JOBS_JSON
+two_processes.py {ddp,fsdp2,zero2,zero3} JOBS_JSON
 """
 
 import json
@@ -14,7 +14,20 @@ from datasets import Dataset
 from trl_kd import PbKDConfig, PbKDTrainer
 
 
+WORLDS = {  # kind: (processes, class of the wrapped model, accelerate's name)
+    "single": (1, "LlamaForCausalLM", "NO"),
+    "ddp": (2, "DistributedDataParallel", "MULTI_CPU"),
+    "fsdp2": (2, "FSDPLlamaForCausalLM", "FSDP"),
+    "zero2": (2, "DeepSpeedEngine", "DEEPSPEED"),
+    "zero3": (2, "DeepSpeedEngine", "DEEPSPEED"),
+}
+
+
 def train(kind: str, job: dict) -> None:
+    if kind.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
     args = PbKDConfig(**job["settings"])
     if kind == "fsdp2":
         # On CPU accelerate calls this MULTI_CPU and would wrap in DDP
@@ -22,11 +35,9 @@ def train(kind: str, job: dict) -> None:
     trainer = PbKDTrainer(model=job["model"], args=args, train_dataset=Dataset.from_list(job["rows"]))
     trainer.train()
 
-    world = {"single": 1, "ddp": 2, "fsdp2": 2}[kind]
-    wrapper = {"single": "LlamaForCausalLM", "ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}[kind]
+    world, wrapper, expected = WORLDS[kind]
     assert trainer.accelerator.num_processes == world
     assert type(trainer.model_wrapped).__name__ == wrapper, type(trainer.model_wrapped)
-    expected = {"single": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}[kind]
     assert trainer.accelerator.distributed_type == expected, trainer.accelerator.distributed_type
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
