@@ -30,9 +30,9 @@ from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import MARKER, check_settings, stage, write_json
 from trl_kd.tasks import TASKS
-from trl_kd.trainers.imitation_tokens import mean_advantage
-from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED
-from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED
+from trl_kd.trainers.pbkd.tokens import mean_advantage
+from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
 
 BASE = DemoSettings(curve_every=600, test_questions=500)

@@ -44,8 +44,8 @@ from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS, Task
-from trl_kd.trainers.online_pbkd_trainer import COMPANIONS
-from trl_kd.trainers.reward_learner import PAIRS, WarmUpFailed
+from trl_kd.trainers.online_pbkd.learner import PAIRS, WarmUpFailed
+from trl_kd.trainers.online_pbkd.trainer import COMPANIONS
 
 
 ROUNDS = 6

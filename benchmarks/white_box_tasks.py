@@ -34,7 +34,7 @@ from trl_kd.scripts.demo_quiet import quiet_libraries
 from trl_kd.scripts.demo_report import environment
 from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS
-from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
+from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
 
 
 SKEW = 0.1

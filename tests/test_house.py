@@ -13,9 +13,9 @@ from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
 
 import trl_kd
 from trl_kd import MMPbKDTrainer, OnlinePbKDTrainer, PbKDTrainer, _trl
-from trl_kd.trainers.dual_checkpoints import DualCheckpoints
-from trl_kd.trainers.imitation_step import ImitationStep
-from trl_kd.trainers.preference_step import PreferenceStep
+from trl_kd.trainers.common.dual import DualCheckpoints
+from trl_kd.trainers.pbkd.imitation_step import ImitationStep
+from trl_kd.trainers.pbkd.preference_step import PreferenceStep
 
 
 ROOT = Path(__file__).parents[1]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _PUBLIC = {
-    "MMPbKDConfig": "trl_kd.trainers.mm_pbkd_config",
-    "MMPbKDTrainer": "trl_kd.trainers.mm_pbkd_trainer",
-    "OnlinePbKDConfig": "trl_kd.trainers.online_pbkd_config",
-    "OnlinePbKDTrainer": "trl_kd.trainers.online_pbkd_trainer",
-    "PbKDConfig": "trl_kd.trainers.pbkd_config",
-    "PbKDRounds": "trl_kd.trainers.rounds",
-    "PbKDTrainer": "trl_kd.trainers.pbkd_trainer",
+    "MMPbKDConfig": "trl_kd.trainers.mm_pbkd.config",
+    "MMPbKDTrainer": "trl_kd.trainers.mm_pbkd.trainer",
+    "OnlinePbKDConfig": "trl_kd.trainers.online_pbkd.config",
+    "OnlinePbKDTrainer": "trl_kd.trainers.online_pbkd.trainer",
+    "PbKDConfig": "trl_kd.trainers.pbkd.config",
+    "PbKDRounds": "trl_kd.trainers.rounds.rounds",
+    "PbKDTrainer": "trl_kd.trainers.pbkd.trainer",
 }
 
 __all__ = [
@@ -31,13 +31,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-    from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
-    from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
-    from trl_kd.trainers.online_pbkd_trainer import OnlinePbKDTrainer
-    from trl_kd.trainers.pbkd_config import PbKDConfig
-    from trl_kd.trainers.pbkd_trainer import PbKDTrainer
-    from trl_kd.trainers.rounds import PbKDRounds
+    from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
+    from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
+    from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
+    from trl_kd.trainers.online_pbkd.trainer import OnlinePbKDTrainer
+    from trl_kd.trainers.pbkd.config import PbKDConfig
+    from trl_kd.trainers.pbkd.trainer import PbKDTrainer
+    from trl_kd.trainers.rounds.rounds import PbKDRounds
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ def write(fixture: str, output_dir: str) -> None:
     elif fixture == "rounds_lora" or output_dir == "in-training":
         _die_at_checkpoint(lambda args: "round-2" in args.output_dir, 2)
     elif output_dir == "after-one":
-        from trl_kd.trainers.rounds import PbKDRounds
+        from trl_kd.trainers.rounds.rounds import PbKDRounds
 
         sample = PbKDRounds._sample
         PbKDRounds._sample = lambda self, number: sample(self, number) if number == 1 else os._exit(KILLED)

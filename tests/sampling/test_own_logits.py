@@ -20,7 +20,7 @@ from tests.conftest import CHARACTERS, make_model, make_tokenizer
 from trl_kd.losses.heads import Head
 from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.sampling.own_logits import OwnLogits, difference, evaluating, not_own, probe, text_ids
-from trl_kd.trainers.output_heads import head_logits, output_head
+from trl_kd.trainers.common.output_heads import head_logits, output_head
 
 
 TOKENS = len(CHARACTERS) + 3

@@ -17,9 +17,9 @@ from trl_kd.sampling.recorded import (
     recorded_description,
 )
 from trl_kd.sampling.vllm import VLLMSampler
-from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
-from trl_kd.trainers.pbkd_config import PbKDConfig
+from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
+from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
+from trl_kd.trainers.pbkd.config import PbKDConfig
 
 
 KEY = "planted-0123456789"

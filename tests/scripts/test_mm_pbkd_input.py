@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-import trl_kd.trainers.mm_pbkd_trainer as mm_pbkd_trainer
+import trl_kd.trainers.mm_pbkd.trainer as mm_pbkd_trainer
 from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from tests.scripts.conftest import replaced
 from trl_kd.scripts.training import _explained

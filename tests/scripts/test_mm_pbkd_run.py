@@ -9,7 +9,7 @@ import yaml
 from datasets import DatasetDict, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import trl_kd.trainers.mm_pbkd_trainer as mm_pbkd_trainer
+import trl_kd.trainers.mm_pbkd.trainer as mm_pbkd_trainer
 from tests.conftest import save_tiny
 from tests.scripts.conftest import replaced
 from trl_kd.pairs import build_pairs

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DYING = """
 import os, signal, sys
 from trl_kd.scripts import pbkd
-from trl_kd.trainers.rounds import PbKDRounds
+from trl_kd.trainers.rounds.rounds import PbKDRounds
 PbKDRounds._tidy = lambda self, number: os.kill(os.getpid(), signal.SIGKILL)
 pbkd.COMMAND.run_module()
 """
@@ -46,7 +46,7 @@ def test_checkpoints_of_a_run_that_goes_on_are_neither_resumed_nor_removed(trl_k
 
 
 def test_the_lock_is_held_to_the_end_and_leaves_nothing(trl_kd, base, out, monkeypatch):
-    from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+    from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
     card, held = PbKDTrainer.create_model_card, []
 

@@ -11,7 +11,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
-import trl_kd.trainers.online_pbkd_trainer as online_pbkd_trainer
+import trl_kd.trainers.online_pbkd.trainer as online_pbkd_trainer
 from tests.conftest import make_model
 from tests.sampling.fault_server import FaultServer, chat, error
 from tests.scripts.conftest import replaced

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-import trl_kd.trainers.pbkd_trainer as pbkd_trainer
+import trl_kd.trainers.pbkd.trainer as pbkd_trainer
 from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 
 

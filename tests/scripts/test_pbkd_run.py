@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_kd.scripts.pbkd as pbkd
-import trl_kd.trainers.pbkd_trainer as pbkd_trainer
+import trl_kd.trainers.pbkd.trainer as pbkd_trainer
 
 
 @pytest.fixture

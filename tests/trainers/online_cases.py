@@ -51,7 +51,7 @@ def digits(prompts, first, second, **columns):
 
 def unchecked(monkeypatch) -> None:
     """As if there were prompts enough for a warm-up, before it is known how many of their pairs are ties."""
-    monkeypatch.setattr("trl_kd.trainers.online_pbkd_trainer.check_held_out", lambda *args: None)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.trainer.check_held_out", lambda *args: None)
 
 
 def make(model, settings: dict, rows=ROWS, eval_rows=None, pairs=None, **more) -> OnlinePbKDTrainer:

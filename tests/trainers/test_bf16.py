@@ -17,7 +17,7 @@ def gpu(monkeypatch):
     """Says whether there is a GPU that can do it."""
 
     def has(it):
-        for module in ("trl_kd.trainers.fields", "transformers.training_args"):
+        for module in ("trl_kd.trainers.common.config_checks", "transformers.training_args"):
             monkeypatch.setattr(f"{module}.is_torch_bf16_gpu_available", lambda: it)
 
     has(False)

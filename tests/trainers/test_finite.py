@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from tests.conftest import make_model, make_tokenizer
 from tests.trainers import mm_cases, online_cases, rounds_cases
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.adversary import descend
-from trl_kd.trainers.finite import FiniteTraining, NotFinite, require_finite
+from trl_kd.trainers.common.finite import FiniteTraining, NotFinite, require_finite
+from trl_kd.trainers.mm_pbkd.adversary import descend
 
 
 BY_STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -18,8 +18,8 @@ from tests.trainers.test_pbkd_metrics import COEFFICIENT, experts_dir  # noqa: F
 from tests.trainers.test_pbkd_vision import dataset as image_dataset
 from tests.trainers.test_pbkd_vision import llava_dir  # noqa: F401
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.imitation_step import NoReference
-from trl_kd.trainers.pbkd_config import settle_config
+from trl_kd.trainers.pbkd.config import settle_config
+from trl_kd.trainers.pbkd.imitation_step import NoReference
 
 
 OFF = {"dual_init": 0.0}

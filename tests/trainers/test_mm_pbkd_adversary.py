@@ -13,7 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 from tests.trainers.mm_cases import PAIRS, PROMPTS, ROWS, equal, logs_of, make, weights_of
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
 from trl_kd.rewards.q_function import Q_HEADS
-from trl_kd.trainers.adversary import FIRST_LOOK, looks_of
+from trl_kd.trainers.mm_pbkd.adversary import FIRST_LOOK, looks_of
 
 
 MANY = [

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tests.trainers.mm_cases import ROWS, logs_of, make, nats, unpadded
 from trl_kd import MMPbKDConfig
-from trl_kd.trainers.imitation_weights import PairWeights
+from trl_kd.trainers.common.imitation_weights import PairWeights
 
 
 def of_prompts(**found) -> list[tuple[float, bool]]:

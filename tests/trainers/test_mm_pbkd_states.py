@@ -26,7 +26,7 @@ from tests.trainers.mm_cases import (
     unpadded,
     weights_of,
 )
-from trl_kd.trainers.mm_pbkd_data import is_on_policy, tokenize_completion
+from trl_kd.trainers.mm_pbkd.data import is_on_policy, tokenize_completion
 
 
 EOS = 1

@@ -19,8 +19,8 @@ from trl_kd.pairs.store import AnswerStore
 from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
-from trl_kd.trainers.online_pbkd_data import fill_groups, group_rows
-from trl_kd.trainers.reward_learner import WarmUpFailed
+from trl_kd.trainers.online_pbkd.data import fill_groups, group_rows
+from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 
 
 CHAT = [{"prompt": [{"role": "user", "content": row["prompt"]}], "completion": "7"} for row in ROWS]
@@ -122,7 +122,7 @@ def test_the_store_of_answers_is_opened_once_until_it_is_closed(tmp_path, monkey
 
 
 def test_a_warm_up_leaves_no_loader_half_read(tiny_dir, settings, monkeypatch):
-    monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 1)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.learner.LEAST_HELD_OUT", 1)
     options = {"rm_warmup_accuracy": 0.01, "rm_held_out": 0.5, "rm_steps": 10, "max_steps": 1}
     trainer = make(tiny_dir, settings, preference_function=digits, **options)
     active = []
@@ -181,9 +181,9 @@ def unknown(prompts, first, second, **columns):
 )
 def test_nothing_to_learn_from_is_said_once(tiny_dir, settings, caplog, more, said):
     trainer = make(tiny_dir, settings, **more, max_steps=2)
-    with caplog.at_level(logging.WARNING, "trl_kd.trainers.online_pbkd_data"):
+    with caplog.at_level(logging.WARNING, "trl_kd.trainers.online_pbkd.data"):
         trainer.train()
-    told = [record.message for record in caplog.records if record.name == "trl_kd.trainers.online_pbkd_data"]
+    told = [record.message for record in caplog.records if record.name == "trl_kd.trainers.online_pbkd.data"]
     assert len(told) == (said is not None)
     if said is not None:
         assert re.search(said, told[0])

@@ -9,7 +9,7 @@ from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, logs_of, m
 from trl_kd.pairs import pair_row
 from trl_kd.pairs.prompts import PromptRow
 from trl_kd.sampling import Answer
-from trl_kd.trainers.online_pbkd_data import PromptGroup
+from trl_kd.trainers.online_pbkd.data import PromptGroup
 
 
 PROMPTS = [row["prompt"] for row in ROWS]
@@ -39,7 +39,7 @@ def test_a_long_row_keeps_its_first_token_if_it_opens_every_row(tiny_dir, settin
 
 
 def test_a_reward_model_that_has_learnt_already_is_looked_at_before_a_step(tiny_dir, settings, monkeypatch):
-    monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 1)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.learner.LEAST_HELD_OUT", 1)
     learner = make(tiny_dir, settings, pairs=PAIRS, rm_held_out=0.5, rm_warmup_accuracy=0.9).learner
     learner.held_out_accuracy = lambda: 1.0
     learner.step = lambda *args, **kwargs: None

@@ -13,8 +13,8 @@ from tests.trainers.online_cases import PAIRS, PROMPTS, ROWS, SHORT, digits, equ
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel, from_student
-from trl_kd.trainers.pair_pool import PairPool
-from trl_kd.trainers.reward_learner import RewardLearner
+from trl_kd.trainers.online_pbkd.learner import RewardLearner
+from trl_kd.trainers.online_pbkd.pool import PairPool
 
 
 OURS = ("rm_", "dual_", "confidence_", "adversary", "reward_bound", "imitation_weight")

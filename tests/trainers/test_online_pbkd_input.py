@@ -242,6 +242,6 @@ def test_defaults_of_an_adversary_and_without(adversary, beta, imitation, settin
 
 
 def test_zero3_would_split_the_reward_model(tiny_dir, settings, monkeypatch):
-    monkeypatch.setattr("trl_kd.trainers.reward_loading.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.loading.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-3, which splits every model.*use ZeRO-2"):
         make(tiny_dir, settings, preference_function=digits)

@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, unchecked, weights_of
 from trl_kd.pairs import load_pairs
-from trl_kd.trainers.online_pbkd_data import HackingWatch
-from trl_kd.trainers.pair_pool import PairPool
-from trl_kd.trainers.reward_learner import WarmUpFailed
+from trl_kd.trainers.online_pbkd.data import HackingWatch
+from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
+from trl_kd.trainers.online_pbkd.pool import PairPool
 
 
 CHAT = [
@@ -139,7 +139,7 @@ def test_hacking_is_said_once(caplog):
 @pytest.fixture
 def many(monkeypatch):
     """Pairs whose preferred text is the longer: easily learnt."""
-    monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 10)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.learner.LEAST_HELD_OUT", 10)
     return [{"prompt": f"{i}+{j}=", "chosen": "777", "rejected": "1"} for i in range(10) for j in range(10)]
 
 

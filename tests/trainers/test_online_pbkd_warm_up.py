@@ -3,7 +3,7 @@
 import pytest
 
 from tests.trainers.online_cases import digits, make
-from trl_kd.trainers.reward_learner import WarmUpFailed
+from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 
 
 MANY = [{"prompt": f"{i}+{j}=", "chosen": "777", "rejected": "1"} for i in range(10) for j in range(10)]
@@ -12,7 +12,7 @@ WARM = {"rm_warmup_accuracy": 0.65, "rm_held_out": 0.3}
 
 @pytest.fixture(autouse=True)
 def few_are_enough(monkeypatch):
-    monkeypatch.setattr("trl_kd.trainers.reward_learner.LEAST_HELD_OUT", 1)
+    monkeypatch.setattr("trl_kd.trainers.online_pbkd.learner.LEAST_HELD_OUT", 1)
 
 
 def ends_after(trainer, accuracies) -> float:

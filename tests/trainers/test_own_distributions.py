@@ -14,7 +14,7 @@ from trl_kd import MMPbKDConfig, MMPbKDTrainer, OnlinePbKDConfig, OnlinePbKDTrai
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 from trl_kd.rewards.reward_model import from_student
-from trl_kd.trainers.reward_loading import load_reward_model
+from trl_kd.trainers.online_pbkd.loading import load_reward_model
 
 
 TEACHERS = {
@@ -205,8 +205,10 @@ def test_looking_changes_nothing(student_dir, teacher_dir, pairs, settings, monk
     results = []
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr("trl_kd.trainers.student_head.CheckedStudent._look_at_student", lambda self: None)
-            monkeypatch.setattr("trl_kd.trainers.teacher.Teacher.look", lambda self: None)
+            monkeypatch.setattr(
+                "trl_kd.trainers.common.student_head.CheckedStudent._look_at_student", lambda self: None
+            )
+            monkeypatch.setattr("trl_kd.trainers.common.teacher.Teacher.look", lambda self: None)
         of = {**settings, "disable_dropout": False}
         trainer = PbKDTrainer(
             student_dir,

@@ -14,7 +14,7 @@ from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.losses.dual import theory_radius
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
-from trl_kd.trainers.pbkd_data import ADVANTAGE, COMPARED, SHARE, PbKDCollator, prepare_rows
+from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED, SHARE, PbKDCollator, prepare_rows
 
 
 ON = {"dual_init": 1.0}

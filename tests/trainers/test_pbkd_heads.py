@@ -16,7 +16,7 @@ from transformers import (
 
 from tests.conftest import CHARACTERS, make_tokenizer, save_tiny
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.vocabulary import check_same_vocabulary
+from trl_kd.trainers.common.vocabulary import check_same_vocabulary
 
 
 TOKENS = len(CHARACTERS) + 3

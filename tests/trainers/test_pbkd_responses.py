@@ -15,7 +15,7 @@ from tests.responses.templates import CHATML, R1, TOOLS, calls, says, tokenizer_
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.trainers.response_rows import PairReader
+from trl_kd.trainers.common.response_rows import PairReader
 
 
 USER = [says("user", "1+1=")]

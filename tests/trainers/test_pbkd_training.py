@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.fields import as_config
+from trl_kd.trainers.common.config_checks import as_config
 
 
 ON = {"dual_init": 1.0}

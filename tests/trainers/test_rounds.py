@@ -22,8 +22,8 @@ from trl_kd.pairs import StoreError, build_pairs, load_pairs
 from trl_kd.pairs.lock import lock_folder
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.trainers.rounds_folder import RoundsFolder
-from trl_kd.trainers.rounds_students import Carried
+from trl_kd.trainers.rounds.folder import RoundsFolder
+from trl_kd.trainers.rounds.students import Carried
 
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}

@@ -14,9 +14,9 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.trainers.checkpoints import is_unfinished, last_checkpoint
-from trl_kd.trainers.rounds_folder import late_means
-from trl_kd.trainers.rounds_regret import count_equal, cumulative_regret, regret_coefficient, teacher_preferred
+from trl_kd.trainers.common.checkpoints import is_unfinished, last_checkpoint
+from trl_kd.trainers.rounds.folder import late_means
+from trl_kd.trainers.rounds.regret import count_equal, cumulative_regret, regret_coefficient, teacher_preferred
 
 
 @pytest.mark.parametrize(

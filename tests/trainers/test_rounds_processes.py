@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainers.rounds_cases import lose_main_process, make
 from trl_kd.pairs.lock import lock_folder
-from trl_kd.trainers.rounds_folder import RoundsFolder
+from trl_kd.trainers.rounds.folder import RoundsFolder
 
 
 @pytest.fixture(scope="module")

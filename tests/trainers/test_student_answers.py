@@ -10,7 +10,7 @@ from tests.trainers.test_imitation_rows import OFF, make, no_weights, weights  #
 from trl_kd import PbKDConfig
 from trl_kd.losses.confidence import imitation_advantage
 from trl_kd.scripts.pbkd_dry_run import _weigh
-from trl_kd.trainers.student_answers import StudentWins
+from trl_kd.trainers.common.student_answers import StudentWins
 
 
 GATED = {"student_wins": "gated"}

@@ -8,7 +8,7 @@ from typing import Any
 from trl_kd import __version__
 from trl_kd.evaluation.charts import LineChart, Point, Series
 from trl_kd.evaluation.report import Page, Section, Table, write_report
-from trl_kd.trainers.rounds_folder import REPORT, has_preference_term
+from trl_kd.trainers.rounds.folder import REPORT, has_preference_term
 
 
 def write_rounds_report(output_dir: str | Path) -> Path:

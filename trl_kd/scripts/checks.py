@@ -19,7 +19,7 @@ from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
 from trl_kd.scripts.errors import InputError, one_line
 from trl_kd.scripts.paths import check_name, nearest_folder
-from trl_kd.trainers.checkpoints import last_checkpoint
+from trl_kd.trainers.common.checkpoints import last_checkpoint
 
 
 def check_arguments(
@@ -43,7 +43,7 @@ def check_arguments(
 
 def check_training(training_args: Any, model_args: Any) -> None:
     """Raises for settings of training and model that do not go together, whatever is trained on."""
-    from trl_kd.trainers.fields import check_schedule
+    from trl_kd.trainers.common.config_checks import check_schedule
 
     if training_args.per_device_train_batch_size < 1:
         raise InputError(

@@ -36,9 +36,9 @@ from trl_kd.scripts.demo_stage import MARKER, stage
 from trl_kd.scripts.errors import InputError
 from trl_kd.tasks import SPLITS, Question, Task
 from trl_kd.tasks.models import make_model, make_tokenizer
-from trl_kd.trainers.checkpoints import last_checkpoint
-from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
-from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+from trl_kd.trainers.common.checkpoints import last_checkpoint
+from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
+from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
 
 NAMES = METHODS | VERIFIED | WHITE_BOX

@@ -8,10 +8,10 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_kd.tasks import Task
-from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
-from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
-from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
+from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
+from trl_kd.trainers.pbkd.config import PbKDConfig
+from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
 
 METHODS = {

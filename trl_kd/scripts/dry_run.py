@@ -24,7 +24,7 @@ from trl_kd.scripts.memory import (
     trainable_parameters,
 )
 from trl_kd.scripts.pairs_arguments import PairsArguments, read_json
-from trl_kd.trainers.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
+from trl_kd.trainers.common.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
 
 SAMPLE = 100

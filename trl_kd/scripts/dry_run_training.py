@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from trl_kd.scripts.checks import hub_name
 from trl_kd.scripts.dry_run import Table, total_steps
-from trl_kd.trainers.model_card import setting
+from trl_kd.trainers.common.card import setting
 
 
 _WIDTH = 100

@@ -23,7 +23,7 @@ from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError
 from trl_kd.scripts.mm_pbkd_dry_run import dry_run
 from trl_kd.scripts.training import TrainingCommand, build_trainer
-from trl_kd.trainers.mm_pbkd_config import MMPbKDConfig
+from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
 
 
 @dataclass
@@ -60,7 +60,7 @@ def _make_trainer(
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
 ) -> Any:
-    from trl_kd.trainers.mm_pbkd_trainer import MMPbKDTrainer
+    from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
 
     with_eval, off_policy = training_args.eval_strategy != "no", training_args.lmbda < 1
     train_dataset, eval_dataset = load_prompts(script_args, mixture, with_eval, with_completions=off_policy)

@@ -28,8 +28,8 @@ from trl_kd.scripts.dry_run import (
 )
 from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
-from trl_kd.trainers.imitation_weights import PairWeights
-from trl_kd.trainers.mm_pbkd_data import (
+from trl_kd.trainers.common.imitation_weights import PairWeights
+from trl_kd.trainers.mm_pbkd.data import (
     LEAST_HELD_OUT,
     PairBatches,
     check_prompt_count,
@@ -40,7 +40,7 @@ from trl_kd.trainers.mm_pbkd_data import (
     tokenize_completion,
     tokenize_pairs,
 )
-from trl_kd.trainers.pbkd_data import check_tokenizer, has_images
+from trl_kd.trainers.pbkd.data import check_tokenizer, has_images
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:

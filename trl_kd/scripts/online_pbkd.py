@@ -18,7 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl_kd.scripts.online_pbkd_dry_run import dry_run
 from trl_kd.scripts.online_pbkd_parts import OnlinePbKDScriptArguments, check, fit_rewards, make_parts, said
 from trl_kd.scripts.training import TrainingCommand, build_trainer
-from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
+from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 
 
 DATACLASSES = (OnlinePbKDScriptArguments, OnlinePbKDConfig, ModelConfig, DatasetMixtureConfig)
@@ -33,7 +33,7 @@ def _make_trainer(
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
 ) -> Any:
-    from trl_kd.trainers.online_pbkd_trainer import OnlinePbKDTrainer
+    from trl_kd.trainers.online_pbkd.trainer import OnlinePbKDTrainer
 
     with said():
         parts = make_parts(script_args, training_args, model_args, mixture)

@@ -19,7 +19,7 @@ from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.pairs_parts import check_models, check_sampler, make_preference, make_sampler
-from trl_kd.trainers.online_pbkd_config import OnlinePbKDConfig
+from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 
 
 @dataclass
@@ -268,7 +268,7 @@ def fit_rewards() -> Iterator[None]:
     """Around the training: what stops it from outside, or since the reward model is not fit to be climbed or another than
     that of the checkpoint, is one line."""
     from trl_kd.rewards.reward_model import OtherRewardModel
-    from trl_kd.trainers.reward_learner import WarmUpFailed
+    from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 
     try:
         yield

@@ -26,8 +26,8 @@ from trl_kd.scripts.pbkd_dry_run import dry_run
 from trl_kd.scripts.rounds import PbKDScriptArguments, check_companions, check_rounds, run_rounds
 from trl_kd.scripts.rounds_dry_run import dry_run as rounds_dry_run
 from trl_kd.scripts.training import TrainingCommand, build_trainer
-from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.teacher import Teacher
+from trl_kd.trainers.common.teacher import Teacher
+from trl_kd.trainers.pbkd.config import PbKDConfig
 
 
 DATACLASSES = (PbKDScriptArguments, PbKDConfig, ModelConfig, DatasetMixtureConfig)
@@ -56,7 +56,7 @@ def _make_trainer(
     model_args: ModelConfig,
     mixture: DatasetMixtureConfig,
 ) -> Any:
-    from trl_kd.trainers.pbkd_trainer import PbKDTrainer
+    from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
     train_dataset, eval_dataset = load_datasets(script_args, mixture, training_args.eval_strategy != "no")
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}

@@ -24,17 +24,17 @@ from trl_kd.scripts.dry_run import (
     teacher_memory,
 )
 from trl_kd.scripts.dry_run_training import describe_training
-from trl_kd.trainers.imitation_config import imitation_radius
-from trl_kd.trainers.imitation_texts import weigh_texts
-from trl_kd.trainers.imitation_tokens import only_teachers_text
-from trl_kd.trainers.pbkd_data import (
+from trl_kd.trainers.common.config import imitation_radius
+from trl_kd.trainers.common.response_rows import tokenize_rows
+from trl_kd.trainers.pbkd.data import (
     RowCounts,
     check_tokenizer,
     has_images,
     names_teacher,
     prepare_rows,
 )
-from trl_kd.trainers.response_rows import tokenize_rows
+from trl_kd.trainers.pbkd.texts import weigh_texts
+from trl_kd.trainers.pbkd.tokens import only_teachers_text
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:

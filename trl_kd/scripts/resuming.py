@@ -10,7 +10,7 @@ from typing import Any
 from trl_kd.pairs.lock import check_unclaimed
 from trl_kd.scripts.errors import InputError, bad_input, without_credentials
 from trl_kd.scripts.paths import shell
-from trl_kd.trainers.checkpoints import last_checkpoint
+from trl_kd.trainers.common.checkpoints import last_checkpoint
 
 
 _RESUME = ("--resume_from_checkpoint", "true")

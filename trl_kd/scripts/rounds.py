@@ -26,8 +26,8 @@ from trl_kd.scripts.pairs_parts import (
     make_sampler,
 )
 from trl_kd.scripts.training import model_init_kwargs, stopped_training
-from trl_kd.trainers.pbkd_config import PbKDConfig
-from trl_kd.trainers.teacher import Teacher
+from trl_kd.trainers.common.teacher import Teacher
+from trl_kd.trainers.pbkd.config import PbKDConfig
 
 
 @dataclass
@@ -172,9 +172,9 @@ def read_pairs_config(
 
 def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:
     """The `PbKDRounds` that the arguments describe; no weights are loaded for it."""
-    from trl_kd.trainers.imitation_texts import NothingTeaches
-    from trl_kd.trainers.rounds import PbKDRounds
-    from trl_kd.trainers.rounds_students import init_kwargs, round_seed
+    from trl_kd.trainers.pbkd.texts import NothingTeaches
+    from trl_kd.trainers.rounds.rounds import PbKDRounds
+    from trl_kd.trainers.rounds.students import init_kwargs, round_seed
 
     class Rounds(PbKDRounds):
         """Input that is found to be bad on the way is one line too."""

@@ -27,8 +27,8 @@ from trl_kd.scripts.memory import readable
 from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.pairs_dry_run import dry_run as pairs_dry_run
 from trl_kd.scripts.rounds import checked_rounds, read_pairs_config
-from trl_kd.trainers.rounds_folder import TRAINED
-from trl_kd.trainers.student_answers import LEAST_COMPARISONS
+from trl_kd.trainers.common.student_answers import LEAST_COMPARISONS
+from trl_kd.trainers.rounds.folder import TRAINED
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: ModelConfig, processes: int = 1) -> str:

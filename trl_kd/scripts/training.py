@@ -116,7 +116,7 @@ class TrainingCommand:
     def train(self, script_args: Any, training_args: Any, model_args: ModelConfig, mixture: Any) -> int:
         """Trains in `output_dir`, which is nobody else's meanwhile, saves the student with its card, and pushes it where
         `push_to_hub` says so."""
-        from trl_kd.trainers.main_process import claim
+        from trl_kd.trainers.common.main_process import claim
 
         with stopped_training(training_args.output_dir), claim(training_args.output_dir):
             return self._train(script_args, training_args, model_args, mixture)
@@ -154,8 +154,8 @@ class TrainingCommand:
 @contextmanager
 def stopped_training(output_dir: str) -> Iterator[None]:
     """What stops a training from outside, at NaN or infinity, or since the disk of `output_dir` is full, is one line."""
-    from trl_kd.trainers.finite import NotFinite
-    from trl_kd.trainers.main_process import MainProcessEnded
+    from trl_kd.trainers.common.finite import NotFinite
+    from trl_kd.trainers.common.main_process import MainProcessEnded
 
     try:
         yield

@@ -1,0 +1,421 @@
+"""The teacher's texts of a dataset of pairs: how much each is imitated, and which rows are learnt from.
+
+Where the preference term is off, `PbKDTrainer` trains on these alone. Pairs with one and the same teacher's text for one
+prompt become one row. Where it is on, rows stay pairs, and such pairs share the text's weight. Training rows from which
+nothing is learnt leave the data before batches are made.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, Image, IterableDataset, Sequence, Value, concatenate_datasets
+from trl import extract_prompt
+
+from trl_kd.losses.confidence import imitation_advantage
+from trl_kd.responses.finish_reasons import has_end
+from trl_kd.responses.nulls import without_nulls
+from trl_kd.trainers.common.response_rows import REASON_COLUMNS, map_rows
+from trl_kd.trainers.common.student_answers import COUNT, LEAST_COMPARISONS, StudentWins, Win, student_count
+from trl_kd.trainers.pbkd.config import PbKDConfig
+from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
+
+
+logger = get_logger(__name__)
+
+IMAGES = ("image", "images")
+OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
+
+
+@dataclass
+class TextCounts:
+    """
+    What becomes of the rows of a dataset.
+
+    Args:
+        rows (`int`):
+            Rows in all, in which a third `teacher` text is one.
+        used (`int`):
+            Rows whose teacher's text has a weight above 0.
+        lost (`int`):
+            Rows whose teacher's text has the weight 0.
+        texts (`int`):
+            Different texts of the teacher's, for different prompts, among those used.
+        scored (`bool`):
+            Whether scores decided, beside labels.
+        training (`bool`):
+            Whether rows that teach nothing are left out. An evaluation keeps them.
+        unused (`int`, *optional*):
+            Rows from which nothing is learnt, where the preference term is on: neither imitated nor with a known preference.
+            `None` where it is off, so that these are all that are not imitated.
+        advantage (`float`, *optional*):
+            Mean weight of the teacher's texts that were compared with another one, those of weight 0 among them. `None` if
+            there are none.
+        student (`int`):
+            Winning answers of the student's that are imitated too.
+    """
+
+    rows: int
+    used: int
+    lost: int
+    texts: int
+    scored: bool = False
+    training: bool = True
+    unused: int | None = None
+    advantage: float | None = None
+    student: int = 0
+
+    @property
+    def told(self) -> str:
+        """One sentence without its full stop."""
+        alone = self.unused is None
+        why = "the teacher did not win" + (", or scores less than `imitation_min_score`" if self.scored else "")
+        without = self.rows - self.used - self.lost
+        fate = "left out" if self.training and alone else "of weight 0"
+        left_out = [f"{self.lost:,} {fate}: {why}"] if self.lost else []
+        left_out += [f"{without:,} {fate}: no text of the teacher's"] if without else []
+        merged = (
+            f" ({self.texts:,} different {'text' if self.texts == 1 else 'texts'})" if self.texts < self.used else ""
+        )
+        if self.training and self.unused:
+            left_out.append(f"{self.unused:,} of them left out: no known preference either")
+        if self.student:
+            left_out.append(f"{self.student:,} winning answers of the student's teach too")
+        return "; ".join(
+            [f"{self.used:,} of {self.rows:,} rows {'teach' if alone else 'are imitated'}{merged}", *left_out]
+        )
+
+    def check(self, name: str, args: PbKDConfig) -> None:
+        """Raises a `ValueError` if no row is left to train on."""
+        if self.unused is not None and self.unused < self.rows:
+            return
+        if not self.used and not self.lost:
+            raise ValueError(
+                f"The {name} dataset has no text of the teacher's, and nothing else is learnt from, since `dual_init` and "
+                "`dual_learning_rate` are 0: say who wrote what in `teacher_side`, or set `dual_init` above 0."
+            )
+        if not self.used and not self.student:
+            raise nothing_teaches(name, args, self.told)
+
+
+class NothingTeaches(ValueError):
+    """Training data in which every text has the weight 0. In rounds it is no error: the student has caught up. `told` says
+    how many rows there are, and why they teach nothing."""
+
+    def __init__(self, message: str, told: str):
+        super().__init__(message)
+        self.told = told
+
+
+def nothing_teaches(name: str, args: PbKDConfig, told: str = "") -> NothingTeaches:
+    """What to say of training data in which every teacher's text has the weight 0."""
+    least = args.imitation_min_score
+    score = "" if least is None else f" and `imitation_min_score` = {least}"
+    lower = "" if least is None else ", and lower `imitation_min_score` where there are scores"
+    why = f": {told}" if told else ""
+    return NothingTeaches(
+        f"No row of the {name} dataset teaches with `imitation_radius` = {args.imitation_radius}{score}{why}. Raise the "
+        f"radius ('inf' imitates all of the teacher's responses){lower}.",
+        told,
+    )
+
+
+def nothing_known(name: str) -> ValueError:
+    """What to say of training data without a known preference where nothing is imitated."""
+    return ValueError(
+        f"No row of the {name} dataset has a known `preference`, and nothing is imitated, since `imitation_weight` is 0: "
+        "label the rows, or set a weight above 0."
+    )
+
+
+@dataclass
+class TeacherText:
+    """One text of the teacher's for one prompt, and what is known of it from all of its pairs: Σ p over the student's
+    answers with a known preference, and how many these are."""
+
+    won: float = 0.0
+    known: int = 0
+    scores: list[float] = field(default_factory=list)
+    compared: bool = False
+    row: int | None = None
+    """The row that stands for it: the first in which it has its end, or the first."""
+    ends: bool = False
+
+    def advantage(self, args: PbKDConfig, radius: float) -> float:
+        if args.imitation_min_score is not None and self.scores:
+            return float(sum(self.scores) / len(self.scores) >= args.imitation_min_score)
+        return imitation_advantage(self.won / self.known if self.known else None, radius)
+
+    def stand(self, index: int, row: dict[str, Any]) -> None:
+        """Lets the row stand for the text, unless another one does better."""
+        ends = has_end(row.get(f"{side_of_teacher(row)}_finish_reason"))
+        if self.row is None or (ends and not self.ends):
+            self.row, self.ends = index, ends
+
+    def add(self, row: dict[str, Any]) -> None:
+        score = _known(row.get(f"score_{side_of_teacher(row)}"))
+        if score is not None:
+            self.scores.append(score)
+        if without_nulls(row["chosen"]) == without_nulls(row["rejected"]):
+            return  # a label of equal texts says nothing
+        self.compared = True
+        preference = _of_teacher(row)
+        if preference is not None:
+            self.won += student_count(row) * preference
+            self.known += student_count(row)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def side_of_teacher(row: dict[str, Any]) -> str | None:
+    return row.get("teacher_side", "chosen")
+
+
+def _of_teacher(row: dict[str, Any]) -> float | None:
+    """P(teacher's text ≻ the other)."""
+    preference = _known(row.get("preference", 1.0))
+    return preference if preference is None or side_of_teacher(row) == "chosen" else 1 - preference
+
+
+def is_known(row: dict[str, Any]) -> bool:
+    """Whether a pair has a known preference between different responses."""
+    differs = without_nulls(row["chosen"]) != without_nulls(row["rejected"])
+    return differs and _known(row.get("preference", 1.0)) is not None
+
+
+def text_key(row: dict[str, Any], side: str) -> bytes:
+    """What two rows have in common whose texts on these sides are one text to imitate."""
+    parts = [without_nulls(row.get(column)) or None for column in (*OF_PROMPT, *IMAGES)]
+    text = json.dumps([*parts, without_nulls(row[side])], sort_keys=True, default=_digest)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _digest(value: Any) -> str:
+    """Stands for what JSON cannot hold: the bytes of an image."""
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
+
+
+def weigh_texts(
+    dataset: Dataset | IterableDataset, name: str, args: PbKDConfig, radius: float, *, training: bool
+) -> tuple[Dataset | IterableDataset, TextCounts | None]:
+    """
+    Adds the columns [`ADVANTAGE`], [`SHARE`] and [`COMPARED`]. Training rows from which nothing is learnt are left out: they
+    are not imitated and, where the preference term is on, have no known preference. Where it is off, training pairs with one
+    text of the teacher's for one prompt are merged into one row.
+
+    The probability p of a text is the mean over its pairs with a known preference and different texts, each as often as the
+    student gave that answer. Rows of a stream are taken each for itself.
+
+    With `student_wins="gated"` the student's winning answers become further rows of training data, with `teacher_side` on
+    their side.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Pairs, as [`~trl_kd.trainers.pbkd.data.prepare_rows`] returns them.
+        name (`str`):
+            Name of the dataset in messages.
+        args (`PbKDConfig`):
+            Settings.
+        radius (`float`):
+            ζ in [0, ∞], nats per pair.
+        training (`bool`):
+            Whether rows may be merged and left out. An evaluation keeps all of them.
+
+    Returns:
+        The dataset, with a `prompt` column, and its `TextCounts` (`None` for a stream, and where nothing is imitated).
+
+    Raises:
+        `ValueError`: no row of training data is left, there are no scores for `imitation_min_score`, or a stream is to tell
+        the student's winning answers.
+    """
+    first: dict[str, Any] = next(iter(dataset))
+    if training and args.imitation_min_score is not None and not any(column in first for column in SCORE_COLUMNS):
+        raise ValueError(
+            f"`imitation_min_score` is {args.imitation_min_score}, but the {name} dataset has no column `score_chosen` or "
+            "`score_rejected`: give the scores, or drop the setting."
+        )
+    if "prompt" not in first:
+        doing = f"Extracting the prompts of the {name} dataset"
+        dataset = map_rows(dataset, extract_prompt, doing, args.dataset_num_proc)
+    if not isinstance(dataset, Dataset):
+        if training and args.student_wins == "gated":
+            raise ValueError(
+                f"`student_wins` is 'gated', which compares all pairs of a prompt, and the {name} dataset is a stream: load "
+                "it whole, or use 'off'."
+            )
+        return _weigh_stream(dataset, name, args, radius, training), None
+    texts: dict[bytes, TeacherText] = {}
+    keys: list[bytes | None] = []
+    wins = StudentWins()
+    for index, row in enumerate(_read(dataset)):
+        side = side_of_teacher(row)
+        key = None if side is None else text_key(row, side)
+        if key is not None:
+            text = texts.setdefault(key, TeacherText())
+            text.add(row)
+            text.stand(index, row)
+            if training and args.student_wins == "gated":
+                _compare(wins, key, index, row, args)
+        keys.append(key)
+    weights = {key: text.advantage(args, radius) for key, text in texts.items()}
+    advantages = [None if key is None else weights[key] for key in keys]
+    unequal = [weights[key] for key, text in texts.items() if text.compared]
+    found = wins.found()
+    kept = _paired(dataset, advantages, args) if args.has_preference_term else _merged(texts, weights)
+    counts = TextCounts(
+        rows=len(keys),
+        used=sum(bool(advantage) for advantage in advantages),
+        lost=sum(advantage == 0 for advantage in advantages),
+        texts=sum(weight > 0 for weight in weights.values()),
+        scored=args.imitation_min_score is not None and any(text.scores for text in texts.values()),
+        training=training,
+        unused=len(keys) - len(kept) if args.has_preference_term else None,
+        advantage=math.fsum(unequal) / len(unequal) if unequal else None,
+        student=len(found),
+    )
+    of_text = Counter(keys) if args.has_preference_term else {}
+    for column, values, kind in (
+        (ADVANTAGE, advantages, "float64"),
+        (SHARE, [1 / of_text.get(key, 1) for key in keys], "float64"),
+        (COMPARED, [key is not None and texts[key].compared for key in keys], "bool"),
+    ):
+        dataset = dataset.add_column(column, values, feature=Value(kind))  # type: ignore[arg-type]
+    if not args.imitation_weight:
+        return (_known_alone(dataset, kept, name) if training else dataset), None
+    if training:
+        _warn_of_idle(name, args, wins, texts)
+        counts.check(name, args)
+        dataset = _with_wins(dataset, kept, found)
+        if len(kept) < len(keys) or found or not counts.used:
+            logger.warning(f"Of the {name} dataset {counts.told}.")
+    elif not counts.used:
+        logger.warning(
+            f"Of the {name} dataset {counts.told}: its {'imitation' if args.has_preference_term else 'loss'} is 0."
+        )
+    return dataset, counts
+
+
+def _warn_of_idle(name: str, args: PbKDConfig, wins: StudentWins, texts: dict[bytes, TeacherText]) -> None:
+    """Warns of settings that the rows give nothing to do."""
+    if args.student_wins == "gated" and not wins.can_win:
+        logger.warning(
+            f"`student_wins` is 'gated', but no text of the teacher's in the {name} dataset was compared with "
+            f"{LEAST_COMPARISONS} different answers of the student's: none of these can win."
+        )
+    if args.imitation_min_score is not None and not any(text.scores for text in texts.values()):
+        logger.warning(
+            f"`imitation_min_score` is {args.imitation_min_score}, but no text of the teacher's in the {name} dataset has a "
+            "score: its labels decide."
+        )
+
+
+def _compare(wins: StudentWins, key: bytes, index: int, row: dict[str, Any], args: PbKDConfig) -> None:
+    """Adds the student's text of a row. That of another teacher is none."""
+    side = "rejected" if side_of_teacher(row) == "chosen" else "chosen"
+    if row.get(f"{side}_source") == "teacher" or not student_count(row):
+        wins.know(key)
+        return
+    score, least = _known(row.get(f"score_{side}")), args.imitation_min_score
+    is_good = score is None or least is None or score >= least
+    wins.add(key, text_key(row, side), index, side, _of_teacher(row), student_count(row), is_good)
+
+
+def _with_wins(dataset: Dataset, kept: list[int], found: list[Win]) -> Dataset:
+    """Of the rows with their weights those that are kept, and one for each winning answer of the student's."""
+    if found and "teacher_side" not in dataset.column_names:
+        dataset = dataset.add_column("teacher_side", ["chosen"] * len(dataset))  # type: ignore[arg-type]
+    texts = dataset if len(kept) == len(dataset) else dataset.select(kept)
+    if not found:
+        return texts
+    answers = dataset.select([win.row for win in found])
+    for column, values in (
+        ("teacher_side", [win.side for win in found]),
+        (ADVANTAGE, [win.weight for win in found]),
+        (COMPARED, [False] * len(found)),  # not among what is said of the teacher's texts
+    ):
+        kind = texts.features[column]
+        answers = answers.remove_columns([column]).add_column(column, values, feature=kind)  # type: ignore[arg-type]
+    return concatenate_datasets([texts, answers])
+
+
+def _known_alone(dataset: Dataset, kept: list[int], name: str) -> Dataset:
+    """The rows with a known preference, which alone teach where nothing is imitated."""
+    if not kept:
+        raise nothing_known(name)
+    if len(kept) == len(dataset):
+        return dataset
+    logger.warning(
+        f"{len(dataset) - len(kept)} of {len(dataset)} rows of the {name} dataset are left out: no known preference."
+    )
+    return dataset.select(kept)
+
+
+def _paired(dataset: Dataset, advantages: list[float | None], args: PbKDConfig) -> list[int]:
+    """Which rows something is learnt from where rows are pairs."""
+    labels = dataset["preference"] if "preference" in dataset.column_names else [1.0] * len(dataset)
+    imitated = args.imitation_weight > 0
+    rows = zip(advantages, labels, strict=True)
+    return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or _known(p) is not None]
+
+
+def _merged(texts: dict[bytes, TeacherText], weights: dict[bytes, float]) -> list[int]:
+    """The rows that stand for the texts that are imitated."""
+    return sorted(text.row for key, text in texts.items() if weights[key] and text.row is not None)
+
+
+def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The columns that matter of each row, images as they are stored."""
+    for column in IMAGES:
+        kind = dataset.features.get(column)
+        if isinstance(kind, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(kind, "feature", None), Image):
+            dataset = dataset.cast_column(column, Sequence(Image(decode=False)))
+    labels = ("preference", "teacher_side", COUNT, "chosen_source", "rejected_source", *REASON_COLUMNS, *SCORE_COLUMNS)
+    yield from read_columns(dataset, (*OF_PROMPT, *IMAGES, "chosen", "rejected", *labels))
+
+
+def read_columns(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Rows with those of the columns that there are. One by one they would take thirty times as long."""
+    dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _weigh_stream(
+    dataset: IterableDataset, name: str, args: PbKDConfig, radius: float, training: bool
+) -> IterableDataset:
+    def weigh(row: dict[str, Any]) -> dict[str, Any]:
+        if side_of_teacher(row) is None:
+            return {ADVANTAGE: None, SHARE: 1.0, COMPARED: False}
+        text = TeacherText()
+        text.add(row)
+        return {ADVANTAGE: text.advantage(args, radius), SHARE: 1.0, COMPARED: text.compared}
+
+    def teaches(row: dict[str, Any]) -> bool:
+        prefers = args.has_preference_term and _known(row.get("preference", 1.0)) is not None
+        return prefers or bool(args.imitation_weight and row[ADVANTAGE])
+
+    dataset = dataset.map(weigh)
+    taught = dataset.filter(teaches)
+    empty = next(iter(taught), None) is None
+    if not training:
+        if empty:
+            logger.warning(f"No row of the {name} dataset teaches: its loss is 0.")
+        return dataset
+    if empty:
+        if not args.imitation_weight:
+            raise nothing_known(name)
+        lost = sum(row[ADVANTAGE] is not None for row in dataset.take(1000))
+        TextCounts(rows=lost, used=0, lost=lost, texts=0).check(
+            name if lost < 1000 else f"{name} (first 1,000 rows)", args
+        )
+    return taught
