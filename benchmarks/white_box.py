@@ -41,7 +41,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
 from trl_kd.losses.moments import MomentOutput
-from trl_kd.trainers import mm_pbkd_step
+from trl_kd.trainers.mm_pbkd import step as mm_pbkd_step
 
 
 KINDS = ("trl", "mm", "mm, plain", "mm-pbkd")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from tests.scripts.conftest import replaced
 from trl_kd.evaluation.rounds_report import make_page, write_rounds_report
 from trl_kd.pairs import load_pairs
-from trl_kd.trainers import rounds as rounds_module
+from trl_kd.trainers.rounds import rounds as rounds_module
 
 
 DIGITS = """

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from tests.trainers.rounds_cases import make
 from trl_kd.evaluation.report import render
 from trl_kd.evaluation.rounds_report import make_page
-from trl_kd.trainers import rounds as rounds_module
+from trl_kd.trainers.rounds import rounds as rounds_module
 
 
 OFF = {"dual_init": 0.0, "imitation_radius": "inf", "imitation_q_warmup": 0.5, "max_steps": 3, "save_strategy": "no"}

@@ -10,7 +10,8 @@ from datasets import Dataset
 from tests.conftest import make_tokenizer, save_tiny
 from tests.trainers.mm_cases import PAIRS, ROWS, make
 from trl_kd import MMPbKDConfig
-from trl_kd.trainers.mm_pbkd.data import PairBatches, hold_out
+from trl_kd.trainers.common.held_out import hold_out
+from trl_kd.trainers.mm_pbkd.data import PairBatches
 
 
 def test_pairs_come_in_an_order_of_their_own_each_once_an_epoch(tiny_dir, teacher_dir, settings):

@@ -13,7 +13,7 @@ from tests.trainers.mm_cases import make as make_mm
 from tests.trainers.online_cases import digits
 from tests.trainers.online_cases import make as make_online
 from trl_kd import PbKDConfig, PbKDTrainer
-from trl_kd.trainers.common.card import add_rounds_section
+from trl_kd.trainers.rounds.card import add_rounds_section
 
 
 HOSTILE = (

@@ -28,9 +28,9 @@ from trl_kd.scripts.dry_run import (
 )
 from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
+from trl_kd.trainers.common.held_out import LEAST_HELD_OUT
 from trl_kd.trainers.common.imitation_weights import PairWeights
 from trl_kd.trainers.mm_pbkd.data import (
-    LEAST_HELD_OUT,
     PairBatches,
     check_prompt_count,
     check_prompts,

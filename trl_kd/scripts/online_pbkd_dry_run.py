@@ -27,7 +27,7 @@ from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.online_pbkd_parts import Parts, make_parts, said, teacher_folder
 from trl_kd.scripts.pairs_arguments import is_server
 from trl_kd.scripts.pairs_dry_run import ask_teacher
-from trl_kd.trainers.mm_pbkd.data import LEAST_HELD_OUT
+from trl_kd.trainers.common.held_out import LEAST_HELD_OUT
 from trl_kd.trainers.online_pbkd.data import OnlineParts, check_parts, check_student_template, reward_columns
 from trl_kd.trainers.online_pbkd.learner import check_held_out
 from trl_kd.trainers.online_pbkd.pool import PairPool

@@ -20,11 +20,11 @@ from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
 from trl_kd.trainers.common.config_checks import without_keys
 from trl_kd.trainers.common.output_heads import head_logits, is_split, output_head, output_layer, whole
 from trl_kd.trainers.common.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
-from trl_kd.trainers.pbkd.config import PbKDConfig
 
 
 if TYPE_CHECKING:
     from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
+    from trl_kd.trainers.pbkd.config import PbKDConfig
 
 logger = get_logger(__name__)
 
@@ -59,7 +59,7 @@ class Teacher:
         self._redirect = _trl.ForwardRedirection()
 
     @classmethod
-    def from_args(cls, args: PbKDConfig, model: str | PreTrainedModel | None) -> "Teacher | None":
+    def from_args(cls, args: "PbKDConfig", model: str | PreTrainedModel | None) -> "Teacher | None":
         """The teacher that `args` and `model` describe, or `None` when none is needed.
 
         Raises:

@@ -17,8 +17,10 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy
 from trl_kd.rewards.q_function import QFunction
-from trl_kd.trainers.common.finite import NotFinite, require_finite
-from trl_kd.trainers.mm_pbkd.data import LEAST_HELD_OUT, PairBatches
+from trl_kd.trainers.common.finite import require_finite
+from trl_kd.trainers.common.held_out import LEAST_HELD_OUT
+from trl_kd.trainers.common.optim import descend
+from trl_kd.trainers.mm_pbkd.data import PairBatches
 
 
 logger = get_logger(__name__)
@@ -99,28 +101,6 @@ class PairSums(NamedTuple):
     words: torch.Tensor
     advantage: torch.Tensor
     advantage_squared: torch.Tensor
-
-
-def descend(optimizer: torch.optim.Optimizer, accelerator: Accelerator, who: str) -> None:
-    """
-    A step on the sum of all processes' gradients, for a model that the accelerator does not know of.
-
-    Raises:
-        `NotFinite`: the gradient of `who` is not finite, and its loss was not scaled.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not parameters:
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    flat = accelerator.reduce(flat, reduction="sum")
-    finite = bool(flat.isfinite().all())
-    if not finite and accelerator.mixed_precision != "fp16":
-        raise NotFinite(f"the gradient of {who}")
-    if finite:  # with fp16 a step overflows now and then, and is left out, as the student's is
-        for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = gradient.view_as(p)
-        optimizer.step()
-    optimizer.zero_grad()
 
 
 class Adversary:

@@ -1,7 +1,6 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +18,13 @@ from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import row_options
 from trl_kd.responses.special_tokens import turn_end
 from trl_kd.responses.tokens import OWN, encode
+from trl_kd.trainers.common.held_out import MOST_HELD_OUT, hold_out
 from trl_kd.trainers.common.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
 from trl_kd.trainers.pbkd.data import check_text, check_tokenizer, has_images, prepare_rows
 
 
 logger = get_logger(__name__)
-
-LEAST_HELD_OUT = 100
-"""Strict held-out pairs below which their accuracy says too little to end the warm-up."""
-MOST_HELD_OUT = 500
 
 
 # ---- States ------------------------------------------------------------------------------------------------------------
@@ -327,32 +323,6 @@ def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) 
     dataset = tokenize_rows(dataset, processing_class, settings, "preference", limit="pair_max_length")
     kinds = [column for column in KIND_COLUMNS if column in dataset.column_names]
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference", *kinds])
-
-
-def hold_out(dataset: Dataset, order: list[int], wanted: int) -> tuple[list[int], list[int]]:
-    """
-    Which rows are held out, and the rest, both in their order. Prompts are held out with all their pairs, since those of
-    one prompt tell of each other (they may share a response): one prompt after another, each that leaves the number of
-    rows at `wanted` or below.
-
-    Args:
-        dataset (`Dataset`):
-            With the column `prompt_ids`.
-        order (`list[int]`):
-            All rows, in the order in which their prompts are looked at.
-        wanted (`int`):
-            Rows to hold out.
-    """
-    if not wanted:
-        return [], order
-    batches = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
-    prompts = [hash(tuple(ids)) for batch in batches for ids in batch["prompt_ids"]]
-    pairs, held, count = Counter(prompts), set(), 0
-    for prompt in dict.fromkeys(prompts[row] for row in order):
-        if count + pairs[prompt] <= wanted:
-            held.add(prompt)
-            count += pairs[prompt]
-    return [row for row in order if prompts[row] in held], [row for row in order if prompts[row] not in held]
 
 
 class PairBatches:

@@ -24,7 +24,7 @@ from trl_kd.losses.heads import Head
 from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.rewards.q_function import QFunction
 from trl_kd.sampling.loading import keep_gradients
-from trl_kd.trainers.common.card import PAPER, add_mm_pbkd_sections
+from trl_kd.trainers.common.card import PAPER
 from trl_kd.trainers.common.config_checks import as_config, settle_end_token
 from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
 from trl_kd.trainers.common.finite import FiniteTraining
@@ -33,6 +33,7 @@ from trl_kd.trainers.common.output_heads import output_head, output_layer, whole
 from trl_kd.trainers.common.student_head import CheckedStudent, check_student, check_student_tokens
 from trl_kd.trainers.common.teacher import Teacher
 from trl_kd.trainers.mm_pbkd.adversary import Adversary, Baseline, PairStates
+from trl_kd.trainers.mm_pbkd.card import add_mm_pbkd_sections
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd.data import (
     EpochOrder,

@@ -23,8 +23,8 @@ from trl_kd.preferences.tokens import encode_answer
 from trl_kd.rewards.reward_model import ADVERSARY, MLE, RewardModel
 from trl_kd.sampling import Text
 from trl_kd.trainers.common.finite import require_finite
-from trl_kd.trainers.mm_pbkd.adversary import descend
-from trl_kd.trainers.mm_pbkd.data import LEAST_HELD_OUT, MOST_HELD_OUT
+from trl_kd.trainers.common.held_out import LEAST_HELD_OUT, MOST_HELD_OUT
+from trl_kd.trainers.common.optim import descend
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 from trl_kd.trainers.online_pbkd.pool import PairPool
 

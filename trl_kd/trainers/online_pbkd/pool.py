@@ -10,7 +10,7 @@ from trl_kd.pairs.dataset import PairWriter, load_pairs
 from trl_kd.pairs.prompts import prompt_key
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.sampling import Text
-from trl_kd.trainers.mm_pbkd.data import MOST_HELD_OUT
+from trl_kd.trainers.common.held_out import MOST_HELD_OUT
 
 
 KEPT = ("prompt", "chosen", "rejected", "preference", "teacher_side", "chosen_finish_reason", "rejected_finish_reason")

@@ -27,12 +27,13 @@ from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.loading import keep_gradients
-from trl_kd.trainers.common.card import PAPER, add_online_sections
+from trl_kd.trainers.common.card import PAPER
 from trl_kd.trainers.common.config_checks import as_config, settle_end_token
 from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
 from trl_kd.trainers.common.finite import FiniteTraining, require_finite
 from trl_kd.trainers.common.student_head import FusedStudent, check_student, check_student_tokens
 from trl_kd.trainers.mm_pbkd.data import EpochOrder
+from trl_kd.trainers.online_pbkd.card import add_online_sections
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 from trl_kd.trainers.online_pbkd.data import (
     HackingWatch,

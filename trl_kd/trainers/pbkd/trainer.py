@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_kd.losses.dual import DualVariable
 from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling.loading import keep_gradients
-from trl_kd.trainers.common.card import PAPER, add_pbkd_sections
+from trl_kd.trainers.common.card import PAPER
 from trl_kd.trainers.common.config import imitation_radius
 from trl_kd.trainers.common.config_checks import settle_end_token
 from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
@@ -33,6 +33,7 @@ from trl_kd.trainers.common.finite import FiniteTraining
 from trl_kd.trainers.common.response_rows import PairReader, tokenize_rows
 from trl_kd.trainers.common.student_head import FusedStudent, check_student, check_student_tokens
 from trl_kd.trainers.common.teacher import Teacher
+from trl_kd.trainers.pbkd.card import add_pbkd_sections
 from trl_kd.trainers.pbkd.config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd.data import (
     ADVANTAGE,
