@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from inspect import Parameter, signature
+from inspect import Parameter, getsource, signature
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,8 @@ from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
 
 import trl_kd
 from trl_kd import MMPbKDTrainer, OnlinePbKDTrainer, PbKDTrainer, _trl
-from trl_kd.trainers.common.dual import DualCheckpoints
-from trl_kd.trainers.pbkd.imitation_step import ImitationStep
-from trl_kd.trainers.pbkd.preference_step import PreferenceStep
+from trl_kd._trl import tested
+from trl_kd._trl.seams import ATTRIBUTES, SEAMS
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,33 +35,56 @@ def test_public_names_resolve():
 
 
 def test_private_names_of_trl_are_touched_in_one_place_and_exist():
-    for module, name in re.findall(r'require\("([\w.]+)", "(\w+)"\)', Path(_trl.__file__).read_text()):
-        assert _trl.require(module, name) is not None
+    for path in Path(_trl.__file__).parent.glob("*.py"):
+        for module, name in re.findall(r'require\("([\w.]+)", "(\w+)"\)', path.read_text()):
+            assert tested.require(module, name) is not None
 
 
 def test_a_private_name_that_is_gone_is_one_clear_sentence():
     with pytest.raises(
         ImportError, match=r"`trl.models.no_such_name` is gone in trl .* tested with trl>=1.16.0,<1.17"
     ):
-        _trl.require("trl.models", "no_such_name")
+        tested.require("trl.models", "no_such_name")
     with pytest.raises(ImportError, match="is gone"):
-        _trl.require("trl.no_such_module", "name")
+        tested.require("trl.no_such_module", "name")
     with pytest.raises(ImportError, match="DPOTrainer.no_such_method` is gone"):
-        _trl.require_methods(_trl.DPOTrainer, ("no_such_method",))
+        tested.require_methods(DPOTrainer, ("no_such_method",))
 
 
-def test_every_method_of_trl_that_is_overridden_is_listed():
-    inherited = {name for owner in _trl.DPOTrainer.__mro__ for name in vars(owner)}
-    owners = (PbKDTrainer, ImitationStep, PreferenceStep, DualCheckpoints)
-    ours = {name for owner in owners for name in vars(owner) if callable(vars(owner)[name])}
-    overridden = {name for name in ours & inherited if not name.startswith("__")}
-    assert overridden == {*_trl.DPO_SEAMS, "create_model_card", "evaluate", "save_model"}  # the latter are public
+def our_classes(trainer: type) -> list[type]:
+    return [owner for owner in trainer.__mro__ if owner.__module__.startswith("trl_kd.")]
 
 
-@pytest.mark.parametrize(
-    ("trainer", "parent"),
-    [(PbKDTrainer, DPOTrainer), (MMPbKDTrainer, DistillationTrainer), (OnlinePbKDTrainer, RLOOTrainer)],
-)
+TRAINERS = [(PbKDTrainer, DPOTrainer), (MMPbKDTrainer, DistillationTrainer), (OnlinePbKDTrainer, RLOOTrainer)]
+
+
+@pytest.mark.parametrize(("trainer", "parent"), TRAINERS)
+def test_seams_are_as_trl_has_them(trainer, parent):
+    found = {name: ", ".join([*signature(getattr(parent, name)).parameters][1:]) for name in SEAMS[parent.__name__]}
+    assert found == SEAMS[parent.__name__], f"{parent.__name__} has other parameters than `seams.SEAMS` says"
+    inherited = {name for owner in parent.__mro__ for name in vars(owner)}
+    ours = {n for owner in our_classes(trainer) for n, value in vars(owner).items() if callable(value)}
+    unlisted = {name for name in ours & inherited if not name.startswith("__")} - found.keys()
+    assert not unlisted, f"{trainer.__name__} overrides {unlisted} of {parent.__name__}: list them in `seams.SEAMS`"
+
+
+@pytest.mark.parametrize(("trainer", "parent"), TRAINERS)
+def test_attributes_are_as_trl_has_them(trainer, parent):
+    theirs = "".join(getsource(o) for o in parent.__mro__ if o.__module__.startswith(("trl.", "transformers.")))
+    gone = [name for name in ATTRIBUTES[parent.__name__] if not re.search(rf"self\.{name}\b", theirs)]
+    assert not gone, f"{parent.__name__} has no attribute {gone} any more, see `seams.ATTRIBUTES`"
+    sources = "".join(getsource(owner) for owner in our_classes(trainer))
+    read = set(re.findall(r"(?:self|super\(\))\.(_\w+)", sources))
+    ours = set(re.findall(r"self\.(_\w+)(?:: [^=\n]+)? = ", sources)) | {
+        n for o in our_classes(trainer) for n in vars(o)
+    }
+    private = {name for name in read if re.search(rf"self\.{name}\b|def {name}\b", theirs)}
+    listed = {*ATTRIBUTES[parent.__name__], *SEAMS[parent.__name__]}
+    unlisted = private - listed - (ours - set(re.findall(r"self\.(_\w+)(?:: [^=\n]+)? = ", theirs)))
+    assert not unlisted, f"{trainer.__name__} reads {unlisted} of {parent.__name__}: list them in `seams.ATTRIBUTES`"
+
+
+@pytest.mark.parametrize(("trainer", "parent"), TRAINERS)
 def test_constructors_are_annotated_as_trls_are(trainer, parent):
     ours, theirs = (signature(owner.__init__).parameters for owner in (trainer, parent))
     assert list(ours)[: len(theirs)] == list(theirs)
@@ -94,20 +116,20 @@ def test_every_import_is_declared():
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
 def test_an_untested_trl_warns(version):
     with pytest.warns(UserWarning, match=rf"trl {version} is outside the range .*trl>=1.16.0,<1.17"):
-        _trl.warn_if_untested(version)
+        tested.warn_if_untested(version)
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.1.dev0"])
 def test_a_tested_trl_does_not(version):
-    _trl.warn_if_untested(version)
+    tested.warn_if_untested(version)
 
 
 def test_sources_name_no_unstable_class_and_no_private_import():
     for path in (ROOT / "trl_kd").rglob("*.py"):
         text = path.read_text()
         assert "trl.experimental" not in text, path
-        if path.name != "_trl.py":
+        if path.parent.name != "_trl":
             private = re.findall(
                 r"^\s*from (?:trl|transformers)(?:\.[\w.]+)? import .*\b_[a-z]\w*", text, re.MULTILINE
             )
@@ -116,6 +138,13 @@ def test_sources_name_no_unstable_class_and_no_private_import():
 
 def test_versions_agree():
     constraints = (ROOT / "constraints.txt").read_text()
-    low = _trl.TESTED_TRL[0].removeprefix(">=")
+    low = tested.TESTED_TRL[0].removeprefix(">=")
     assert f"trl=={low}" in constraints
-    assert f'"trl{",".join(_trl.TESTED_TRL)}"'.replace(".0,", ",") in (ROOT / "pyproject.toml").read_text()
+    assert f'"trl{",".join(tested.TESTED_TRL)}"'.replace(".0,", ",") in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("package", ["losses.moments", "sampling.local", "sampling.vllm", "preferences.likelihood"])
+def test_no_trainer_of_trl_is_imported_below_the_trainers(package):
+    code = f"import sys, trl_kd.{package}; print([name for name in sys.modules if name.endswith('_trainer')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ from trl import DPOConfig
 
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer
 from tests.responses.templates import CHATML, PHI3, QWEN3, R1, TOOLS, TRIMMED, calls, says, tokenizer_with
-from trl_kd._trl import prepare_preference_dataset
+from trl_kd._trl.seams import prepare_preference_dataset
 from trl_kd.responses.rendering import CannotRender, render
 from trl_kd.responses.tokens import LEFT_OUT, OTHERS, OWN, encode, pair_ids, response_kinds, text_kinds
 

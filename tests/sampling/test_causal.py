@@ -106,7 +106,7 @@ def no_weights(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("trl_kd._trl.create_model_from_path", refuse)
+    monkeypatch.setattr("trl_kd._trl.models.create_model_from_path", refuse)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
 
 

@@ -28,7 +28,7 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded before the input was checked")
 
     monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", refuse)
-    monkeypatch.setattr("trl_kd._trl.create_model_from_path", refuse)
+    monkeypatch.setattr("trl_kd._trl.models.create_model_from_path", refuse)
 
 
 BAD_ROWS = {

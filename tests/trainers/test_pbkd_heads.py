@@ -126,7 +126,7 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded before the tokenizers were compared")
 
     monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", refuse)
-    monkeypatch.setattr("trl_kd._trl.create_model_from_path", refuse)
+    monkeypatch.setattr("trl_kd._trl.models.create_model_from_path", refuse)
 
 
 def test_a_teacher_that_splits_text_differently_is_refused(no_weights, tiny_dir, tmp_path, pairs, settings):

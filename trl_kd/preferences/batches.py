@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 from trl_kd.preferences.preference import ScoredPreference
 from trl_kd.preferences.tokens import altered, encode_answer, template_options, tokenize_response
 from trl_kd.responses.rendering import CannotRender
@@ -86,7 +86,7 @@ class ModelPreference(ScoredPreference):
             architectures = config.architectures or []
         else:
             architectures = [type(model).__name__]
-            self.name = _trl.get_config_model_id(model.config) or architectures[0]
+            self.name = trl_models.get_config_model_id(model.config) or architectures[0]
             self._given = model
             config = model.config
         self.check_kind(config, architectures)

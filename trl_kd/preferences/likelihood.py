@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 from trl_kd.preferences.batches import ModelPreference
 from trl_kd.preferences.tokens import template_options
 from trl_kd.responses.finish_reasons import has_end
@@ -159,7 +159,7 @@ class TeacherLikelihood(ModelPreference):
 
     def _run(self, rows: list[list[int]], own: list[list[bool]]) -> list[float | None]:
         ids_BT, mask_BT = self.pad(rows)
-        hidden_BTH = _trl.backbone(self.model)(
+        hidden_BTH = trl_models.backbone(self.model)(
             input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
         ).last_hidden_state
         width = ids_BT.size(1)
@@ -186,6 +186,6 @@ class TeacherLikelihood(ModelPreference):
 
     def _head_logits(self, model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
         config = model.config
-        logits = model.get_output_embeddings()(hidden_NH).float() * _trl.logit_scale(config)
+        logits = model.get_output_embeddings()(hidden_NH).float() * trl_models.logit_scale(config)
         cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 from trl_kd.sampling.causal import check_named
 from trl_kd.sampling.model_files import FINDING, MODEL_ERRORS, BadModel, reason
 
@@ -45,7 +45,7 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
     if architecture is None:
         check_named(name, f"The model {name!r}", **{key: kwargs[key] for key in FINDING if key in kwargs})
     try:
-        return _trl.create_model_from_path(name, architecture=architecture, **kwargs)
+        return trl_models.create_model_from_path(name, architecture=architecture, **kwargs)
     except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError):  # of the options, or the machine
         raise
     except MODEL_ERRORS as error:

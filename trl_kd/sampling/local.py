@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 from trl_kd.responses.special_tokens import end_tokens, turn_end
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.decoding import Batch, Prompt, Row
@@ -108,7 +108,7 @@ class LocalSampler:
         if isinstance(model, str):
             self.name, self.adapter = _split_adapter(model, adapter)
         else:
-            self.name, self._given = _trl.get_config_model_id(model.config), model
+            self.name, self._given = trl_models.get_config_model_id(model.config), model
             check_named(model, f"The model {self.name!r}")
         self.settings = settings
         self._model = self._given

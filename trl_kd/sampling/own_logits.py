@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 
 
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.25
@@ -91,7 +91,7 @@ def text_ids(tokenizer: Any, config: Any) -> torch.Tensor:
 @torch.no_grad()
 def run(model: Any, ids: torch.Tensor) -> Probe:
     """One forward of a model in evaluation mode, in the dtype of its weights. The global random state stays."""
-    base = _trl.backbone(model)
+    base = trl_models.backbone(model)
     device = next(base.parameters()).device
     ids = ids.to(device)
     # OPT's and BART's language models call the decoder inside their backbone

@@ -11,7 +11,7 @@ import torch
 from transformers import get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.reasoning import REASONING
 from trl_kd.responses.special_tokens import set_end_token, stop_at_end_token, unlearnable_end

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.common.card import DATASET, MODEL, put_names
 from trl_kd.trainers.common.config_checks import without_keys

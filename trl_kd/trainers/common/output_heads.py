@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trl_kd._trl import logit_scale
+from trl_kd._trl.models import logit_scale
 from trl_kd.losses.heads import Head
 from trl_kd.sampling.own_logits import OwnLogits
 

@@ -11,7 +11,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from trl import extract_prompt
 
-from trl_kd._trl import main_first, prepare_preference_dataset
+from trl_kd._trl.models import main_first
+from trl_kd._trl.seams import prepare_preference_dataset
 from trl_kd.preferences.tokens import is_conversational, match_format
 from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.nulls import without_nulls

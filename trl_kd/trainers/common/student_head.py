@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from trl_kd import _trl
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl import models as trl_models
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.model_files import check_files, check_tokens, is_adapter, named, read_config
 from trl_kd.sampling.own_logits import (
@@ -99,7 +99,7 @@ class CheckedStudent:
                 self._compare_head(model)
             else:
                 with torch.no_grad():
-                    _trl.ForwardRedirection()(wrapped, model, self._compare_head, model)
+                    trl_models.ForwardRedirection()(wrapped, model, self._compare_head, model)
 
     @torch.no_grad()
     def _compare_head(self, model: Any, who: str | None = None) -> None:
@@ -141,7 +141,7 @@ class FusedStudent(CheckedStudent):
         labels_LT = torch.cat([found.ids, likely, drawn])
         rows = len(labels_LT)
         hidden = found.output[0].expand(rows, -1, -1)
-        with standing_still(_trl.backbone(model), output_like(found.output, hidden)):
+        with standing_still(trl_models.backbone(model), output_like(found.output, hidden)):
             ids = found.ids.expand(rows, -1)
             fused = own_forward(model)(
                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_LT, fused_lm_head=True

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import AutoTokenizer, PreTrainedModel
 
-from trl_kd import _trl
+from trl_kd._trl import models as trl_models
 from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
@@ -51,12 +51,14 @@ class Teacher:
             check_no_adapter("teacher_model_name_or_path", args.teacher_model_name_or_path)
         self._args = args
         self.model = model
-        self.name = args.teacher_model_name_or_path or (_trl.get_config_model_id(model.config) if model else None)
+        self.name = args.teacher_model_name_or_path or (
+            trl_models.get_config_model_id(model.config) if model else None
+        )
         self.shared_tokens: int | None = None
         self.own: OwnLogits | None = None
         self.looked_at = False
         self._tokenizer: Any = None
-        self._redirect = _trl.ForwardRedirection()
+        self._redirect = trl_models.ForwardRedirection()
 
     @classmethod
     def from_args(cls, args: "PbKDConfig", model: str | PreTrainedModel | None) -> "Teacher | None":
@@ -182,9 +184,9 @@ class Teacher:
         model.requires_grad_(False).eval()
         state = accelerator.state
         if getattr(state, "deepspeed_plugin", None) is not None:
-            model = _trl.prepare_deepspeed(model, accelerator)
+            model = trl_models.prepare_deepspeed(model, accelerator)
         elif getattr(state, "fsdp_plugin", None) is not None:
-            model = _trl.prepare_fsdp(model, accelerator)
+            model = trl_models.prepare_fsdp(model, accelerator)
         else:
             model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
         self.model = model
@@ -253,7 +255,7 @@ class Teacher:
         unwrapped = self._accelerator.unwrap_model(self.model)
 
         def forward(**kwargs):
-            return _trl.backbone(unwrapped)(**kwargs, use_cache=False).last_hidden_state
+            return trl_models.backbone(unwrapped)(**kwargs, use_cache=False).last_hidden_state
 
         with torch.no_grad(), self._accelerator.autocast():
             return self._redirect(self.model, unwrapped, forward, input_ids=input_ids, attention_mask=attention_mask)
@@ -298,7 +300,7 @@ class Teacher:
 
         def forward(**kwargs):
             captured = []
-            hook = _trl.backbone(student).register_forward_hook(
+            hook = trl_models.backbone(student).register_forward_hook(
                 lambda *args: captured.append(args[-1].last_hidden_state)
             )
             try:
@@ -313,7 +315,7 @@ class Teacher:
             return tuple(output.keys()), tuple(output.values()), divergence
 
         names, values, divergence = self._redirect(model, student, forward, **kwargs)
-        return _trl.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
+        return trl_models.FusedCausalLMOutput(**dict(zip(names, values, strict=True))), divergence
 
     def _divergence(
         self,

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 
+from trl_kd._trl.seams import check_seams
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.heads import Head
 from trl_kd.responses.special_tokens import set_end_token
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+check_seams(DistillationTrainer)
 
 
 class MMPbKDTrainer(DualCheckpoints, ImitatedStates, MixedStates, CheckedStudent, FiniteTraining, DistillationTrainer):

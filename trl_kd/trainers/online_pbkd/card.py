@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.pairs.card import code
 from trl_kd.pairs.labels import describe_preference
 from trl_kd.trainers.common.card import OF_IMITATION, add_sections, comparer, plain, public_name

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
 from trl_kd.sampling.causal import check_kind

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.rloo_trainer import RewardFunc
 
+from trl_kd._trl.seams import check_seams
 from trl_kd.losses.dual import DualVariable
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Sampler
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+check_seams(RLOOTrainer)
 
 LOGGED_HELD_OUT = 100
 """The newest strict held-out pairs whose accuracy is logged in training: all of them would cost too much."""

@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, Value
 from transformers import AutoProcessor
 
-from trl_kd._trl import get_config_model_id
+from trl_kd._trl.models import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.finish_reasons import check_finish_reason

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from trl_kd import _trl
+from trl_kd._trl import seams
 from trl_kd.trainers.common.response_rows import PairReader
 from trl_kd.trainers.common.teacher import Teacher
 from trl_kd.trainers.pbkd.collator import ImitationCollator
@@ -75,9 +75,9 @@ class ImitationStep:
             )
         multiple: Any = args.pad_to_multiple_of
         if self._reader is None:
-            inner: Any = _trl.TextCollator(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+            inner: Any = seams.TextCollator(tokenizer.pad_token_id, pad_to_multiple_of=multiple)
         else:
-            inner = _trl.VisionCollator(
+            inner = seams.VisionCollator(
                 processing_class, args.max_length, completion_only_loss=True, pad_to_multiple_of=multiple
             )
         return ImitationCollator(inner, self._reader)

@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from trl_kd._trl.seams import check_seams
 from trl_kd.losses.dual import DualVariable
 from trl_kd.responses.special_tokens import set_end_token
 from trl_kd.sampling.loading import keep_gradients
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+check_seams(DPOTrainer)
 
 
 class PbKDTrainer(
