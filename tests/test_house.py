@@ -7,6 +7,7 @@ import sys
 import tomllib
 from inspect import Parameter, getsource, signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
@@ -14,7 +15,7 @@ from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
 import trl_kd
 from trl_kd import MMPbKDTrainer, OnlinePbKDTrainer, PbKDTrainer, _trl
 from trl_kd._trl import tested
-from trl_kd._trl.seams import ATTRIBUTES, SEAMS
+from trl_kd._trl.seams import ATTRIBUTES, SEAMS, temporarily
 
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,15 @@ def test_every_import_is_declared():
     names = {re.match(r"[\w-]+", one)[0].lower().replace("-", "_") for one in declared} | {"yaml"}
     assert {"pyyaml", "torch"} <= names
     assert found - names - set(sys.stdlib_module_names) - {"trl_kd"} == {"deepspeed"}  # accelerate's own extra
+
+
+def test_attributes_are_put_back_after_an_error():
+    owner = SimpleNamespace(a=1, b=[2])
+    former = owner.b
+    with pytest.raises(ZeroDivisionError), temporarily(owner, a=0, b=None):
+        1 / owner.a
+    assert owner.a == 1
+    assert owner.b is former
 
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])

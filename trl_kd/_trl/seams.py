@@ -4,6 +4,8 @@
 that is not listed. Each module of a trainer calls `check_seams` when it is imported.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,6 +94,28 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 def check_seams(trainer: type) -> None:
     """Raises an `ImportError` if a method of [`SEAMS`] is gone from this trainer of TRL's."""
     require_methods(trainer, SEAMS[trainer.__name__])
+
+
+@contextmanager
+def temporarily(owner: Any, **values: Any) -> Iterator[None]:
+    """
+    Gives attributes of `owner` other values, and puts the former ones back, also after an error. It is for methods of TRL's
+    that read an attribute and take no argument in its place:
+
+    - `DPOTrainer._compute_loss` reads `precompute_ref_logps` to find the reference's log-probabilities in the batch, and
+      writes into `_metrics` and `_total_train_tokens`, which a second pass over one batch must leave as they are;
+    - `DistillationTrainer._generate_single_turn` samples from `model_wrapped` with `use_vllm`, `eos_token_ids`,
+      `generation_config` and `generation_kwargs`;
+    - `Trainer._save` writes `args` to `training_args.bin`.
+    """
+    former = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in former.items():
+            setattr(owner, name, value)
 
 
 def prepare_preference_dataset(dataset: Any, processing_class: Any, args: Any, name: str) -> Any:

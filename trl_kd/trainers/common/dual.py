@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
 from trl_kd._trl.models import get_config_model_id
+from trl_kd._trl.seams import temporarily
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.common.card import DATASET, MODEL, put_names
 from trl_kd.trainers.common.config_checks import without_keys
@@ -97,12 +99,10 @@ class DualCheckpoints:
 
     def _save(self, output_dir=None, state_dict=None):
         # `training_args.bin` is saved, and pushed, beside the weights: without any key
-        given = vars(self.args).copy()
-        vars(self.args).update(without_keys(given) | {"hub_token": None})
-        try:
+        public = copy(self.args)
+        vars(public).update(without_keys(vars(public)) | {"hub_token": None})
+        with temporarily(self, args=public):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
-        finally:
-            vars(self.args).update(given)
         if self.args.should_save and self.args.eos_token is not None and is_peft_model(self.model):
             # an adapter is saved without it
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)

@@ -1,12 +1,13 @@
 """States of both kinds in one generation batch: TRL samples the student's completions, the teacher's are put among them."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import torch
 
+from trl_kd._trl.seams import temporarily
 from trl_kd.trainers.mm_pbkd.data import is_on_policy, tokenize_completion
 
 
@@ -119,19 +120,19 @@ class MixedStates:
                 found[i] = prompt, ids, [True] * len(ids)
         return found
 
-    @contextmanager
-    def _teacher_speaks(self) -> Iterator[None]:
+    def _teacher_speaks(self) -> AbstractContextManager[None]:
         """TRL's generation, with the teacher in the student's place. It ends where either would."""
         ends = sorted({*self.eos_token_ids, *self.teacher.end_tokens()})
-        kept = {name: getattr(self, name) for name in ("model_wrapped", "use_vllm", "eos_token_ids")}
-        self.model_wrapped, self.use_vllm, self.eos_token_ids = self.teacher_model, False, ends
-        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ends
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
-            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        config = deepcopy(self.generation_config)
+        config.eos_token_id = ends
+        return temporarily(
+            self,
+            model_wrapped=self.teacher_model,
+            use_vllm=False,
+            eos_token_ids=ends,
+            generation_config=config,
+            generation_kwargs={**self.generation_kwargs, "eos_token_id": ends},
+        )
 
     def evaluation_loop(self, *args, **kwargs):
         self._evaluated_rows = 0

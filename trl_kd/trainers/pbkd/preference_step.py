@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trl_kd._trl.seams import temporarily
 from trl_kd.losses.dual import DualVariable
 from trl_kd.losses.imitation import teacher_rows
 from trl_kd.losses.preference import bradley_terry_nll, label_entropy, sequence_logps
@@ -136,12 +137,8 @@ class PreferenceStep:
 
     def _trl_loss(self, forward, inputs, return_outputs=False):
         """TRL's loss with the reference's log-probabilities read from `inputs`, so that they are computed once."""
-        precomputed = self.precompute_ref_logps
-        self.precompute_ref_logps = True
-        try:
+        with temporarily(self, precompute_ref_logps=True):
             result = super()._compute_loss(forward, inputs, return_outputs)  # type: ignore[misc]
-        finally:
-            self.precompute_ref_logps = precomputed
         return result if return_outputs else (result, None)
 
     def _rewards(self, logps, reference_logps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,12 +169,9 @@ class PreferenceStep:
         return window.mean(loss * len(known_B) - null_total, window.known)
 
     def _null_total(self, forward, inputs, known_B) -> torch.Tensor:
-        metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in metrics}  # a replay is no step
-        try:
+        unlogged: dict[str, Any] = {mode: defaultdict(list) for mode in self._metrics}
+        with temporarily(self, _metrics=unlogged, _total_train_tokens=self._total_train_tokens):
             return null_rows_total(lambda *replayed: self._trl_loss(*replayed)[0], forward.output, inputs, known_B)
-        finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
 
     def _correct_rewards(self, inputs, forward, known_B) -> None:
         """Leaves the rows without a known preference out of TRL's `rewards/*`."""
