@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from trl_kd.scripts.demo import LABEL_FREE
-from trl_kd.scripts.demo import NAMES as DEMO_NAMES
-from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
-from trl_kd.scripts.demo_methods import FLIPPED, METHODS, VERIFIED
-from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
-from trl_kd.scripts.demo_report import environment
-from trl_kd.scripts.demo_stage import check_settings, write_json
+from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
+from trl_kd.demo.methods import FLIPPED, METHODS, VERIFIED
+from trl_kd.demo.progress import BarCallback, quiet_libraries
+from trl_kd.demo.report import environment
+from trl_kd.demo.stage import check_settings, write_json
+from trl_kd.demo.table import LABEL_FREE
+from trl_kd.demo.table import NAMES as DEMO_NAMES
 from trl_kd.tasks import TASKS
 
 

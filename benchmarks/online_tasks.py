@@ -34,15 +34,15 @@ from transformers import PrinterCallback
 from white_box_tasks import spread
 
 from trl_kd import OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDRounds, PbKDTrainer
+from trl_kd.demo.experiment import Cell, DemoSettings, columns, fingerprint, load
+from trl_kd.demo.methods import Recipe
+from trl_kd.demo.progress import quiet_libraries
+from trl_kd.demo.report import environment
+from trl_kd.demo.stage import check_settings, stage, write_json
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.reward_function import RewardFunctionPreference
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.scripts.demo_experiment import Cell, DemoSettings, columns, fingerprint, load
-from trl_kd.scripts.demo_methods import Recipe
-from trl_kd.scripts.demo_quiet import quiet_libraries
-from trl_kd.scripts.demo_report import environment
-from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS, Task
 from trl_kd.trainers.online_pbkd.learner import PAIRS, WarmUpFailed
 from trl_kd.trainers.online_pbkd.trainer import COMPANIONS

@@ -35,13 +35,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_se
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_kd import PbKDConfig, PbKDTrainer
+from trl_kd.demo.report import environment
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import Request, SamplingSettings
 from trl_kd.sampling.local import LocalSampler
 from trl_kd.sampling.server import ServerSampler
-from trl_kd.scripts.demo_report import environment
 
 
 # Without the system prompt that the model's own template adds, which alone would take a third of a row

@@ -30,12 +30,12 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from trl_kd import PbKDConfig, PbKDTrainer
+from trl_kd.demo.report import environment
 from trl_kd.pairs import build_pairs, load_pairs
 from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import Answer, Request, SamplingSettings
 from trl_kd.sampling.local import LocalSampler
-from trl_kd.scripts.demo_report import environment
 
 
 INSTRUCTION = "Answer in one short sentence. "

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, s
 from trl import DistillationConfig, DistillationTrainer
 
 from trl_kd import MMPbKDConfig, MMPbKDTrainer
+from trl_kd.demo.report import environment
 from trl_kd.pairs import load_pairs
-from trl_kd.scripts.demo_report import environment
 
 
 WARM_UP = 10

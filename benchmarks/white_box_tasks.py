@@ -28,11 +28,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DistillationTrainer
 
-from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
-from trl_kd.scripts.demo_methods import Recipe
-from trl_kd.scripts.demo_quiet import quiet_libraries
-from trl_kd.scripts.demo_report import environment
-from trl_kd.scripts.demo_stage import check_settings, stage, write_json
+from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
+from trl_kd.demo.methods import Recipe
+from trl_kd.demo.progress import quiet_libraries
+from trl_kd.demo.report import environment
+from trl_kd.demo.stage import check_settings, stage, write_json
 from trl_kd.tasks import TASKS
 from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
 

@@ -10,7 +10,7 @@ from tests.compat.cases import PAIRS, REFUSED, asked, expected, read_pairs, run,
 from trl_kd.pairs import build_pairs, load_pairs, merge_shards
 from trl_kd.pairs.dataset import TEXTS
 from trl_kd.pairs.prompts import read_prompts
-from trl_kd.pairs.stored import StoredAnswers
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.preferences.reward_function import RewardFunctionPreference, load_function
 from trl_kd.preferences.simple import TeacherWins

@@ -7,7 +7,7 @@ from PIL import Image as Picture
 
 from tests.pairs.fakes import Column, Longer, Pairwise, Source
 from trl_kd.pairs import build_pairs, load_pairs, merge_shards
-from trl_kd.pairs.seen import SeenPairs
+from trl_kd.pairs.dedup import SeenPairs
 from trl_kd.preferences import ScoredPreference
 
 

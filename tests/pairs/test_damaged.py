@@ -16,8 +16,8 @@ from trl_kd.pairs import build_pairs, merge_shards
 from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.places import StoreError
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 
 

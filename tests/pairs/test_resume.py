@@ -15,8 +15,8 @@ from datasets import Dataset
 from tests.pairs.fakes import Longer, Source, processes
 from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import StoreError, build_pairs, load_pairs
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling.client import ServerClient

@@ -10,8 +10,8 @@ import pytest
 
 from tests.pairs.fakes import processes
 from trl_kd.pairs.dataset import PairWriter
+from trl_kd.pairs.filesystems import is_network_folder
 from trl_kd.pairs.lock import LOCK
-from trl_kd.pairs.network import is_network_folder
 from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.sampling import Answer

@@ -9,8 +9,8 @@ import pytest
 
 from tests.pairs.fakes import processes
 from trl_kd.pairs.places import StoreError
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from tests.sampling.fault_server import FaultServer, chat, choice, error
 from trl_kd.pairs import build_pairs, merge_shards
-from trl_kd.pairs.stored import StoredAnswers
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import SamplingSettings

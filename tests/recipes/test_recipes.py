@@ -140,8 +140,8 @@ class TestRecipe:
 
 @pytest.mark.parametrize("method", ["pbkd", "mm_pbkd"])
 def test_the_running_sums_recipe_is_what_the_demo_does(method):
-    from trl_kd.scripts.demo_experiment import Cell, DemoSettings
-    from trl_kd.scripts.demo_methods import recipe as demo_recipe
+    from trl_kd.demo.experiment import Cell, DemoSettings
+    from trl_kd.demo.methods import recipe as demo_recipe
     from trl_kd.tasks import TASKS
 
     settings, task = DemoSettings(), TASKS["running_sums"]

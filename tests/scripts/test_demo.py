@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_kd.demo import experiment, methods
+from trl_kd.demo.experiment import DemoSettings
+from trl_kd.demo.stage import check_settings, stage, write_json
 from trl_kd.pairs import load_pairs
 from trl_kd.pairs.lock import lock_folder
-from trl_kd.scripts import demo, demo_experiment, demo_methods
+from trl_kd.scripts import demo
 from trl_kd.scripts.cli import main
-from trl_kd.scripts.demo_experiment import DemoSettings
-from trl_kd.scripts.demo_stage import check_settings, stage, write_json
 from trl_kd.tasks import load_task
 
 
@@ -61,7 +62,7 @@ def interrupted_then_finished(task_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     trained: list[list[str]] = []
     patch = pytest.MonkeyPatch()
-    train_and_test = demo_experiment.Cell._train_and_test
+    train_and_test = experiment.Cell._train_and_test
 
     def run(stop_before=None):
         trained.append([])
@@ -72,7 +73,7 @@ def interrupted_then_finished(task_file, tmp_path_factory):
             trained[-1].append(stage_folder.name)
             return train_and_test(cell, trainer, stage_folder)
 
-        patch.setattr(demo_experiment.Cell, "_train_and_test", counted)
+        patch.setattr(experiment.Cell, "_train_and_test", counted)
         return demo.run(folder, tasks=[task_file], settings=TINY)
 
     for stop in ("start", "dpo_sft"):
@@ -93,9 +94,9 @@ def test_goes_on_where_it_stopped(interrupted_then_finished):
 
 def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_finished):
     _, results, _ = interrupted_then_finished
-    methods = [results[method] for method in demo_methods.METHODS]
-    methods += [results[method]["flipped"] for method in demo_methods.FLIPPED]
-    assert [method["steps"] for method in methods] == [TINY.steps] * 9
+    found = [results[method] for method in methods.METHODS]
+    found += [results[method]["flipped"] for method in methods.FLIPPED]
+    assert [method["steps"] for method in found] == [TINY.steps] * 9
     curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in methods]
     assert len({curve[0] for curve in curves}) == 1
     assert all(len(curve) == 1 + TINY.steps // TINY.curve_every for curve in curves)
@@ -109,7 +110,7 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
     assert (len(rows), counts["total"]) == (TINY.prompts, TINY.prompts)
     assert 0 < counts["strict"] < TINY.prompts
 
-    recipe = partial(demo_methods.recipe, rows=rows, teacher=folder, task=load_task(task_file, {}))
+    recipe = partial(methods.recipe, rows=rows, teacher=folder, task=load_task(task_file, {}))
     length = {"max_length": 128}
     seqkd = recipe("seqkd").data
     assert list(seqkd["completion"]) == [row[row["teacher_side"]] for row in rows]
@@ -137,23 +138,23 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
 def test_flipped_labels_change_sides_and_no_texts(interrupted_then_finished, task_file):
     folder, results, _ = interrupted_then_finished
     rows = load_pairs(folder / "size/seed0/pairs").to_list()
-    wrong = demo_methods.flip_labels(rows, 0.2, seed=0)
+    wrong = methods.flip_labels(rows, 0.2, seed=0)
     changed = [index for index, (old, new) in enumerate(zip(rows, wrong, strict=True)) if old != new]
     strict = [index for index, row in enumerate(rows) if row["preference"] == 1]
     assert set(changed) < set(strict)
     assert len(changed) == round(0.2 * len(strict)) > 0
     assert all(wrong[index] == rows[index] | {"preference": 0.0} for index in changed)
-    assert wrong == demo_methods.flip_labels(rows, 0.2, seed=0) != demo_methods.flip_labels(rows, 0.2, seed=1)
+    assert wrong == methods.flip_labels(rows, 0.2, seed=0) != methods.flip_labels(rows, 0.2, seed=1)
 
     task = load_task(task_file, {})
-    dpo = demo_methods.recipe("dpo", wrong, folder, task).data
+    dpo = methods.recipe("dpo", wrong, folder, task).data
     assert len(dpo) == len(strict)
     for index, pair in zip(strict, dpo, strict=True):
         texts = [rows[index]["chosen"], rows[index]["rejected"]]
         assert [pair["chosen"], pair["rejected"]] == (texts[::-1] if index in changed else texts)
-    cell = demo_experiment.Cell(task, 0, TINY, folder / "size/seed0", flipped=True)
+    cell = experiment.Cell(task, 0, TINY, folder / "size/seed0", flipped=True)
     assert cell.rows() == wrong
-    assert any(results[method]["answers"] != results[method]["flipped"]["answers"] for method in demo_methods.FLIPPED)
+    assert any(results[method]["answers"] != results[method]["flipped"]["answers"] for method in methods.FLIPPED)
 
 
 def test_measures_at_the_temperature_that_validation_questions_choose(
@@ -165,12 +166,12 @@ def test_measures_at_the_temperature_that_validation_questions_choose(
 
     def counted(model, tokenizer, questions, scorer, longest, samples=1, seed=0, temperature=1.0):
         asked.append((tuple(questions["prompt"]), samples, temperature))
-        return demo_experiment.Accuracy.of([0.5 - (temperature - 0.7) ** 2]), [""]
+        return experiment.Accuracy.of([0.5 - (temperature - 0.7) ** 2]), [""]
 
-    monkeypatch.setattr(demo_experiment, "exact_match", counted)
+    monkeypatch.setattr(experiment, "exact_match", counted)
     for split in ("test", "validation"):
-        cell = demo_experiment.Cell(load_task(task_file, {}), 0, TINY, folder / "size/seed0", split=split)
-        found = cell._test(*demo_experiment.load(cell.model_folder("start")))
+        cell = experiment.Cell(load_task(task_file, {}), 0, TINY, folder / "size/seed0", split=split)
+        found = cell._test(*experiment.load(cell.model_folder("start")))
         assert found["temperature"] == 0.7
         assert found["best"] == 0.5 > found["sampled"] == found["greedy"]
         chose, measured = {prompt for prompt, *_ in asked[:4]}, {prompt for prompt, *_ in asked[4:]}
@@ -187,13 +188,13 @@ def test_white_box_adds_its_rows(interrupted_then_finished, task_file, tmp_path,
     folder = shutil.copytree(finished, tmp_path / "demo")
     (more,) = demo.run(folder, tasks=[task_file], settings=TINY, white_box=True)["size"]
     assert {name: more[name] for name in results} == results
-    added = [more[name] for name in demo.WHITE_BOX_NAMES]
+    added = [more[name] for name in table.WHITE_BOX_NAMES]
     assert [method["steps"] for method in added] == [TINY.steps] * 4
     assert len({tuple(method["answers"]) for method in added}) > 1
     assert any("mmpbkd/violation" in entry for entry in more["mm_pbkd"]["log"])
     assert not any("mmpbkd/violation" in entry for entry in more["mm"]["log"])
     shown = capsys.readouterr().out + (folder / "report.html").read_text()
-    assert all(shown.count(name) > 2 for name in demo.WHITE_BOX_NAMES.values())
+    assert all(shown.count(name) > 2 for name in table.WHITE_BOX_NAMES.values())
     assert "MM-PbKD" in (folder / "size/seed0/mm_pbkd/size-mm-pbkd/README.md").read_text()
 
 
@@ -225,15 +226,15 @@ def test_page_shows_what_was_found(interrupted_then_finished):
 
 def test_training_goes_on_from_a_whole_checkpoint(task_file, tmp_path, monkeypatch):
     """Cut off between two checkpoints, a stage ends with the very result of an unbroken run."""
-    monkeypatch.setattr(demo_experiment, "SAVE_STEPS", 4)
+    monkeypatch.setattr(experiment, "SAVE_STEPS", 4)
     settings = replace(TINY, pretraining_steps=8, teacher_accuracy=1.1)
     task = demo_experiment_task(task_file)
 
     def teacher(folder):
-        return demo_experiment.Cell(task, 0, settings, folder)._teacher(folder / "teacher")
+        return experiment.Cell(task, 0, settings, folder)._teacher(folder / "teacher")
 
     expected = teacher(tmp_path / "unbroken")
-    evaluate = demo_experiment.ExactMatchCallback.on_step_end
+    evaluate = experiment.ExactMatchCallback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == 6:
@@ -241,7 +242,7 @@ def test_training_goes_on_from_a_whole_checkpoint(task_file, tmp_path, monkeypat
         return evaluate(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo_experiment.ExactMatchCallback, "on_step_end", interrupt)
+        patch.setattr(experiment.ExactMatchCallback, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             teacher(tmp_path / "broken")
     model = tmp_path / "broken/teacher/size-teacher"
@@ -305,15 +306,15 @@ def test_help_loads_nothing_heavy():
 
 def test_several_seeds_give_mean_and_spread():
     def result(value):
-        own = {key: {"sampled": value, "best": 0.9, "greedy": 1.0} for key in demo.NAMES}
+        own = {key: {"sampled": value, "best": 0.9, "greedy": 1.0} for key in table.NAMES}
         own["pbkd"]["flipped"] = {"sampled": value / 2}
         return own
 
-    table = demo.text_table([result(0.5), result(0.7)])
-    assert "60.0 ± 14.1 %" in table
-    assert "100.0 ± 0.0 %" in table
-    assert "of 2 seeds" in table
-    last = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in table.splitlines()}
+    text = table.text_table([result(0.5), result(0.7)])
+    assert "60.0 ± 14.1 %" in text
+    assert "100.0 ± 0.0 %" in text
+    assert "of 2 seeds" in text
+    last = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in text.splitlines()}
     assert last["PbKD (ours)"] == "30.0 ± 7.1 %"
     assert last["SeqKD with dft"] == "60.0 ± 14.1 %"
     assert last["Teacher"] == last["DPO"] == "–"

@@ -11,8 +11,8 @@ import pytest
 from tests.sampling.fault_server import FaultServer, Reply, chat, choice, error
 from tests.scripts.test_pairs_options import COLUMNS
 from trl_kd.pairs import load_pairs
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import _digest
-from trl_kd.pairs.stored import StoredAnswers
 
 
 pytest.importorskip("openai", reason="needs the extra `api`")

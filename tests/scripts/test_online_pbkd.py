@@ -21,7 +21,7 @@ from trl_kd.pairs.lock import lock_folder
 from trl_kd.rewards.reward_model import from_student
 from trl_kd.scripts import training
 from trl_kd.scripts.dry_run import reward_model_memory
-from trl_kd.scripts.online_pbkd_parts import TRL_REWARDS, reward_function, teacher_folder
+from trl_kd.scripts.online_pbkd_build import TRL_REWARDS, reward_function, teacher_folder
 from trl_kd.trainers.online_pbkd import learner as reward_learner
 
 

@@ -15,7 +15,7 @@ from tests.conftest import make_tokenizer
 from tests.preferences.test_reward_model import make_reward_model
 from trl_kd.pairs import load_pairs
 from trl_kd.scripts.pairs_arguments import PairsArguments
-from trl_kd.scripts.pairs_parts import make_preference, make_sampler
+from trl_kd.scripts.pairs_build import make_preference, make_sampler
 
 
 REWARD = """

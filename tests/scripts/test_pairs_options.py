@@ -8,7 +8,7 @@ import pytest
 from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import load_pairs
 from trl_kd.scripts.pairs_arguments import PairsArguments
-from trl_kd.scripts.pairs_parts import make_preference, make_sampler
+from trl_kd.scripts.pairs_build import make_preference, make_sampler
 
 
 pytest.importorskip("openai", reason="needs the extra `api`")

@@ -14,8 +14,9 @@ from datasets import Dataset
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
+from trl_kd.demo import experiment
 from trl_kd.pairs import load_pairs
-from trl_kd.scripts import demo, demo_experiment, mm_pbkd, online_pbkd, paths, pbkd
+from trl_kd.scripts import demo, mm_pbkd, online_pbkd, paths, pbkd
 from trl_kd.scripts.arguments import parse
 from trl_kd.scripts.checks import check_output_dir
 from trl_kd.scripts.data import load_datasets, load_split
@@ -215,7 +216,7 @@ def test_what_no_folder_can_be_called(trl_kd, furnished, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dangling").symlink_to("nowhere")
     monkeypatch.setattr(demo, "_finish", None)
-    monkeypatch.setattr(demo_experiment.Cell, "compare", None)  # nothing is begun
+    monkeypatch.setattr(experiment.Cell, "compare", None)  # nothing is begun
     commands = furnished(tmp_path, ".")
     for words in (commands["pairs"], commands["pbkd"], ["demo"]):
         error = trl_kd(*words, f"--output_dir={value}").error

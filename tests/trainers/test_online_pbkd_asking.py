@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, make, unchecked
 from trl_kd.pairs import load_pairs
-from trl_kd.pairs.growing import BatchPairs
+from trl_kd.pairs.batch_labelling import BatchPairs
 from trl_kd.pairs.lock import lock_folder
 from trl_kd.pairs.prompts import PromptRow, prompt_key
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.trainers.online_pbkd.data import fill_groups, group_rows

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_kd import PbKDConfig, PbKDTrainer
+from trl_kd.demo.methods import flip_labels
 from trl_kd.evaluation.generation import generate
 from trl_kd.pairs import pair_row
-from trl_kd.scripts.demo_methods import flip_labels
 from trl_kd.tasks.models import make_model, make_tokenizer
 
 

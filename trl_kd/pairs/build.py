@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl_kd.pairs.asking import MissingRequests, look_up, together
 from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.dataset import PairWriter, load_pairs, renamed
+from trl_kd.pairs.dedup import SeenPairs
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import (
@@ -24,7 +25,6 @@ from trl_kd.pairs.pairing import (
 from trl_kd.pairs.progress import Bar, answer_bar, rare_collection, show_cost
 from trl_kd.pairs.prompts import BATCH_SIZE, Fingerprint, PromptRow, read_prompts
 from trl_kd.pairs.report import PairReport
-from trl_kd.pairs.seen import SeenPairs
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trl_kd.pairs.filesystems import is_network_folder
 from trl_kd.pairs.full_disk import RESERVE_BYTES, Reserve, disk_full, full_disk_said, is_disk_full
 from trl_kd.pairs.lock import lock_folder
-from trl_kd.pairs.network import is_network_folder
-from trl_kd.pairs.nulls import NULLS
+from trl_kd.pairs.null_causes import NULLS
 from trl_kd.pairs.places import StoreError, check_file, make_folder
 from trl_kd.pairs.stored_values import StoredValues, check_database
 

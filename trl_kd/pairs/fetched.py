@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl_kd.pairs.asking import MissingRequests, together
 from trl_kd.pairs.progress import Bar, answer_bar, show_cost
 from trl_kd.pairs.prompts import prompt_key, read_prompts
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.sampler import as_counted

@@ -10,7 +10,7 @@ from typing import Any
 
 from trl_kd.pairs.database import Database
 from trl_kd.pairs.differences import differences, listed
-from trl_kd.pairs.nulls import Causes, as_cause, nulls_of
+from trl_kd.pairs.null_causes import Causes, as_cause, nulls_of
 from trl_kd.pairs.stored_values import are_texts, is_share, is_usage
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from trl_kd.pairs.nulls import recorded_cause
+from trl_kd.pairs.null_causes import recorded_cause
 from trl_kd.pairs.places import StoreError
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage

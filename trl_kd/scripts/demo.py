@@ -4,44 +4,18 @@ import argparse
 import os
 import time
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
+from trl_kd.demo.table import text_table
 from trl_kd.scripts import paths
-from trl_kd.scripts.errors import bad_input
+from trl_kd.scripts.errors import InputError, bad_input
 
 
 if TYPE_CHECKING:
-    from trl_kd.scripts.demo_experiment import DemoSettings
+    from trl_kd.demo.experiment import DemoSettings
 
 
 DEFAULT_TASKS = ("running_sums",)
-
-NAMES = {
-    "teacher": "Teacher",
-    "start": "Student, start",
-    "seqkd": "SeqKD",
-    "seqkd_dft": "SeqKD with dft",
-    "sft_chosen": "SFT on chosen",
-    "dpo": "DPO",
-    "dpo_sft": "DPO + sft",
-    "pbkd": "PbKD (ours)",
-}
-"""Rows of the table, in its order."""
-
-WHITE_BOX_NAMES = {
-    "forward_kl": "Forward KL",
-    "reverse_kl": "On-policy reverse KL",
-    "mm": "MM, no preferences",
-    "mm_pbkd": "MM-PbKD (ours)",
-}
-"""Further rows of `--white_box`: these students read the teacher's distributions."""
-
-LABEL_FREE = ("seqkd", "seqkd_dft")
-"""Rows that wrong labels do not change, since they read none."""
-
-MEASURES = {"sampled": "sampled", "best": "best temp.", "greedy": "greedy"}
-"""Columns of the table: at temperature 1, at the temperature that is best on validation questions, and greedy."""
 
 
 def main(argv: list[str]) -> int:
@@ -80,7 +54,7 @@ def run(
             Number of seeds, each with a teacher, a start and students of its own.
         tasks (`Sequence[str]`, *optional*):
             Names of bundled tasks, or one's own as `"module:attribute"` or `"file.py:attribute"`.
-        settings ([`~trl_kd.scripts.demo_experiment.DemoSettings`], *optional*):
+        settings ([`~trl_kd.demo.experiment.DemoSettings`], *optional*):
             Sizes; the default takes some minutes a seed and task.
         white_box (`bool`, *optional*, defaults to `False`):
             Whether to distil also in the ways that read the teacher's distributions.
@@ -91,6 +65,7 @@ def run(
     started = time.monotonic()
     with bad_input():
         cells = _prepare(output_dir, seeds, tasks, settings)
+    from trl_kd.demo.experiment import NoWinner
     from trl_kd.pairs.lock import hold_folder  # heavy, as what has been loaded by now
     from trl_kd.scripts.training import stopped_training
 
@@ -98,7 +73,10 @@ def run(
     with stopped_training(str(output_dir)), hold_folder(output_dir, "demo"):
         for number, cell in enumerate(cells, 1):
             print(f"\nTask {cell.task.name}, seed {cell.seed} ({number} of {len(cells)}): {cell.task.description}")
-            results.setdefault(cell.task.name, []).append(cell.compare(white_box))
+            try:
+                results.setdefault(cell.task.name, []).append(cell.compare(white_box))
+            except NoWinner as error:
+                raise InputError(str(error)) from error
         _finish(Path(output_dir), cells, results, time.monotonic() - started)
     return results
 
@@ -150,10 +128,10 @@ def _prepare(output_dir: str | Path, seeds: int, tasks, settings) -> list[Any]:
     """Loads what is heavy, checks the tasks and the folder, and returns the cells to run."""
     print("Loading TRL ...", flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
+    from trl_kd.demo.progress import BarCallback, quiet_libraries
+    from trl_kd.demo.stage import check_settings
     from trl_kd.scripts.checks import check_output_dir
-    from trl_kd.scripts.demo_experiment import Cell, DemoSettings, fingerprint
-    from trl_kd.scripts.demo_quiet import BarCallback, quiet_libraries
-    from trl_kd.scripts.demo_stage import check_settings
     from trl_kd.tasks import TASKS, load_task
 
     quiet_libraries()
@@ -171,8 +149,8 @@ def _prepare(output_dir: str | Path, seeds: int, tasks, settings) -> list[Any]:
 
 
 def _finish(output_dir: Path, cells: list[Any], results: dict[str, list[dict[str, Any]]], seconds: float) -> None:
+    from trl_kd.demo.report import make_page
     from trl_kd.evaluation.report import write_report
-    from trl_kd.scripts.demo_report import make_page
 
     page = output_dir / "report.html"
     write_report(page, make_page(cells, results))
@@ -183,46 +161,3 @@ def _finish(output_dir: Path, cells: list[Any], results: dict[str, list[dict[str
     print(f"Pairs:          {cells[0].folder / 'pairs' / 'pairs.html'}")
     print(f"Student (PbKD): {cells[0].model_folder('pbkd')}")
     print(f"This run took {seconds / 60:.1f} minutes.")
-
-
-def rows(seeds: list[dict[str, Any]]) -> dict[str, str]:
-    """The models that there are results of, and their names, in the order of the table."""
-    return {key: name for key, name in (NAMES | WHITE_BOX_NAMES).items() if key in seeds[0]}
-
-
-def text_table(seeds: list[dict[str, Any]]) -> str:
-    """The table of one task, for a terminal.
-
-    Args:
-        seeds (`list[dict]`):
-            Results of each seed, stage by stage.
-    """
-    names = rows(seeds)
-    width = max(map(len, names.values()))
-    cells = [["", *MEASURES.values(), "wrong labels"]]
-    cells += [[name, *(spread(seeds, key, m) for m in MEASURES), flipped(seeds, key)] for key, name in names.items()]
-    lines = [f"  {name:<{width}}" + "".join(f"  {cell:>19}" for cell in row) for name, *row in cells]
-    note = f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else "with 95 % interval"
-    return "\n".join(
-        [
-            *lines,
-            f"  ({note}; sampled at temperature 1, at the temperature that is best on validation questions, and greedy;",
-            "  wrong labels: sampled, after training on pairs of which a fifth of the labels is flipped)",
-        ]
-    )
-
-
-def flipped(seeds: list[dict[str, Any]], key: str) -> str:
-    """Sampled accuracy after learning from partly wrong labels, or a dash for what does not learn from pairs' labels."""
-    if "flipped" in seeds[0][key]:
-        return spread([{key: seed[key]["flipped"]} for seed in seeds], key, "sampled")
-    return spread(seeds, key, "sampled") if key in LABEL_FREE else "–"
-
-
-def spread(seeds: list[dict[str, Any]], key: str, measure: str) -> str:
-    """An accuracy in per cent: with its interval for one seed, as mean ± standard deviation for several."""
-    values = [seed[key][measure] for seed in seeds]
-    if len(values) > 1:
-        return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f} %"
-    low, high = seeds[0][key][f"{measure}_interval"]
-    return f"{100 * values[0]:.1f} % ({100 * low:.0f} to {100 * high:.0f})"

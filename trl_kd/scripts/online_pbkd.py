@@ -15,8 +15,8 @@ from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig
 
+from trl_kd.scripts.online_pbkd_build import OnlinePbKDScriptArguments, check, fit_rewards, make_parts, said
 from trl_kd.scripts.online_pbkd_dry_run import dry_run
-from trl_kd.scripts.online_pbkd_parts import OnlinePbKDScriptArguments, check, fit_rewards, make_parts, said
 from trl_kd.scripts.training import TrainingCommand, build_trainer
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 

@@ -24,7 +24,7 @@ from trl_kd.scripts.dry_run import (
     tokenize_prompt,
 )
 from trl_kd.scripts.dry_run_training import describe_training
-from trl_kd.scripts.online_pbkd_parts import Parts, make_parts, said, teacher_folder
+from trl_kd.scripts.online_pbkd_build import Parts, make_parts, said, teacher_folder
 from trl_kd.scripts.pairs_arguments import is_server
 from trl_kd.scripts.pairs_dry_run import ask_teacher
 from trl_kd.trainers.common.held_out import LEAST_HELD_OUT

@@ -25,8 +25,8 @@ from trl_kd.scripts.arguments import parse
 from trl_kd.scripts.checks import check_hub
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import SOURCES, PairsArguments, check, parse_shard
+from trl_kd.scripts.pairs_build import check_models, describe_prompts, load_prompts, make_preference, make_sampler
 from trl_kd.scripts.pairs_dry_run import dry_run
-from trl_kd.scripts.pairs_parts import check_models, describe_prompts, load_prompts, make_preference, make_sampler
 from trl_kd.scripts.paths import option, shell
 
 

@@ -13,8 +13,8 @@ from trl_kd.pairs.checks import CHECKED_ROWS, check_kinds, check_parts
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import Candidate, PairingSettings, PromptPairs, choose_pairs, make_candidates
 from trl_kd.pairs.prompts import PromptRow, read_prompts
+from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.statistics import content_text
-from trl_kd.pairs.stored import StoredAnswers
 from trl_kd.sampling import Answer, Request
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.sampler import as_counted

@@ -16,8 +16,7 @@ from trl_kd.scripts.arguments import TrainingScriptArguments
 from trl_kd.scripts.checks import check_model_source, check_training
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
-from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import (
+from trl_kd.scripts.pairs_build import (
     check_models,
     check_sampler,
     describe_prompts,
@@ -25,6 +24,7 @@ from trl_kd.scripts.pairs_parts import (
     make_preference,
     make_sampler,
 )
+from trl_kd.scripts.pairs_config import read_file
 from trl_kd.scripts.training import model_init_kwargs, stopped_training
 from trl_kd.trainers.common.teacher import Teacher
 from trl_kd.trainers.pbkd.config import PbKDConfig

@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import maybe_extract_prompt
 
+from trl_kd.pairs.batch_labelling import BatchPairs
 from trl_kd.pairs.checks import check_asked_anew
 from trl_kd.pairs.checks import check_parts as check_source
-from trl_kd.pairs.growing import BatchPairs
 from trl_kd.pairs.prompts import PromptRow, prompt_key
 from trl_kd.preferences import Preference
 from trl_kd.preferences.tokens import encode_answer

@@ -17,7 +17,7 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.labels import describe_preference
 from trl_kd.pairs.pairing import PairingSettings
 from trl_kd.pairs.prompts import Fingerprint, PromptRow, read_prompts
-from trl_kd.pairs.stored import resume_usage
+from trl_kd.pairs.readonly_store import resume_usage
 from trl_kd.sampling import Request
 from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.common.config_checks import check_integer, check_schedule, extend_config

@@ -17,8 +17,8 @@ from trl_kd.scripts.checks import check_arguments, check_model_source, check_pre
 from trl_kd.scripts.data import load_preferences, load_prompts
 from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.pairs_arguments import PairsArguments
+from trl_kd.scripts.pairs_build import check_models, check_sampler, make_preference, make_sampler
 from trl_kd.scripts.pairs_config import read_file
-from trl_kd.scripts.pairs_parts import check_models, check_sampler, make_preference, make_sampler
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 
 

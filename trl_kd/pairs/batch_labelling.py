@@ -11,8 +11,8 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.pairs.labels import Labeller, describe_preference
 from trl_kd.pairs.pairing import PairingSettings, PromptPairs, choose_pairs, make_candidates, make_rows
 from trl_kd.pairs.prompts import PromptRow
+from trl_kd.pairs.readonly_store import resume_usage
 from trl_kd.pairs.store import AnswerStore
-from trl_kd.pairs.stored import resume_usage
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Answer, Request, Sampler
 from trl_kd.sampling.budget import Usage

@@ -16,13 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import SFTConfig, SFTTrainer
 
 from trl_kd import __version__
-from trl_kd.evaluation.callback import ExactMatchCallback
-from trl_kd.evaluation.metrics import Accuracy, exact_match
-from trl_kd.pairs import build_pairs, load_pairs
-from trl_kd.preferences.reward_function import RewardFunctionPreference
-from trl_kd.sampling import SamplingSettings
-from trl_kd.sampling.local import LocalSampler
-from trl_kd.scripts.demo_methods import (
+from trl_kd.demo.methods import (
     FLIPPED,
     LEARNING_RATES,
     METHODS,
@@ -32,8 +26,13 @@ from trl_kd.scripts.demo_methods import (
     flip_labels,
     recipe,
 )
-from trl_kd.scripts.demo_stage import MARKER, stage
-from trl_kd.scripts.errors import InputError
+from trl_kd.demo.stage import MARKER, stage
+from trl_kd.evaluation.callback import ExactMatchCallback
+from trl_kd.evaluation.metrics import Accuracy, exact_match
+from trl_kd.pairs import build_pairs, load_pairs
+from trl_kd.preferences.reward_function import RewardFunctionPreference
+from trl_kd.sampling import SamplingSettings
+from trl_kd.sampling.local import LocalSampler
 from trl_kd.tasks import SPLITS, Question, Task
 from trl_kd.tasks.models import make_model, make_tokenizer
 from trl_kd.trainers.common.checkpoints import last_checkpoint
@@ -45,6 +44,10 @@ NAMES = METHODS | VERIFIED | WHITE_BOX
 
 SAVE_STEPS = 200
 """Steps between two checkpoints, from which a stage that was cut off goes on."""
+
+
+class NoWinner(ValueError):
+    """No pair of a task has a winner."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Cell:
         )
         summary = json.loads((folder / "summary.json").read_text())
         if summary["pairs"]["strict"] == 0:
-            raise InputError(
+            raise NoWinner(
                 f"task {self.task.name!r}, seed {self.seed}: none of {len(questions)} pairs has a winner, so there is "
                 "nothing that DPO could learn from. Let the teacher and the start differ more in accuracy, or take "
                 "an easier task."

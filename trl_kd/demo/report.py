@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 from trl_kd import __version__
+from trl_kd.demo.experiment import Cell
+from trl_kd.demo.methods import METHODS, WHITE_BOX
+from trl_kd.demo.table import MEASURES, flipped, rows, spread
 from trl_kd.evaluation.charts import LineChart, Point, Series
 from trl_kd.evaluation.report import Answer, Page, Sample, Section, Table
-from trl_kd.scripts.demo import MEASURES, flipped, rows, spread
-from trl_kd.scripts.demo_experiment import Cell
-from trl_kd.scripts.demo_methods import METHODS, WHITE_BOX
 
 
 LEARNS_FROM = {

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from trl_kd.pairs.database import TABLES, Statement, check_format
-from trl_kd.pairs.nulls import NULLS, nulls_of
+from trl_kd.pairs.null_causes import NULLS, nulls_of
 from trl_kd.pairs.places import check_file
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.sampling.budget import Usage
