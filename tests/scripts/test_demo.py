@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_kd.demo import experiment, methods
+from trl_kd.demo import experiment, methods, table
 from trl_kd.demo.experiment import DemoSettings
 from trl_kd.demo.stage import check_settings, stage, write_json
 from trl_kd.pairs import load_pairs
@@ -97,7 +97,7 @@ def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_fini
     found = [results[method] for method in methods.METHODS]
     found += [results[method]["flipped"] for method in methods.FLIPPED]
     assert [method["steps"] for method in found] == [TINY.steps] * 9
-    curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in methods]
+    curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in found]
     assert len({curve[0] for curve in curves}) == 1
     assert all(len(curve) == 1 + TINY.steps // TINY.curve_every for curve in curves)
     assert len({tuple(method["answers"]) for method in methods}) > 1
