@@ -100,7 +100,7 @@ def test_methods_have_the_same_start_and_number_of_updates(interrupted_then_fini
     curves = [[entry["exact_match"] for entry in m["log"] if "exact_match" in entry] for m in found]
     assert len({curve[0] for curve in curves}) == 1
     assert all(len(curve) == 1 + TINY.steps // TINY.curve_every for curve in curves)
-    assert len({tuple(method["answers"]) for method in methods}) > 1
+    assert len({tuple(method["answers"]) for method in found}) > 1
 
 
 def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task_file):
