@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trl_kd.pairs.full_disk import RESERVE_BYTES, Reserve, disk_full, full_disk_said, is_disk_full
@@ -230,13 +230,15 @@ class Database:
 
     def close(self) -> None:
         """Commits, closes the database and lets other processes in."""
-        try:
+        with ExitStack() as then:  # each of these, also where Ctrl-C comes between them
+            then.callback(self._lock.close)
+            then.callback(self._reserve.free)
+            then.callback(self._disconnect)
             self.commit()
-        finally:
-            with self._mutex:  # a reader's thread may be in the middle of a query
-                self._connection.close()
-            self._reserve.free()
-            self._lock.close()
+
+    def _disconnect(self) -> None:
+        with self._mutex:  # a reader's thread may be in the middle of a query
+            self._connection.close()
 
 
 def check_format(connection: sqlite3.Connection, path: Path, made: Iterable[Path]) -> int:

@@ -11,6 +11,7 @@ from accelerate.utils import is_peft_model
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.losses.dual import DualVariable, theory_radius
+from trl_kd.trainers.checkpoints import remove_older
 from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.full_disk import saving
 from trl_kd.trainers.model_card import DATASET, MODEL, put_names
@@ -83,6 +84,10 @@ class DualCheckpoints:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
+        if self.args.should_save and os.path.dirname(os.path.abspath(checkpoint)) == os.path.abspath(
+            self.args.output_dir
+        ):
+            remove_older(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
         path = os.path.join(checkpoint, DUAL_FILE)
         if not os.path.isfile(path):
             logger.warning(f"No {DUAL_FILE} in the checkpoint: λ starts again at dual_init={self.dual.value}.")
