@@ -154,6 +154,7 @@ def _run(library: ctypes.CDLL, request: dict) -> NoReturn:
 
     calls, err = request["logs"]
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind it ignore Ctrl-C
     os.environ |= request["environment"]
     os.chdir(request["folder"])
     with open(err, "ab") as file:
