@@ -121,14 +121,23 @@ def _most(cases: list[dict[str, Any]], command: str, field: str) -> int:
     return max((case[field] for case in cases if case["command"] == command), default=0)
 
 
+def told(table: dict[str, Any]) -> str:
+    """The page's sentences on it."""
+    paid = ", ".join(f"{most} by {_name(command)}" for command, most in table["most_paid_twice"].items() if most)
+    return (
+        f"{table['survived']} of {table['tried']} kills were survived, {table['inside_a_write']} of them inside a write. "
+        f"Requests that one kill has made be paid twice, of 2 under way at a time: at most {paid or 'none'}."
+    )
+
+
 def markdown(table: dict[str, Any]) -> str:
     """The tables of the page."""
     commands = _table(
         ["command", *SIGNALS.values(), "inside a write"],
         {
-            f"`trl-kd {'pbkd --rounds' if name == 'rounds' else name}`": [
-                *(_told(table, command=name, signal=signal) for signal in SIGNALS),
-                _told(table, command=name, inside=True),
+            _name(name): [
+                *(_share(table, command=name, signal=signal) for signal in SIGNALS),
+                _share(table, command=name, inside=True),
             ]
             for name in COMMANDS
         },
@@ -137,8 +146,8 @@ def markdown(table: dict[str, Any]) -> str:
         ["while it writes", *SIGNALS.values(), "inside a write"],
         {
             where: [
-                *(_told(table, where=where, signal=signal) for signal in SIGNALS),
-                _told(table, where=where, inside=True),
+                *(_share(table, where=where, signal=signal) for signal in SIGNALS),
+                _share(table, where=where, inside=True),
             ]
             for where in PLACES
         },
@@ -146,7 +155,11 @@ def markdown(table: dict[str, Any]) -> str:
     return f"{commands}\n\n{places}"
 
 
-def _told(table: dict[str, Any], **wanted: Any) -> str:
+def _name(command: str) -> str:
+    return f"`trl-kd {'pbkd --rounds' if command == 'rounds' else command}`"
+
+
+def _share(table: dict[str, Any], **wanted: Any) -> str:
     cells = [cell for cell in table["cells"] if all(cell[name] == value for name, value in wanted.items())]
     return f"{sum(cell['survived'] for cell in cells)} of {sum(cell['tried'] for cell in cells)}"
 

@@ -85,7 +85,7 @@ class Database:
         check_format(self._connection, self.path, self._finished() if self._was_there else ())
         self._is_grouped = is_network_folder(self.path.parent)
         execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
-        # A killed process loses nothing; under WAL a power cut may cost a second
+        # A killed process loses nothing that is committed; under WAL a power cut may cost what the system holds in memory
         execute("PRAGMA synchronous = NORMAL")
         execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in the file
         if self.path.stat().st_size <= _CHECKED_BYTES:
