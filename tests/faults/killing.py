@@ -3,6 +3,8 @@
 import shlex
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import ndiff
 from itertools import groupby
@@ -40,7 +42,7 @@ class Killing:
     def whole(self, name: str) -> Whole:
         """The unkilled run of a command, made once."""
         if name not in self._whole:
-            with _Folder(self._folder / f"{name}-whole", self._inputs) as folder:
+            with _folder(self._folder / f"{name}-whole", self._inputs) as folder:
                 self._server.bodies.clear()
                 ended = self._run(COMMANDS[name].words, folder)
                 assert ended.code == 0, ended.told
@@ -50,7 +52,7 @@ class Killing:
 
     def kill(self, name: str, kill: Kill) -> "Killed":
         """Kills a command, and goes on as its messages say."""
-        with _Folder(self._folder / name, self._inputs) as folder:
+        with _folder(self._folder / name, self._inputs) as folder:
             self._server.bodies.clear()
             words = COMMANDS[name].words
             killed = self._run(words, folder, kill)
@@ -117,17 +119,13 @@ def _difference(found: Any, wanted: Any) -> str:
     return "\n".join(ndiff(str(wanted).splitlines(), str(found).splitlines()))[:3000]
 
 
-class _Folder:
+@contextmanager
+def _folder(path: Path, inputs: Path) -> Iterator[Path]:
     """A work folder, removed in the end."""
-
-    def __init__(self, folder: Path, inputs: Path):
-        self._path, self._inputs = folder, inputs
-
-    def __enter__(self) -> Path:
-        return work_folder(self._path, self._inputs)
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._path)
+    try:
+        yield work_folder(path, inputs)
+    finally:
+        shutil.rmtree(path)
 
 
 def place(calls: list[str], call: str, share: float, by_runs: bool) -> int:

@@ -17,7 +17,7 @@ def write(path, content=b"x"):
 
 def test_begun_weights_are_removed_and_nothing_else(tmp_path):
     begun = [write(tmp_path / place / ".tmpAb3dE9") for place in (".", "checkpoint-3", "round-1/student/checkpoint-2")]
-    others = [write(tmp_path / name) for name in (".tmp", ".tmpAb3dE9x", "tmpAb3dE9", ".gitattributes", "a/.env")]
+    others = [write(tmp_path / name) for name in (".tmp", ".tmpAb3dE9x", "tmpAb3dE9", ".git", "mine/.tmpAb3dE9")]
     (tmp_path / ".tmpFolder").mkdir()
     with claim(tmp_path):
         pass
@@ -28,19 +28,19 @@ def test_begun_weights_are_removed_and_nothing_else(tmp_path):
 def test_a_store_that_was_open_is_closed(tmp_path):
     folder = tmp_path / "_online" / "labels"
     store = AnswerStore(folder)
-    held = AnswerStore(tmp_path / "held")  # by somebody who lives
+    held = AnswerStore(tmp_path / "_online" / "held")  # by somebody who lives
     store._connection.close()
     store._lock._lock.release()  # as a process that is killed
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["_lock", "answers.db"]
     assert (folder / "_lock").read_text() == ""
-    assert (tmp_path / "held" / RESERVE).is_file()
+    assert (tmp_path / "_online" / "held" / RESERVE).is_file()
     held.close()
 
 
 def test_a_damaged_store_is_left_to_who_needs_it(tmp_path):
-    write(tmp_path / "labels" / RESERVE)
-    damaged = write(tmp_path / "labels" / "answers.db", b"no database at all" * 100)
+    write(tmp_path / "_online" / RESERVE)
+    damaged = write(tmp_path / "_online" / "answers.db", b"no database at all" * 100)
     remove_leftovers(tmp_path)
     assert damaged.read_bytes() == b"no database at all" * 100
 

@@ -12,6 +12,9 @@ from trl_kd.pairs.store import AnswerStore
 _BEGUN_WEIGHTS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 """Names under which safetensors writes a file, until it is whole."""
 
+_OURS = ("checkpoint-*", "round-*", "_online")
+"""Folders below an output folder that nobody else writes to."""
+
 
 def remove_leftovers(folder: str | Path) -> None:
     """
@@ -21,7 +24,9 @@ def remove_leftovers(folder: str | Path) -> None:
         folder (`str` or `Path`):
             An output folder that this process has claimed.
     """
-    for path in list(Path(folder).rglob(".*")):
+    folder = Path(folder)
+    ours = [place for name in _OURS for place in folder.glob(name) if place.is_dir()]
+    for path in [*folder.glob(".*"), *(path for place in ours for path in place.rglob(".*"))]:
         if path.name == RESERVE:
             with suppress(StoreError):  # somebody else has it open; or it is damaged, which is said when it is needed
                 AnswerStore(path.parent).close()
