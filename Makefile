@@ -6,7 +6,7 @@ BIN := .venv/bin
 SEEDS ?= 1
 OUT ?= runs/demo
 
-.PHONY: demo test test-oldest test-wheel check format clean
+.PHONY: demo test test-oldest test-wheel faults check format clean
 
 demo: .venv/.installed
 	$(BIN)/trl-kd demo --seeds $(SEEDS) --output_dir $(OUT)
@@ -17,6 +17,10 @@ test: .venv/.installed
 # A part of the tests with the lower bounds of pyproject.toml
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup -m oldest $(TESTS)
+
+# Every command is killed some hundred times more than in `make test`; stopped and started again, it goes on. docs/reliability.md
+faults: .venv/.installed
+	TRL_KD_FAULTS=long $(BIN)/python -m pytest tests/faults $(TESTS)
 
 # The package as users get it, in an environment that has nothing else
 test-wheel: .venv/.installed

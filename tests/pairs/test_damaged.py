@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -108,8 +109,10 @@ def filled(folder):
         store.add_answers("teacher", [(KEY, 0, Answer("x", "stop", 3)), (KEY, 1, Answer(None, "error"))])
         store.add_labels({b"k" * 16: 0.5})
         store._note({"usage teacher": {"requests": 3}})
-        store.note_orders(0.5, 2)
-        store.note_unreadable(["what?"])
+        judge = SimpleNamespace(order_counts=(0, 0), unreadable=[])
+        store.count_verdicts(judge)
+        judge.order_counts, judge.unreadable = (1, 2), ["what?"]
+        store.commit()
         return store._preference.hex()
 
 
@@ -118,8 +121,8 @@ READS = {
     "missing": lambda store: store.missing("teacher", [KEY], 2),
     "labels": lambda store: store.labels([b"k" * 16]),
     "usage": lambda store: store.usage("teacher"),
-    "orders": lambda store: store.note_orders(None, 0),
-    "unreadable": lambda store: store.note_unreadable([]),
+    "orders": lambda store: store.orders(),
+    "unreadable": lambda store: store.unreadable(),
 }
 
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from tests.pairs.fakes import processes
 from trl_kd.pairs.dataset import PairWriter
 from trl_kd.pairs.filesystems import is_network_folder
+from trl_kd.pairs.full_disk import RESERVE
 from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.store import AnswerStore
@@ -166,6 +168,56 @@ def test_another_thread_may_close_the_store(tmp_path):
     thread.start()
     thread.join()
     AnswerStore(tmp_path).close()
+
+
+def test_an_interrupted_close_lets_others_in_and_leaves_no_reserve(tmp_path):
+    class Interrupted:
+        def __init__(self, connection):
+            self.connection = connection
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
+        def close(self):
+            self.connection.close()
+            raise KeyboardInterrupt
+
+    store = AnswerStore(tmp_path)
+    store._connection = Interrupted(store._connection)
+    with pytest.raises(KeyboardInterrupt):
+        store.close()
+    assert not (tmp_path / RESERVE).exists()
+    AnswerStore(tmp_path).close()
+
+
+class Judge:
+    def __init__(self, agreed=0, judged=0):
+        self.order_counts, self.unreadable = (agreed, judged), []
+
+    def judges(self, agreed, judged, *unreadable):
+        before = self.order_counts
+        self.order_counts, self.unreadable = (before[0] + agreed, before[1] + judged), list(unreadable)
+
+
+def test_what_a_judge_says_is_stored_with_its_labels(tmp_path):
+    """So that a process that is killed loses none of it, and counts nothing twice."""
+    store, judge = AnswerStore(tmp_path), Judge(agreed=5, judged=9)  # for others
+    store.check_settings(SETTINGS)
+    store.count_verdicts(judge)
+    assert store.orders() is None
+    for number in range(3):
+        judge.judges(number % 2, 1, f"what? {number}")
+        store.add_labels({bytes([number]): 0.5})
+    assert (store.orders(), store.unreadable()) == ((1 / 3, 3), ["what? 0", "what? 1", "what? 2"])
+    judge.judges(1, 1, "of a label that was not stored")
+    store._connection.close()  # as a process that is killed
+    store._lock.close()
+    with closing(AnswerStore(tmp_path)) as again:
+        again.check_settings(SETTINGS)
+        again.count_verdicts(judge := Judge())
+        judge.judges(1, 1)
+        again.add_labels({b"3": 1.0})
+        assert (again.orders(), again.unreadable()) == ((2 / 4, 4), ["what? 0", "what? 1", "what? 2"])
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import sqlite3
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,8 +90,11 @@ def test_what_it_is_given_is_dropped(tmp_path, is_there):
         usage.requests += 1
         stored.add_answers("teacher", [(OTHER, 0, Answer("x")), (OTHER, 1, Answer("y"))])
         stored.add_labels({b"k": 0.5})
-        assert stored.note_orders(0.5, 2) == (0.5, 2)
+        judge = SimpleNamespace(order_counts=(0, 0), unreadable=[])
+        stored.count_verdicts(judge)
+        judge.order_counts, judge.unreadable = (1, 2), ["what?"]
         stored.commit()
+        assert (stored.orders(), stored.unreadable()) == (None, [])
         assert stored.usage("teacher") == Usage()
         assert stored.missing("teacher", [OTHER], 2) == {OTHER: (0, 1)}
         assert stored.labels([b"k"]) == {}

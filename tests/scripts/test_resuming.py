@@ -86,6 +86,23 @@ def test_interrupted_resumed_and_begun_anew(trl_kd, base, tmp_path, interrupted,
     assert trl_kd(*words, "--dry_run").code == 0
 
 
+@pytest.mark.parametrize("place", ["datasets.Dataset.map", "transformers.Trainer.training_step"])
+def test_ctrl_c_stays_ctrl_c_where_a_library_fails_on_its_way_out(trl_kd, base, monkeypatch, place):
+    """As `datasets` does: it closes its file, and then writes to it."""
+
+    def fail(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("I/O operation on closed file")
+
+    monkeypatch.setattr(place, fail)
+    stopped = trl_kd(*base)
+    assert stopped.code == 130
+    assert "There is no checkpoint yet: the same command begins anew." in stopped.err
+    assert "closed file" not in stopped.err
+
+
 @pytest.mark.parametrize("command", ["pbkd", "mm-pbkd", "online-pbkd"])
 def test_every_trainer_refuses_a_checkpoint(trl_kd, commands, out, command):  # noqa: F811
     (out / "checkpoint-45").mkdir(parents=True)

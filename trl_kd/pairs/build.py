@@ -231,8 +231,8 @@ class _Build:
     def label(self, batch_size: int) -> None:
         """Asks the preference for every label or score that is not stored."""
         labeller = Labeller(self.preference, self.store, batch_size)
-        asked_in_all = 0
         self._count("judge")
+        self.store.count_verdicts(self.preference)
         with self._bar("labels of prompts") as bar:
             # Of a stream the slowest label of a batch is waited for, while nothing else is asked: few batches, then
             for rows in read_prompts(self.prompts, self.shard, BATCH_SIZE if labeller.streams else batch_size):
@@ -242,12 +242,8 @@ class _Build:
                     show_cost(bar, self.preference)
                     bar.update(start + count * done // of - bar.n)
 
-                asked = labeller.label(rows, self._pairs(rows, self._answers(rows)), advance)
-                asked_in_all += asked
-                if not asked:
+                if not labeller.label(rows, self._pairs(rows, self._answers(rows)), advance):
                     bar.skip(count)
-        self.store.note_orders(getattr(self.preference, "order_agreement", None), asked_in_all)
-        self.store.note_unreadable(getattr(self.preference, "unreadable", []))
         self.store.commit()
         _free(self.preference)
 
@@ -281,8 +277,8 @@ class _Build:
         writer.close()
         if hasattr(self.preference, "unparseable"):
             report.unparseable, report.judged = self.store.null_labels(), self.store.label_count()
-            report.unreadable = self.store.note_unreadable([])
-            report.orders = self.store.note_orders(None, 0)
+            report.unreadable = self.store.unreadable()
+            report.orders = self.store.orders()
         report.usage = {name: self.store.usage(name) for name in self.usages}
         report.write(folder, settings | {"prompts": settings["prompts"] | fingerprint.describe()})
 

@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trl_kd.pairs.filesystems import is_network_folder
@@ -85,7 +85,7 @@ class Database:
         check_format(self._connection, self.path, self._finished() if self._was_there else ())
         self._is_grouped = is_network_folder(self.path.parent)
         execute(f"PRAGMA journal_mode = {'DELETE' if self._is_grouped else 'WAL'}")
-        # A killed process loses nothing; under WAL a power cut may cost a second
+        # A killed process loses nothing that is committed; under WAL a power cut may cost what the system holds in memory
         execute("PRAGMA synchronous = NORMAL")
         execute("PRAGMA secure_delete = ON")  # what is forgotten is not left in the file
         if self.path.stat().st_size <= _CHECKED_BYTES:
@@ -230,13 +230,15 @@ class Database:
 
     def close(self) -> None:
         """Commits, closes the database and lets other processes in."""
-        try:
+        with ExitStack() as then:  # each of these, also where Ctrl-C comes between them
+            then.callback(self._lock.close)
+            then.callback(self._reserve.free)
+            then.callback(self._disconnect)
             self.commit()
-        finally:
-            with self._mutex:  # a reader's thread may be in the middle of a query
-                self._connection.close()
-            self._reserve.free()
-            self._lock.close()
+
+    def _disconnect(self) -> None:
+        with self._mutex:  # a reader's thread may be in the middle of a query
+            self._connection.close()
 
 
 def check_format(connection: sqlite3.Connection, path: Path, made: Iterable[Path]) -> int:

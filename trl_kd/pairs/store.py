@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ class AnswerStore(Database):
     """
 
     def __init__(self, folder: str | Path, made: Sequence[str | Path] = ()):
-        self._counted: tuple[str, Usage, Usage, Usage | None] | None = None
+        self._counted: tuple[str, Usage, Usage] | None = None
+        self._judge: Any = None
+        self._orders: tuple[float, float] = (0.0, 0)  # without what the judge has counted since
+        self._unreadable: list[str] = []
+        self._written: dict[str, str] = {}  # of what is counted
         self._described: dict[str, Any] = {}  # what each source says of itself
         super().__init__(folder, made)
 
@@ -157,7 +161,8 @@ class AnswerStore(Database):
     def count_usage(self, name: str, usage: Usage) -> None:
         """From now on adds to what is stored of `name`, at every commit, what `usage` has grown by."""
         self.commit()
-        self._counted = (name, usage, self.usage(name) - usage, replace(usage))
+        self._counted = (name, usage, self.usage(name) - usage)
+        self._written |= self._usage_now()
 
     @contextmanager
     def counting(self, name: str, usage: Usage) -> Iterator[None]:
@@ -169,39 +174,58 @@ class AnswerStore(Database):
             self.commit()
             self._counted = None
 
+    def count_verdicts(self, judge: Any) -> None:
+        """
+        From now on adds to what is stored of the present preference, at every commit, and so with the labels, what a judge
+        has said beside them.
+
+        Args:
+            judge (`Any`):
+                May have `order_counts` and `unreadable`, as [`~trl_kd.preferences.judge.LLMJudge`] has them.
+        """
+        self.commit()
+        agreed, judged = getattr(judge, "order_counts", (0, 0))
+        share, number = self.orders() or (0.0, 0)
+        # Stored shares are of whole numbers. A judge may have judged for others before
+        self._judge, self._orders = judge, (round(share * number, 6) - agreed, number - judged)
+        self._unreadable = self.unreadable()
+
+    def orders(self) -> tuple[float, int] | None:
+        """On what share of the comparisons in both orders a judge has agreed with itself, and how many these were; `None`
+        without any."""
+        known = self._noted(f"orders {self._preference.hex()}", is_share)
+        return (known[0], known[1]) if known else None
+
+    def unreadable(self) -> list[str]:
+        """Up to three replies of a judge that could not be read."""
+        return self._noted(f"unreadable {self._preference.hex()}", are_texts) or []
+
     def _before_commit(self) -> None:
-        """Writes what was used by now of what [`count_usage`] names."""
-        if self._counted is None:
-            return
-        name, usage, earlier, written = self._counted
-        now = replace(usage)
-        if now != written:
-            row = (f"usage {name}", json.dumps(asdict(earlier + now)))
-            self._connection.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", row)
-            self._counted = (name, usage, earlier, now)
+        """Writes what was counted by now."""
+        now = self._usage_now() | self._verdicts_now()
+        new = {name: value for name, value in now.items() if value != self._written.get(name)}
+        if new:
+            self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", list(new.items()))
+            self._written |= new
 
     def _rolled_back(self) -> None:
-        if self._counted is not None:
-            self._counted = (*self._counted[:3], None)
+        self._written = {}
 
-    def note_orders(self, share: float | None, labels: int) -> tuple[float, int] | None:
-        """Adds the share of the last `labels` comparisons on which a judge agreed with itself in both orders to what former
-        runs have seen. Returns share and number in all, `None` if there is nothing yet."""
-        name = f"orders {self._preference.hex()}"
-        known, number = self._noted(name, is_share) or (0.0, 0)
-        if share is not None and labels:
-            known, number = (known * number + share * labels) / (number + labels), number + labels
-            self._note({name: [known, number]})
-        return (known, number) if number else None
+    def _usage_now(self) -> dict[str, str]:
+        if self._counted is None:
+            return {}
+        name, usage, earlier = self._counted
+        return {f"usage {name}": json.dumps(asdict(earlier + usage))}
 
-    def note_unreadable(self, replies: Sequence[str]) -> list[str]:
-        """Adds replies of the present judge that could not be read, of which three are kept, and returns those."""
-        name = f"unreadable {self._preference.hex()}"
-        known = self._noted(name, are_texts) or []
-        kept = list(dict.fromkeys([*known, *map(_well_formed, replies)]))[:3]
-        if kept != known:
-            self._note({name: kept})
-        return kept
+    def _verdicts_now(self) -> dict[str, str]:
+        if self._judge is None:
+            return {}
+        agreed, judged = map(sum, zip(self._orders, getattr(self._judge, "order_counts", (0, 0)), strict=True))
+        replies = map(_well_formed, getattr(self._judge, "unreadable", ()))
+        self._unreadable = list(dict.fromkeys([*self._unreadable, *replies]))[:3]
+        now = {"orders": [agreed / judged, judged]} if judged else {}
+        now |= {"unreadable": self._unreadable} if self._unreadable else {}
+        return {f"{name} {self._preference.hex()}": json.dumps(value) for name, value in now.items()}
 
     def label_count(self) -> int:
         """How many labels or scores of the present preference are stored."""

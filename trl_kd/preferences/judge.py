@@ -95,9 +95,10 @@ class LLMJudge:
     Attributes:
         asked (`int`): Comparisons asked so far.
         unparseable (`int`): Those of them without a verdict in an order: they get no preference.
-        unreadable (`list[str]`): Up to three of the replies without a verdict, shortened.
-        order_agreement (`float`, *optional*): Share, among those judged in both orders, whose two orders prefer the same
-            answer or both none; `None` without any.
+        unreadable (`list[str]`): Up to three of the replies without a verdict in the last batch, shortened.
+        order_counts (`tuple[int, int]`): Comparisons judged in both orders whose two orders prefer the same answer or both
+            none, and all that were judged in both.
+        order_agreement (`float`, *optional*): The share of the first among the second; `None` without any.
 
     Raises:
         `ImportError`: `openai` is not installed.
@@ -150,6 +151,10 @@ class LLMJudge:
         return self.client.usage
 
     @property
+    def order_counts(self) -> tuple[int, int]:
+        return self._agreed, self._judged_twice
+
+    @property
     def order_agreement(self) -> float | None:
         return self._agreed / self._judged_twice if self._judged_twice else None
 
@@ -184,6 +189,7 @@ class LLMJudge:
             verdict in any.
             `BudgetExceeded`: a cap of the client is reached.
         """
+        self.unreadable = []
         comparisons = enumerate(zip(prompts, first, second, strict=True))
         # No more are begun than can be asked at once: each half-done one would be lost, and paid again, were this killed
         places = asyncio.Semaphore(self.client.capacity)

@@ -49,7 +49,8 @@ def bad_input() -> Iterator[None]:
     data. An error after that is a bug or a broken machine, and keeps its traceback.
     """
     try:
-        yield
+        with kept_interruption():
+            yield
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         raise InputError(one_line(error)) from error
     except TypeError as error:  # an argument of the wrong kind far more often than a bug, but it may be one
@@ -61,6 +62,21 @@ def bad_input() -> Iterator[None]:
         if type(error).__module__.startswith("safetensors"):
             raise InputError(f"A file of weights cannot be read: {one_line(error)}") from error
         raise
+
+
+@contextmanager
+def kept_interruption() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C where a library fails at something else on its way out, as `datasets` at a file it has closed."""
+    try:
+        yield
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__context__))
 
 
 def one_line(error: BaseException | str) -> str:

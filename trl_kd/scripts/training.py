@@ -17,7 +17,7 @@ from trl_kd.pairs.full_disk import disk_full, is_disk_full
 from trl_kd.pairs.places import StoreError
 from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import check_push, model_error
-from trl_kd.scripts.errors import InputError, ProcessError, bad_input, one_line, report
+from trl_kd.scripts.errors import InputError, ProcessError, bad_input, kept_interruption, one_line, report
 from trl_kd.scripts.launch import LAUNCHED, launch, needs_launcher, planned_processes, resolve_config
 from trl_kd.scripts.resuming import refuse_checkpoint, told_how_to_resume
 
@@ -158,7 +158,8 @@ def stopped_training(output_dir: str) -> Iterator[None]:
     from trl_kd.trainers.common.main_process import MainProcessEnded
 
     try:
-        yield
+        with kept_interruption():
+            yield
     except (NotFinite, StoreError) as error:
         raise InputError(one_line(error)) from error
     except MainProcessEnded as error:

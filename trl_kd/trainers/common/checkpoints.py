@@ -1,6 +1,7 @@
-"""Which checkpoint in a folder to go on from."""
+"""The checkpoints of a folder: which to go on from, and which are too many."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ def last_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lam
     Returns:
         `str`, *optional*: the newest checkpoint that was saved in full. The trainer's state is what it gets last.
     """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in reversed(_checkpoints(folder)):
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -26,6 +26,36 @@ def last_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lam
         if wanted(state):
             return str(checkpoint)
     return None
+
+
+def remove_older(checkpoint: str | Path, limit: int | None, best: str | None = None) -> None:
+    """
+    Removes checkpoints as `Trainer` does when it has saved one, in case the process that saved this one was killed before.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint, which stays.
+        limit (`int`, *optional*):
+            How many of it and those before it may stay (`save_total_limit`); `None` or 0 for all.
+        best (`str`, *optional*):
+            One that stays in any case.
+    """
+    checkpoint = Path(checkpoint)
+    older = [path for path in _checkpoints(checkpoint.parent) if _step(path) < _step(checkpoint)]
+    kept = [path for path in older if best is not None and path.name == Path(best).name]
+    others = [path for path in older if path not in kept]
+    if limit and limit > 0:
+        for path in others[: max(len(others) - max(limit - 1 - len(kept), 0), 0)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All of a folder, whole or not, from the first to the last."""
+    return sorted((path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def is_unfinished(state: dict[str, Any]) -> bool:

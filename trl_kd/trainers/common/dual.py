@@ -14,6 +14,7 @@ from trl_kd._trl.models import get_config_model_id
 from trl_kd._trl.seams import temporarily
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.common.card import DATASET, MODEL, put_names
+from trl_kd.trainers.common.checkpoints import remove_older
 from trl_kd.trainers.common.config_checks import without_keys
 from trl_kd.trainers.common.full_disk import saving
 
@@ -85,6 +86,10 @@ class DualCheckpoints:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
+        if self.args.should_save and os.path.dirname(os.path.abspath(checkpoint)) == os.path.abspath(
+            self.args.output_dir
+        ):
+            remove_older(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
         path = os.path.join(checkpoint, DUAL_FILE)
         if not os.path.isfile(path):
             logger.warning(f"No {DUAL_FILE} in the checkpoint: λ starts again at dual_init={self.dual.value}.")

@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d
 
 from trl_kd.pairs.lock import LockWatch, hold_folder
 from trl_kd.pairs.places import StoreError
+from trl_kd.trainers.common.leftovers import remove_leftovers
 
 
 _POLL = 0.2
@@ -65,6 +66,7 @@ def claim(folder: str | Path) -> Iterator[Claim]:
             _tell(state, key, f"{_REFUSED}{error}")
             raise
         held.enter_context(lock.beating())
+        remove_leftovers(folder)
         _tell(state, key, lock.owner)
         yield Claim()
 
