@@ -4,7 +4,7 @@ import os
 import random
 from dataclasses import dataclass
 
-from tests.faults.commands import COMMANDS
+from tests.faults.killed_commands import COMMANDS
 from tests.faults.fork_server import Kill
 from tests.faults.killing import Whole, place
 

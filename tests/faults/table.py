@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.faults.commands import COMMANDS
+from tests.faults.killed_commands import COMMANDS
 from tests.faults.killing import Killed, Whole
 
 
