@@ -66,7 +66,7 @@ class Recipes:
         shutil.copytree(teacher, self.teacher)
         self.rows = str(folder / "rows.jsonl")
         Path(self.rows).write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
-        self.server = FaultServer(lambda body, _: chat(*["2"] * (body.get("n") or 1)))
+        self.server = FaultServer(lambda body, _: chat(*["2"] * min(body.get("n") or 1, 4)))
 
     def __enter__(self) -> "Recipes":
         self.server.__enter__()
@@ -111,5 +111,5 @@ class Recipes:
         path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode("utf-8", "surrogatepass"))
         return str(path)
 
-    def dry_run(self, command: str, recipe: Any) -> Outcome:
-        return run(*WORDS[command], "--config", self.write("recipe.yaml", recipe), "--dry_run")
+    def dry_run(self, command: str, recipe: Any, *words: str) -> Outcome:
+        return run(*WORDS[command], "--config", self.write("recipe.yaml", recipe), *words, "--dry_run")

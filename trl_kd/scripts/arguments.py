@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, get_args, get_type_hints
 
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -21,7 +22,7 @@ from trl.scripts.utils import DatasetConfig
 from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, refuse
 from trl_kd.scripts.suggestions import advice
-from trl_kd.scripts.values import check_kind, check_plain, for_python, mapping, number, whole_number
+from trl_kd.scripts.values import CONVERSIONS, check_kind, check_plain, number, optional
 from trl_kd.scripts.yaml_files import read_mapping
 
 
@@ -131,6 +132,7 @@ def parse(
     for name, value in vars(found).items():
         check_plain(name, value)
     _check_mappings(parser.types, found)
+    _check_deepspeed(getattr(found, "deepspeed", None))
     _check_multiple(getattr(found, "pad_to_multiple_of", None))
     with bad_input():
         values = _fill(parser, rest)
@@ -167,6 +169,12 @@ def _check_mappings(types: Iterable[type], found: argparse.Namespace) -> None:
                     f"`{name}` is {given!r}, with the name {key!r}: "
                     + ("it must be text." if known is None else f"choose from {', '.join(known)}.")
                 )
+
+
+def _check_deepspeed(value: Any) -> None:
+    """Raises where its package is missing."""
+    if value and find_spec("deepspeed") is None:
+        raise InputError("`deepspeed` is set, which needs its package: pip install deepspeed, or drop it.")
 
 
 def _check_multiple(value: Any) -> None:
@@ -297,18 +305,13 @@ def _set_environment(variables: Any, path: str) -> None:
             raise InputError(f"`env` in {path} sets {str(name)!r} to {value!r}, which no variable can be.") from None
 
 
-_CONVERSIONS = {int: whole_number, float: number, dict: mapping}
-
-
 def _check_conversion(action: argparse.Action) -> None:
     """Lets a word of the command line be refused that Python would take, and nothing behind it."""
-    kind: Any = action.type
-    if kind in _CONVERSIONS:
-        action.type = _CONVERSIONS[kind]
-    elif kind is tuple:
+    name = getattr(action.type, "__name__", "")
+    if name == "tuple":
         action.type, action.nargs = number, 2
-    elif is_dataclass(kind):
-        action.type = for_python
+    elif name in CONVERSIONS:
+        action.type = CONVERSIONS[name] if isinstance(action.type, type) else optional(CONVERSIONS[name])
 
 
 def _is_converted(action: argparse.Action) -> bool:

@@ -3,7 +3,8 @@
 import json
 import math
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -45,6 +46,23 @@ def number(text: str) -> float:
     return value
 
 
+CONVERSIONS: dict[str, Callable[[str], Any]] = {
+    **{"int": whole_number, "float": number, "dict": mapping},
+    "ParallelismConfig": for_python,
+}
+"""What reads the values of a class, by its name."""
+
+
+def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`convert`, for a field that may be null."""
+
+    @wraps(convert)
+    def read(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    return read
+
+
 def check_plain(key: str, value: Any, where: str = "") -> None:
     """Raises for a value that holds, at any depth, a text that no file can hold, or a number that nothing can count with."""
     for part in _parts(value):
@@ -82,15 +100,17 @@ def check_kind(key: str, value: Any, hint: Any, path: str) -> None:
     kinds = _kinds(hint)
     if key.endswith(_JSON):
         kinds.add(dict)
+    if value is None:
+        return
     for item in value if isinstance(value, list) and list in kinds else [value]:
-        if item is not None and not _is_one_of(item, kinds):
+        if not _is_one_of(item, kinds):
             raise InputError(f"`{key}` is {value!r} in {path}, and it must be {_wanted(key, item, kinds)}.")
 
 
 def _is_one_of(item: Any, kinds: set[Any]) -> bool:
     if isinstance(item, bool):
         return bool in kinds
-    return isinstance(item, tuple(kinds - {list})) or (isinstance(item, int) and float in kinds)
+    return isinstance(item, tuple(kinds - {list, type(None)})) or (isinstance(item, int) and float in kinds)
 
 
 def _kinds(hint: Any) -> set[Any]:

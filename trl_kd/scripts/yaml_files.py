@@ -21,12 +21,12 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
+                if (key.tag, key.value) in seen:
                     raise yaml.MarkedYAMLError(
                         problem=f"the key {key.value!r} stands there twice, drop one of them",
                         problem_mark=key.start_mark,
                     )
-                seen.add(key.value)
+                seen.add((key.tag, key.value))
         return node
 
 
