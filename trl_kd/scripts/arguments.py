@@ -316,7 +316,8 @@ def _check_conversion(action: argparse.Action) -> None:
 
 def _is_converted(action: argparse.Action) -> bool:
     """Whether a value of a file goes the way of a word of the command line."""
-    return action.choices is not None or getattr(action.type, "__name__", "") in KINDS
+    is_read = action.choices is not None or action.dest == "datasets"
+    return is_read or getattr(action.type, "__name__", "") in KINDS
 
 
 def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:

@@ -28,7 +28,10 @@ def check_encoding(path: Path, source: str) -> None:
     is_blank = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            is_blank = is_blank and not line.strip()
+            content = line.removeprefix(codecs.BOM_UTF8).strip()
+            if is_blank and content == b"null":  # pyarrow would not raise, but end the process
+                raise InputError(f"{source}: line {number} of {path.name} is null: each row must be an object.")
+            is_blank = is_blank and not content
             try:
                 line.decode()
             except UnicodeDecodeError as error:
@@ -62,6 +65,7 @@ def check_kinds(path: Path, source: str, columns: set[str] | None = None) -> Non
     first: dict[tuple[str, str], tuple[str, Any]] = {}
     for place, row in _rows(path, source):
         for name, value in row.items():
+            _check_characters(value, f"{source}: {place} of {path.name} has, in `{name}`,")
             if value is not None and (columns is None or name in columns):
                 kind = _kind(value)
                 counts[name][kind] += 1
@@ -74,6 +78,23 @@ def check_kinds(path: Path, source: str, columns: set[str] | None = None) -> Non
                 f"{source}: {place} of {path.name} has {_shown(value)} in `{name}`, which is {rare} in {few:,} "
                 f"row{'s' * (few > 1)} and {usual} in {many:,}: give all rows of `{name}` the same kind, or null."
             )
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """Raises for half of a character, such as JSON may write as \\ud83d, anywhere in a value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict | list):
+            waiting += [*part, *part.values()] if isinstance(part, dict) else part
+        elif isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                half = part[error.start].encode("unicode_escape").decode()
+                raise InputError(
+                    f"{where} {half}, which is half of a character and no text: write both halves, or drop it."
+                ) from None
 
 
 def infer_features(path: Path, source: str) -> Features | None:
