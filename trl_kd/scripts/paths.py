@@ -73,6 +73,11 @@ def check_name(field: str, value: str) -> None:
             f"`{field}` is {value!r}: `datasets` reads '::' and '://' in a path as an address, so that nothing could be "
             "loaded from there. Give a folder of this machine without them."
         )
+    if os.path.expandvars(value) != value:
+        raise InputError(
+            f"`{field}` is {value!r}: `datasets` puts a variable of the environment in place of '$' and its name, so that "
+            "nothing could be loaded from there. Write the folder out, or give another."
+        )
 
 
 def nearest_folder(path: Path) -> Path:
