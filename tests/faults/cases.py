@@ -4,8 +4,8 @@ import os
 import random
 from dataclasses import dataclass
 
-from tests.faults.killed_commands import COMMANDS
 from tests.faults.fork_server import Kill
+from tests.faults.killed_commands import COMMANDS
 from tests.faults.killing import Whole, place
 
 

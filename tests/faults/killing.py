@@ -11,8 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.faults.killed_commands import AT_ONCE, COMMANDS, asked, counted, read_result, work_folder, write_inputs
 from tests.faults.fork_server import Ended, ForkServer, Kill
+from tests.faults.killed_commands import AT_ONCE, COMMANDS, asked, counted, read_result, work_folder, write_inputs
 from tests.sampling.fault_server import FaultServer
 
 

@@ -168,11 +168,11 @@ def test_options_in_vain_are_refused(folder, trl_kd, words, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--teacher_timeout", "0"), "`teacher` is 'api:t': `timeout` is 0.0: it must be above 0 seconds"),
-        (("--teacher_top_p", "2"), "`teacher` is 'api:t': `top_p` is 2.0"),
+        (("--teacher_timeout", "0"), "`teacher` is 'api:t': `teacher_timeout` is 0.0: it must be above 0 seconds"),
+        (("--teacher_top_p", "2"), "`teacher` is 'api:t': `teacher_top_p` is 2.0"),
         (
             ("--teacher_completions", "--teacher_chat_template_kwargs", '{"x": 1}'),
-            "`chat_template_kwargs` needs a chat: leave it out, or set `completions` to false",
+            "`teacher_chat_template_kwargs` needs a chat: leave it out, or set `teacher_completions` to false",
         ),
         (("--teacher_max_retries", "x"), "`teacher_max_retries` is 'x': it must be a whole number"),
     ],

@@ -205,7 +205,7 @@ def test_a_path_is_resolved_once(home, value, expected):
         ("", ["`output_dir` is empty"]),
         ("a::b", ["`output_dir` is 'a::b'", "address"]),
         ("s3://bucket/x", ["`output_dir` is 's3://bucket/x'", "a folder of this machine"]),
-        ("x" * 300, ["`output_dir` is", "cannot be written to (File name too long)"]),
+        ("x" * 300, ["`output_dir` is", "no path can be (File name too long)"]),
         (
             "dangling",
             ["`output_dir` is 'dangling'", "dangling' is a link to 'nowhere', which is not there: make that"],

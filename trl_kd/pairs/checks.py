@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +56,7 @@ def check_parts(rows: list[PromptRow], sources: dict[str, tuple[Sampler, int]], 
         _warn_of_second_start(source, sampler, rows)
     _check_kind("preference", preference, ("__call__",), "TeacherWins() or RewardFunctionPreference(FUNCTION)")
     for row in rows:
-        _check_tools(row)
+        _check_tools(row.columns.get("tools"), f"Row {row.index} of the prompts")
     for row in rows:
         _check_row(row, sources)
     _check_preference(rows, preference)
@@ -229,8 +230,18 @@ def _check_answer(text: Any, prompt: Text, column: str | None) -> None:
         )
 
 
-def _check_tools(row: PromptRow) -> None:
-    tools: Any = row.columns.get("tools")
+def check_template_columns(columns: Mapping[str, Any], where: str) -> None:
+    """Raises a `ValueError` that begins with `where` for a value that a chat template is given with each row, and that is of
+    another kind."""
+    _check_tools(columns.get("tools"), where)
+    variables = columns.get("chat_template_kwargs", {})
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"{where}: `chat_template_kwargs` is {repr(variables)[:60]}; it must be a mapping of names to values."
+        )
+
+
+def _check_tools(tools: Any, where: str) -> None:
     wrong = ""
     try:
         read = json.loads(tools) if isinstance(tools, str) else tools
@@ -240,6 +251,6 @@ def _check_tools(row: PromptRow) -> None:
         if read is None or (isinstance(read, list) and all(isinstance(tool, dict) for tool in read)):
             return
     raise ValueError(
-        f"Row {row.index} of the prompts: `tools` is {str(tools)[:60]!r}{wrong}; it must be null or a list of JSON schemas, "
+        f"{where}: `tools` is {str(tools)[:60]!r}{wrong}; it must be null or a list of JSON schemas, "
         "as it stands or in one text of JSON."
     )

@@ -77,7 +77,7 @@ class PairWriter:
     """
 
     def __init__(self, folder: str | Path, features: dict[str, Any] | None = None):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # of a relative name such as "s3:" pyarrow makes an address
         self.rows = 0
         self._features = {name: _writable(feature) for name, feature in (features or {}).items()}
         self._building = self.folder / f"{DATA}.building"
@@ -273,7 +273,7 @@ def data_files(folder: str | os.PathLike) -> list[str]:
     Raises:
         `FileNotFoundError`: there are none.
     """
-    files = sorted(str(path) for path in (Path(folder) / DATA).glob("train-*.parquet"))
+    files = sorted(str(path) for path in (Path(folder).absolute() / DATA).glob("train-*.parquet"))
     if not files:
         raise FileNotFoundError(
             f"`{folder}` holds no finished pairs (`{DATA}/train-*.parquet`): build them first, or run the same command "

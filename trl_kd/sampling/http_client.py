@@ -50,6 +50,9 @@ class HTTPClient(openai.DefaultAsyncHttpxClient):
                     if following is None or _origin(following.url) != _origin(request.url):
                         break
                     response = await super().send(following, **options)
+                response.encoding = (
+                    "utf-8"  # as JSON is: by another, that a header names, it may not be readable at all
+                )
                 return response
         except TimeoutError:
             # The library's own error is what the `openai` package tries again

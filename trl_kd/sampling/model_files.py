@@ -170,6 +170,10 @@ def _check_shape(file: str, name: str, found: list[int], wanted: torch.Size | No
 
 def check_tokens(tokenizer: Any, rows: int | None) -> None:
     """
+    Embeddings larger than the tokenizer (Qwen, Llama, Phi) are as they should be. A token beyond them is refused even if it
+    was added and no row seems to use it, as `[PAD]` and the ends of turns of some converted models: a text or template that
+    spells it, or a batch that is padded by it, would look up a row that is not there, in the middle of a run.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of a model.

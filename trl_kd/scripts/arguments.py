@@ -12,24 +12,22 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from importlib.util import find_spec
+from typing import Any, get_args, get_type_hints
 
-import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from trl_kd.scripts import paths
-from trl_kd.scripts.errors import KINDS, InputError, bad_input, one_line, refuse
+from trl_kd.scripts.errors import KINDS, InputError, bad_input, refuse
 from trl_kd.scripts.suggestions import advice
+from trl_kd.scripts.values import CONVERSIONS, check_kind, check_plain, number, optional
+from trl_kd.scripts.yaml_files import read_mapping
 
 
-_UNIONS = (Union, UnionType)
 _FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 """Mappings that may be the name of a file."""
-_JSON = ("_kwargs", "_body")
-"""How the names of `trl-kd pairs` end whose text is JSON, in YAML a mapping too."""
 
 _NOT_FOR_USERS = {"-m", "--module", "--no_python", "--no-python", "-h", "--help"}
 """Options of `accelerate launch` that say what to launch, which is the command's business."""
@@ -131,7 +129,11 @@ def parse(
     for name, told in (required or {}).items():
         if not getattr(found, name):
             raise InputError(f"`{name}` is not set: {told}")
+    for name, value in vars(found).items():
+        check_plain(name, value)
     _check_mappings(parser.types, found)
+    _check_deepspeed(getattr(found, "deepspeed", None))
+    _check_multiple(getattr(found, "pad_to_multiple_of", None))
     with bad_input():
         values = _fill(parser, rest)
     script_args = [] if path is None else paths.option("config", path)
@@ -160,6 +162,25 @@ def _check_mappings(types: Iterable[type], found: argparse.Namespace) -> None:
                 value = json.loads(value)
         if not (value is None or isinstance(value, dict) or (name in _FILES and isinstance(value, str))):
             raise InputError(f'`{name}` is {given!r}: it must be a mapping, as in JSON: \'{{"name": "value"}}\'.')
+        known = [f.name for f in fields(AcceleratorConfig)] if name == "accelerator_config" else None
+        for key in value if isinstance(value, dict) else ():
+            if not isinstance(key, str) or (known is not None and key not in known):
+                raise InputError(
+                    f"`{name}` is {given!r}, with the name {key!r}: "
+                    + ("it must be text." if known is None else f"choose from {', '.join(known)}.")
+                )
+
+
+def _check_deepspeed(value: Any) -> None:
+    """Raises where its package is missing."""
+    if value and find_spec("deepspeed") is None:
+        raise InputError("`deepspeed` is set, which needs its package: pip install deepspeed, or drop it.")
+
+
+def _check_multiple(value: Any) -> None:
+    """Raises for a text that TRL cannot read as `pad_to_multiple_of`."""
+    if isinstance(value, str) and value.lower() not in ("auto", "none", "null") and not value.isdecimal():
+        raise InputError(f"`pad_to_multiple_of` is {value!r}: it must be a whole number, at least 1, or 'auto'.")
 
 
 def _take_config(argv: list[str], prog: str) -> tuple[str | None, list[str]]:
@@ -200,6 +221,8 @@ class _Parser(TrlParser):
                 action.type = paths.reader(action.dest)
             elif action.dest == "datasets":
                 action.type = _dataset_of_path
+            else:
+                _check_conversion(action)
 
     def error(self, message: str):
         refuse(message)
@@ -211,7 +234,7 @@ class _Parser(TrlParser):
 
     def read_config(self, path: str) -> list[str]:
         """Makes the values of a YAML file the defaults; returns those for `accelerate launch`, as a command line."""
-        config = _load_yaml(path)
+        config = read_mapping("config", path, " of keys to values, as in `beta: 0.1`.")
         _set_environment(config.pop("env", None), path)
         actions = {action.dest: action for action in reversed(self._actions)}  # `--x` comes before its `--no_x`
         hints = {name: hint for t in reversed(self.types) for name, hint in get_type_hints(t).items()}
@@ -219,10 +242,12 @@ class _Parser(TrlParser):
         defaults: dict[str, Any] = {}
         launch_args = []
         for key, value in config.items():
+            check_plain(key, value, f" in {path}")
             if key in actions and key != "help":
                 if value is None and key not in nullable:
                     raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
-                _check_kind(key, value, hints.get(key), path)
+                if not _is_converted(actions[key]):
+                    check_kind(key, value, hints.get(key), path)
                 defaults[key] = None if value is None else _converted(key, value, actions[key], path)
             else:
                 launch_args += self._launch_words(key, value, path)
@@ -267,24 +292,32 @@ def launch_options() -> dict[str, argparse.Action]:
     return {o: a for a in actions for o in a.option_strings if o not in _NOT_FOR_USERS}
 
 
-def _load_yaml(path: str) -> dict[Any, Any]:
-    if not Path(path).is_file():
-        raise InputError(f"`config` is {path!r}: no such file.")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"`config` is {path!r}, which is not readable as YAML: {one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"`config` is {path!r}, which must hold a mapping of keys to values, as in `beta: 0.1`.")
-    return config
-
-
 def _set_environment(variables: Any, path: str) -> None:
     if variables is None:
         return
     if not isinstance(variables, dict):
         raise InputError(f"`env` in {path} must be a mapping of names to values.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    check_plain("env", variables, f" in {path}")
+    for name, value in variables.items():
+        try:
+            os.environ[str(name)] = str(value)
+        except (ValueError, OSError):
+            raise InputError(f"`env` in {path} sets {str(name)!r} to {value!r}, which no variable can be.") from None
+
+
+def _check_conversion(action: argparse.Action) -> None:
+    """Lets a word of the command line be refused that Python would take, and nothing behind it."""
+    name = getattr(action.type, "__name__", "")
+    if name == "tuple":
+        action.type, action.nargs = number, 2
+    elif name in CONVERSIONS:
+        action.type = CONVERSIONS[name] if isinstance(action.type, type) else optional(CONVERSIONS[name])
+
+
+def _is_converted(action: argparse.Action) -> bool:
+    """Whether a value of a file goes the way of a word of the command line."""
+    is_read = action.choices is not None or action.dest == "datasets"
+    return is_read or getattr(action.type, "__name__", "") in KINDS
 
 
 def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:
@@ -292,52 +325,34 @@ def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:
     return "no" if value is False and choices is not None and "no" in choices else str(value)
 
 
-def _check_kind(key: str, value: Any, hint: Any, path: str) -> None:
-    """Raises for a value that is no text where a text is wanted: YAML reads 5, 010 and 2024_01 as numbers, and on the
-    command line they are texts."""
-    hints = get_args(hint) if get_origin(hint) in _UNIONS else (hint,)
-    kinds = {get_origin(kind) or kind for kind in hints}
-    kinds |= {item for kind in hints if get_origin(kind) is list for item in get_args(kind)}
-    if str not in kinds or not kinds <= {str, dict, list, type(None)}:
-        return
-    if key.endswith(_JSON):
-        kinds.add(dict)
-    for item in value if isinstance(value, list) and list in kinds else [value]:
-        if item is None or isinstance(item, tuple(kinds - {list})):
-            continue
-        wanted = "a mapping of names to values" if dict in kinds else "text"
-        quotes = (
-            "" if dict in kinds or isinstance(item, list | dict) else f": put it into quotes, as in {key}: '{item}'"
-        )
-        raise InputError(f"`{key}` is {value!r} in {path}, and it must be {wanted}{quotes}.")
-
-
 def _converted(key: str, value: Any, action: argparse.Action, path: str) -> Any:
     """A value of the file, as the command line would have it."""
     where = f"`{key}` is {value!r} in {path}"
     if key == "datasets":
         return [_dataset_config(entry, path) for entry in (value if isinstance(value, list) else [value])]
-    if action.nargs == "+":
-        values = value if isinstance(value, list) else [value]
-        return [_scalar(item, action, where) for item in values]
+    if action.nargs is not None and action.nargs != "?":
+        items = value if isinstance(value, list) else [value]
+        if isinstance(action.nargs, int) and len(items) != action.nargs:
+            raise InputError(f"{where}: it must be a list of {action.nargs}.")
+        return [_scalar(item, action, where) for item in items]
     return _scalar(value, action, where)
 
 
 def _scalar(value: Any, action: argparse.Action, where: str) -> Any:
     if action.dest in paths.FIELDS:
         return paths.resolved(action.dest, value) if isinstance(value, str) else value
-    kind = getattr(action.type, "__name__", "")
     if action.choices is not None:
         choices = list(action.choices)
         chosen = {str(choice): choice for choice in choices}.get(_as_choice(value, choices))
         if chosen is None:
             raise InputError(f"{where}: choose from {', '.join(map(repr, map(str, choices)))}.")
         return chosen
-    if kind not in KINDS or not callable(action.type):
+    if not _is_converted(action) or not callable(action.type):
         return value
+    kind = getattr(action.type, "__name__", "")
     try:
-        return action.type(str(value))
-    except (ValueError, argparse.ArgumentTypeError):
+        return action.type(json.dumps(value) if isinstance(value, dict) else str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
         raise InputError(f"{where}: it must be {KINDS[kind]}.") from None
 
 

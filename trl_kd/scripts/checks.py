@@ -27,6 +27,8 @@ def check_arguments(
 ) -> None:
     """Raises for arguments that are missing or do not go together, and settles `resume_from_checkpoint`. `rows` says what
     the dataset has: "pairs" or "prompts"."""
+    from trl_kd.scripts.ranges import check_ranges
+
     if not mixture.datasets and not script_args.dataset_name:
         raise InputError(
             f"neither `dataset_name` nor `datasets` is set: give the {rows}, a Hub id, a folder or a file, or a mixture."
@@ -38,13 +40,17 @@ def check_arguments(
     if (script_args.dataset_streaming or mixture.streaming) and training_args.max_steps < 1:
         raise InputError("`max_steps` is not set, and a stream has no length: say how many steps to train.")
     check_training(training_args, model_args)
+    check_ranges(mixture)
     training_args.resume_from_checkpoint = _checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
 
 
 def check_training(training_args: Any, model_args: Any) -> None:
     """Raises for settings of training and model that do not go together, whatever is trained on."""
+    from trl_kd.scripts.ranges import check_ranges
     from trl_kd.trainers.common.config_checks import check_schedule
 
+    check_ranges(training_args)
+    check_ranges(model_args)
     if training_args.per_device_train_batch_size < 1:
         raise InputError(
             f"`per_device_train_batch_size` is {training_args.per_device_train_batch_size}: it must be at least 1."

@@ -3,7 +3,8 @@
 import glob
 import hashlib
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def load_datasets(
         raise
     except Exception as error:  # `datasets` wraps what goes wrong in a file in exceptions of its own
         raise _unreadable(source, error) from error
+    check_depth(splits, source)
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     if mixture.datasets:
         train = "train"  # TRL's mixtures know no other name
@@ -101,6 +103,7 @@ def load_split(
         raise
     except Exception as error:
         raise _unreadable(source, error) from error
+    check_depth(splits, source)
     if len(splits) == 1 and split == "train":
         split = next(iter(splits))  # the only one there is
     return _split(splits, split, split_field, source)
@@ -164,11 +167,40 @@ def _load_named(script_args: ScriptArguments) -> Any:
 
 
 def _load_mixture(mixture: DatasetMixtureConfig) -> Any:
+    folders = [Path(entry.path) for entry in mixture.datasets if Path(entry.path).is_dir()]
+    files = [(file, f"`datasets` has {str(folder)!r}") for folder in folders for file in _text_files(folder)]
     local = [
         replace(entry, path=_without_patterns(Path(entry.path))) if Path(entry.path).is_dir() else entry
         for entry in mixture.datasets
     ]
-    return get_dataset(replace(mixture, datasets=local))
+    with _checked(files, mixture.streaming):
+        return get_dataset(replace(mixture, datasets=local))
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix in TEXT_FILES and file.stat().st_size)
+
+
+@contextmanager
+def _checked(files: list[tuple[Path, str]], streaming: bool) -> Iterator[None]:
+    """
+    Around the loading of `files`, each with what names it: says where one is wrong if that fails.
+
+    A stream would fail in the middle of a training, at the row that is wrong: its files are read before it begins.
+    """
+    for file, source in files:
+        check_encoding(file, source)
+    json_files = [(file, source) for file, source in files if BUILDERS[file.suffix] == "json"]
+    try:
+        for file, source in json_files if streaming else ():
+            check_kinds(file, source)
+        yield
+    except InputError:
+        raise
+    except Exception:
+        for file, source in json_files:
+            check_kinds(file, source)
+        raise
 
 
 def _load(name: str, config: str | None, streaming: bool, field: str = "dataset_name") -> Any:
@@ -208,6 +240,8 @@ def _load_file(path: Path, builder: str, source: str, options: dict[str, Any]) -
     options |= {"data_files": glob.escape(str(path))}
     if builder != "json":
         return load_dataset(builder, **options)
+    if options["streaming"]:
+        check_kinds(path, source)
     try:
         splits = load_dataset(builder, **options)
     except Exception:
@@ -219,20 +253,38 @@ def _load_file(path: Path, builder: str, source: str, options: dict[str, Any]) -
 
 
 def _load_folder(path: Path, source: str, **options: Any) -> Any:
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES and file.stat().st_size)
-    for file in files:
-        check_encoding(file, source)
-    json_files = [file for file in files if BUILDERS[file.suffix] == "json"]
-    try:
+    files = [(file, source) for file in _text_files(path)]
+    with _checked(files, options["streaming"]):
         splits = load_dataset(_without_patterns(path), **options)
-    except Exception:
-        for file in json_files:
-            check_kinds(file, source)
-        raise
     if any(_is_mixed(split) for split in splits.values()):
-        for file in json_files:
-            check_kinds(file, source, _READ)
+        for file, _ in files:
+            if BUILDERS[file.suffix] == "json":
+                check_kinds(file, source, _READ)
     return splits
+
+
+_DEEPEST = 20
+
+
+def check_depth(splits: Any, source: str) -> None:
+    """Raises for a column that is nested deeper than anybody writes: to copy it or to store it fails, at some depth."""
+    for split in splits.values():
+        for name, feature in (split.features or {}).items():
+            levels, waiting = 0, [feature]
+            while waiting and levels <= _DEEPEST:
+                levels += 1
+                waiting = [inner for part in waiting for inner in _inner(part)]
+            if waiting:
+                raise InputError(f"{source}: the column `{name}` is nested deeper than {_DEEPEST} levels: drop it.")
+
+
+def _inner(feature: Any) -> list[Any]:
+    """The features that a feature of `datasets` consists of."""
+    if isinstance(feature, dict):
+        return list(feature.values())
+    if isinstance(feature, list | tuple):
+        return list(feature)
+    return [feature.feature] if hasattr(feature, "feature") else []
 
 
 def _is_mixed(split: Dataset | IterableDataset) -> bool:

@@ -28,7 +28,10 @@ def check_encoding(path: Path, source: str) -> None:
     is_blank = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            is_blank = is_blank and not line.strip()
+            content = line.removeprefix(codecs.BOM_UTF8).strip()
+            if is_blank and content == b"null":  # pyarrow would not raise, but end the process
+                raise InputError(f"{source}: line {number} of {path.name} is null: each row must be an object.")
+            is_blank = is_blank and not content
             try:
                 line.decode()
             except UnicodeDecodeError as error:
@@ -58,22 +61,45 @@ def check_kinds(path: Path, source: str, columns: set[str] | None = None) -> Non
         `InputError`: a line is no JSON or no object, or a column holds text here and numbers there, say. Blamed is the
             rarer kind.
     """
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    found: dict[tuple[str, type], list[Any]] = {}  # how many, and where the first is
     for place, row in _rows(path, source):
         for name, value in row.items():
-            if value is not None and (columns is None or name in columns):
-                kind = _kind(value)
-                counts[name][kind] += 1
-                first.setdefault((name, kind), (place, value))
+            if value is not None:
+                try:
+                    found[name, type(value)][0] += 1
+                except KeyError:
+                    found[name, type(value)] = [1, place, value]
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    for (name, kind), (number, place, value) in found.items():
+        if columns is None or name in columns:
+            counts[name][_KINDS[kind]] += number
+            first.setdefault((name, _KINDS[kind]), (" ".join(map(str, place)), value))
     for name, kinds in counts.items():
         if len(kinds) > 1:
             (usual, many), *_, (rare, few) = kinds.most_common()
-            place, value = first[name, rare]
+            where, value = first[name, rare]
             raise InputError(
-                f"{source}: {place} of {path.name} has {_shown(value)} in `{name}`, which is {rare} in {few:,} "
+                f"{source}: {where} of {path.name} has {_shown(value)} in `{name}`, which is {rare} in {few:,} "
                 f"row{'s' * (few > 1)} and {usual} in {many:,}: give all rows of `{name}` the same kind, or null."
             )
+
+
+def _check_characters(value: Any, where: str) -> None:
+    """Raises for half of a character, such as JSON may write as \\ud83d, anywhere in a value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict | list):
+            waiting += [*part, *part.values()] if isinstance(part, dict) else part
+        elif isinstance(part, str) and not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                half = part[error.start].encode("unicode_escape").decode()
+                raise InputError(
+                    f"{where} {half}, which is half of a character and no text: write both halves, or drop it."
+                ) from None
 
 
 def infer_features(path: Path, source: str) -> Features | None:
@@ -91,46 +117,53 @@ def infer_features(path: Path, source: str) -> Features | None:
     return Features.from_arrow_schema(schema)
 
 
-def _rows(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+_Place = tuple[str, int]
+
+
+def _rows(path: Path, source: str) -> Iterator[tuple[_Place, dict[str, Any]]]:
     """Each row with its place."""
     for place, text in _texts(path):
+        is_read = not isinstance(text, str)
         try:
-            row = json.loads(text) if isinstance(text, str) else text
-        except ValueError as error:
+            row = text if is_read else json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{source}: {place} of {path.name} is no JSON ({error}): {text.strip()[:_SHOWN]!r}."
+                f"{source}: {place[0]} {place[1]} of {path.name} is no JSON ({error}): {text.strip()[:_SHOWN]!r}."
             ) from error
         if not isinstance(row, dict):
             raise InputError(
-                f"{source}: {place} of {path.name} is {_shown(row)}: each row must be an object, such as "
+                f"{source}: {place[0]} {place[1]} of {path.name} is {_shown(row)}: each row must be an object, such as "
                 '{"prompt": "..."}.'
             )
+        if is_read or "\\ud" in text or "\\uD" in text:
+            for name, value in row.items():
+                _check_characters(value, f"{source}: {place[0]} {place[1]} of {path.name} has, in `{name}`,")
         yield place, row
 
 
-def _texts(path: Path) -> Iterator[tuple[str, Any]]:
+def _texts(path: Path) -> Iterator[tuple[_Place, Any]]:
     """Lines, or the items of a list in a file that is one JSON text."""
     if path.suffix == ".json":
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # of JSON lines then
         else:
             content = content if isinstance(content, list) else [content]
-            yield from ((f"row {number}", row) for number, row in enumerate(content))
+            yield from ((("row", number), row) for number, row in enumerate(content))
             return
     with path.open(encoding="utf-8-sig") as file:
-        yield from ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        yield from ((("line", number), line) for number, line in enumerate(file, 1) if not line.isspace())
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, int | float):
-        return "a number"
-    return "a list" if isinstance(value, list) else "an object"
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,11 @@ show_traceback: ContextVar[bool] = ContextVar("show_traceback", default=False)
 
 _LONGEST = 700
 
-KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+KINDS = {
+    **{"int": "a whole number", "float": "a number", "string_to_bool": "true or false"},
+    **{"whole_number": "a whole number", "number": "a number, and finite"},
+    "mapping": "a mapping, as in JSON: '{\"name\": true}'",
+}
 """Types of arguments by the names that argparse gives them, in words."""
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from trl_kd.scripts.errors import InputError, bad_input, one_line, refuse, show_traceback
+from trl_kd.scripts.errors import InputError, bad_input, refuse, show_traceback
+from trl_kd.scripts.yaml_files import read_mapping
 
 
 LAUNCHED = "TRL_KD_LAUNCHED"
@@ -30,16 +30,7 @@ def resolve_config(name: str | None) -> list[str]:
         if name not in names:
             raise InputError(f"`accelerate_config` is {name!r}: no such file, and TRL ships {', '.join(names)}.")
         path = Path(str(shipped.joinpath(f"{name}.yaml")))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"`accelerate_config` is {name!r}, which is not readable as YAML: {one_line(error)}"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"`accelerate_config` is {name!r}, which must hold a mapping; `accelerate config` writes one."
-        )
+    read_mapping("accelerate_config", str(path), "; `accelerate config` writes one.")
     return ["--config_file", str(path)]
 
 
@@ -76,10 +67,15 @@ def planned_processes(launch_args: list[str], use_cpu: bool) -> int:
 
     args = parse_launch_args(launch_args, "none")
     path = Path(args.config_file or default_config_file)
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if args.config_file or path.is_file() else {}
+    config = read_mapping("accelerate_config", str(path), ".") if args.config_file or path.is_file() else {}
     if config.get("distributed_type") == "NO" and not (args.multi_gpu or args.use_deepspeed or args.use_fsdp):
         return 1
-    return args.num_processes or config.get("num_processes") or max(torch.accelerator.device_count(), 1)
+    asked = args.num_processes or config.get("num_processes") or max(torch.accelerator.device_count(), 1)
+    if not isinstance(asked, int) or asked < 1:
+        raise InputError(
+            f"`num_processes` is {asked!r}, which no run can have: it must be a whole number, at least 1."
+        )
+    return asked
 
 
 def launch(module: str, script_args: list[str], launch_args: list[str]) -> int:

@@ -119,7 +119,8 @@ def _describe_first_rows(dataset: Any, processor: Any, args: Any) -> Table:
     check_tokenizer(tokenizer, dataset, "train")
     template = args.chat_template_kwargs or {}
     table, longest, completions = [], 0, []
-    sample = first_rows(look_at_completions(Dataset.from_list(first_rows(dataset)), processor, args, "train"))
+    rows = Dataset.from_list(first_rows(dataset), features=dataset.features)
+    sample = first_rows(look_at_completions(rows, processor, args, "train"))
     for index, row in enumerate(sample):
         prompt_ids = tokenize_prompt(row["prompt"], processor, template)
         longest = max(longest, len(prompt_ids))

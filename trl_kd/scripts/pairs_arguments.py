@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.report import SUMMARY
 from trl_kd.sampling.client import OPENAI_URL
 from trl_kd.sampling.recorded import read_object
+from trl_kd.sampling.urls import hostname
 from trl_kd.scripts.checks import check_attention, check_output_dir
 from trl_kd.scripts.errors import InputError, bad_input
 
@@ -220,10 +220,10 @@ def _check_source(args: PairsArguments, source: str) -> None:
         raise InputError(
             f"`{source}` and `{source}_column` are {both}: say who answers, or the column with the answers."
         )
-    for name in ("num_{}_samples", "{}_max_new_tokens"):
-        value = getattr(args, name.format(source))
-        if value < 1:
-            raise InputError(f"`{name.format(source)}` is {value}: it must be at least 1.")
+    for name, most in ((f"num_{source}_samples", 2**16), (f"{source}_max_new_tokens", 2**31)):
+        value = getattr(args, name)
+        if not 1 <= value <= most:
+            raise InputError(f"`{name}` is {value}: it must be at least 1, and at most {most:,}.")
     if model in ("api:", "vllm:"):
         raise InputError(f"`{source}` is {model!r}: give the model's name behind the colon.")
     for names, is_idle, why in (
@@ -248,7 +248,7 @@ def _check_keys(args: PairsArguments) -> None:
         urls = getattr(args, f"{who}_base_url") or [os.environ.get("OPENAI_BASE_URL") or OPENAI_URL]
         if variable != "OPENAI_API_KEY":
             raise InputError(f"`{who}_api_key_env` is {variable!r}, but the environment has no such variable: set it.")
-        if any(urlsplit(url).hostname == urlsplit(OPENAI_URL).hostname for url in urls):
+        if any(hostname(url) == hostname(OPENAI_URL) for url in urls):
             field = "preference" if who == "judge" else who
             raise InputError(
                 f"`{field}` is {model!r}, at OpenAI's server, but the environment has no variable {variable}, its key: "

@@ -1,5 +1,6 @@
 """The parts that the arguments of `trl-kd pairs` name: prompts, samplers and a preference function."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,18 @@ def make_sampler(args: PairsArguments, source: str) -> Any:
     try:
         return _model_sampler(args, source, model)
     except ValueError as error:
-        raise InputError(f"`{source}` is {model!r}: {error}") from error
+        raise InputError(f"`{source}` is {model!r}: {_of(args, source, error)}") from error
+
+
+def _of(args: PairsArguments, who: str, error: Exception) -> str:
+    """What a part refuses of its own settings, by the names that these have among all arguments."""
+
+    def named(match: re.Match[str]) -> str:
+        name = f"{who}_{match[1]}"
+        is_shared = match[1] in OF_ASKING and getattr(args, name, None) is None
+        return f"`{name}`" if hasattr(args, name) and not is_shared else match[0]
+
+    return re.sub(r"`(\w+)`", named, str(error))
 
 
 def _model_sampler(args: PairsArguments, source: str, model: str) -> Any:
@@ -162,7 +174,8 @@ def make_preference(args: PairsArguments, student: Any = None) -> Any:
     except (ValueError, OSError) as error:
         if kind in ("reward_model", "likelihood") and isinstance(error, OSError):
             raise model_error("preference", name, error) from error
-        raise InputError(f"`preference` is {args.preference!r}: {error}") from error
+        said = _of(args, "judge", error) if kind == "judge" else str(error)
+        raise InputError(f"`preference` is {args.preference!r}: {said}") from error
 
 
 def _verifier_tokenizer(args: PairsArguments, student: Any) -> Any:

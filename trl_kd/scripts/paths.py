@@ -1,6 +1,7 @@
 """Paths in arguments: a `~` is resolved once, where arguments are read, and a name is refused that a library would take for
 something else."""
 
+import errno
 import os
 import re
 import shlex
@@ -52,6 +53,14 @@ def resolved(field: str, value: str) -> str:
         raise InputError(
             f"`{field}` is {value!r}: there is no user {user[1:]!r} here. A file or folder of that name is './{path}'."
         )
+    if not path.startswith("{"):  # JSON in place of its file
+        try:
+            os.lstat(written_out)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(
+                    f"`{field}` is {value!r}, which no path can be ({error.strerror}): shorten it."
+                ) from None
     if os.path.normpath(written_out).startswith("~"):  # `./~name`, which libraries make `~name` and expand
         written_out = os.path.abspath(written_out)
     return kind + written_out
@@ -63,6 +72,11 @@ def check_name(field: str, value: str) -> None:
         raise InputError(
             f"`{field}` is {value!r}: `datasets` reads '::' and '://' in a path as an address, so that nothing could be "
             "loaded from there. Give a folder of this machine without them."
+        )
+    if os.path.expandvars(value) != value:
+        raise InputError(
+            f"`{field}` is {value!r}: `datasets` puts a variable of the environment in place of '$' and its name, so that "
+            "nothing could be loaded from there. Write the folder out, or give another."
         )
 
 

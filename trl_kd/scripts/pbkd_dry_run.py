@@ -118,7 +118,7 @@ def _describe_tokens(rows: dict[str, Any], training_args: Any, model_args: Any) 
 
 def _describe_first_rows(dataset: Any, processor: Any, tokenizer: Any, training_args: Any) -> Table:
     sample = first_rows(dataset)
-    rows = Dataset.from_list(sample)
+    rows = Dataset.from_list(sample, features=dataset.features)
     if not training_args.has_preference_term:
         rows = rows.map(only_teachers_text)
     tokens = tokenize_rows(rows, processor, training_args, "train")

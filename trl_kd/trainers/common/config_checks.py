@@ -1,8 +1,8 @@
 """Checks of the trainers' settings, with messages that name the field, its value and the fix."""
 
 import logging
-import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -49,7 +49,7 @@ def parse_radius(value: float | str | None, name: str = "confidence_radius", def
 def check_number(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
     """Raises a `ValueError` that names the field, its value and what is `allowed`, unless `holds` of a finite number."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
+    if not number or not abs(value) <= sys.float_info.max or not holds(value):  # of NaN too
         raise ValueError(f"`{name}` is {value!r}: it must be a finite number, {allowed}.")
 
 

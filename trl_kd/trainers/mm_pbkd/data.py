@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from trl_kd.pairs.checks import check_template_columns
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.finish_reasons import check_finish_reason, has_end
 from trl_kd.responses.reasoning import stripped
@@ -114,6 +115,7 @@ def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
     if row["prompt"] in (None, ""):
         raise ValueError(f"{where}: `prompt` is {row['prompt']!r}. Give a text, or drop the row.")
     check_text(row["prompt"], f"{where}: `prompt`")
+    check_template_columns(row, where)
     completion = row.get("completion") if mixed else None
     if completion is None:
         return

@@ -248,9 +248,13 @@ class OnlinePbKDConfig(RLOOConfig, ImitationConfig):
             check_number(name, getattr(self, name), lambda value: value > 0, "above 0")
         for name, least in (("rm_steps", 1), ("rm_lora_r", 0), ("rm_warmup_epochs", 1), ("rm_warmup_steps", 1)):
             check_integer(name, getattr(self, name), least)
-        for name, least in (("rm_batch_size", 1), ("rm_max_length", 2), ("num_generations_eval", 1)):
+        for name, least in (("num_generations", 2), ("num_iterations", 1)):  # two, since advantages compare answers
+            check_integer(name, getattr(self, name), least)
+        for name in ("rm_batch_size", "num_generations_eval", "generation_batch_size", "steps_per_generation"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), 1)
+        if self.rm_max_length is not None:
+            check_integer("rm_max_length", self.rm_max_length, 2)
         check_number("rm_held_out", self.rm_held_out, lambda value: 0 <= value < 1, "at least 0 and below 1")
         check_number("confidence_delta", self.confidence_delta, lambda value: 0 < value < 1, "between 0 and 1")
         if self.confidence_radius != "theory":

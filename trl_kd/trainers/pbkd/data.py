@@ -23,6 +23,7 @@ from transformers import AutoProcessor
 
 from trl_kd._trl.models import get_config_model_id
 from trl_kd.losses.imitation import CHOSEN, NO_TEACHER, REJECTED
+from trl_kd.pairs.checks import check_template_columns
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.finish_reasons import check_finish_reason
 from trl_kd.responses.nulls import without_nulls
@@ -94,8 +95,9 @@ def names_teacher(row: dict[str, Any]) -> bool:
 
 
 def _without_weights(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Without the weights of another trainer's dataset, or columns of the same names."""
-    found = [column for column in (ADVANTAGE, SHARE, COMPARED) if column in (dataset.column_names or ())]
+    """Without the weights of another trainer's dataset, or columns of the same names; and without `completion`, which is no
+    text of a pair, and by which TRL may tell text from messages."""
+    found = [column for column in (ADVANTAGE, SHARE, COMPARED, "completion") if column in (dataset.column_names or ())]
     return dataset.remove_columns(found) if found else dataset
 
 
@@ -208,6 +210,7 @@ class _RowReader:
         for column in (*REASON_COLUMNS, _THIRD_REASON):
             check_finish_reason(row.get(column), f"{where}: `{column}`")
         check_count(row.get(COUNT), where)
+        check_template_columns(row, where)
         for column in SOURCE_COLUMNS:
             if row.get(column) not in (None, "teacher", "student"):
                 raise ValueError(f"{where}: `{column}` is {row[column]!r}; it must be 'teacher', 'student' or null.")
@@ -218,7 +221,7 @@ class _RowReader:
                 )
         preference = self._preference(row.get("preference", 1.0), where)
         side = row.get("teacher_side") if self.has_side else None if self.third else "chosen"
-        if side not in SIDES:
+        if not isinstance(side, str | None) or side not in SIDES:
             raise ValueError(f"{where}: `teacher_side` is {side!r}; it may be 'chosen', 'rejected' or null.")
         text = row.get("teacher")
         if text is None:
@@ -258,7 +261,7 @@ class _RowReader:
     def count(self, dataset: Dataset) -> RowCounts:
         counts = RowCounts()
         read = {"prompt", "chosen", "rejected", "teacher", *LABEL_COLUMNS, *REASON_COLUMNS, *SCORE_COLUMNS}
-        read |= {_THIRD_REASON, COUNT, *SOURCE_COLUMNS}
+        read |= {_THIRD_REASON, COUNT, *SOURCE_COLUMNS, "tools", "chat_template_kwargs"}
         dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
         batches = dataset.with_format(None).iter(batch_size=1000)  # row by row it takes thirty times as long
         rows = (
@@ -325,10 +328,23 @@ def check_text(value: Any, where: str) -> None:
             f"each{hint}."
         )
     for index, message in enumerate(value):
+        check_message(message, f"{where}: message {index}")
         if message.get("content") is None and not message.get("tool_calls"):
             raise ValueError(
                 f"{where}: message {index}, of the {message['role']}, has no `content`. Give a text, or drop the row."
             )
+
+
+def check_message(message: dict[str, Any], where: str) -> None:
+    """Raises a `ValueError` that begins with `where` for a part of a message that is of another kind than templates take."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if not isinstance(message["role"], str):
+        raise ValueError(f"{where} has the `role` {message['role']!r}; it must be text, such as 'user'.")
+    is_parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    if not isinstance(content, str | None) and not is_parts:
+        raise ValueError(f"{where} has the `content` {repr(content)[:60]}; it must be text, or a list of parts.")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError(f"{where} has the `tool_calls` {repr(calls)[:60]}; they must be a list of calls, or null.")
 
 
 def _is_empty(response: Any) -> bool:
