@@ -2,7 +2,7 @@
 
     python benchmarks/imitation_ablations.py
     python benchmarks/imitation_ablations.py --prompts 500 --settings default radius_0 radius_0.05    # few pairs
-    python benchmarks/imitation_ablations.py --rates     # and which learning rate each method of the demo is best at
+    python benchmarks/imitation_ablations.py --rates     # and at which learning rate each method of the demo is best
 
 Tasks: the two bundled ones, one in which ties are mostly both right, and one whose labels are drawn from a hidden score
 (`imitation_tasks.py`). All settings make 600 updates of 32 rows from the same start. Every stage is kept under `runs/`, so
@@ -24,11 +24,19 @@ from typing import Any
 from bundled_tasks import spread
 from imitation_tasks import EITHER_SEPARATOR, GRADED, SCALE
 
+<<<<<<< HEAD
 from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
 from trl_kd.demo.methods import LABELLED, METHODS, Recipe
 from trl_kd.demo.progress import quiet_libraries
 from trl_kd.demo.report import environment
 from trl_kd.demo.stage import MARKER, check_settings, stage, write_json
+=======
+from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
+from trl_kd.demo.methods import FLIPPED, METHODS, Recipe
+from trl_kd.demo.progress import quiet_libraries
+from trl_kd.demo.report import environment
+from trl_kd.demo.stage import MARKER, check_settings, stage, write_json
+>>>>>>> main
 from trl_kd.tasks import TASKS
 from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED
 from trl_kd.trainers.pbkd.tokens import mean_advantage
@@ -66,9 +74,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what readers see, 
 EQUAL = {"equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
 """Weight of equal texts, which is no field of PbKDConfig."""
 RATES = {
-    **dict.fromkeys(METHODS, (0.0003, 0.001, 0.003)),
-    "dpo": (1e-6, 1e-5, 3e-5, 1e-4),
+    **{method: [f"{method}:{rate:g}" for rate in (0.0003, 0.001, 0.003)] for method in METHODS},
+    "dpo": [f"dpo:{rate:g}{beta}" for rate in (1e-7, 1e-6, 1e-5, 1e-4) for beta in ("", ":1")],
 }
+"""Method, learning rate, and β of DPO where it is not TRL's 0.1."""
 MEASURES = ("sampled", "best", "greedy")
 
 
@@ -83,7 +92,9 @@ class AblationCell(Cell):
 
     def recipe(self, method: str, rows: list[dict[str, Any]]) -> Recipe:
         if method not in SETTINGS:
-            return super().recipe(method.partition(":")[0], rows)
+            name, _, beta = [*method.split(":"), "", ""][:3]
+            found = super().recipe(name, rows)
+            return found._replace(settings=found.settings | {"beta": float(beta)}) if beta else found
         if method == "equal_0":
             rows = [row for row in rows if row["chosen"] != row["rejected"]]
         found = super().recipe("pbkd", rows)
@@ -99,15 +110,14 @@ class AblationCell(Cell):
         return trainer
 
     def learning_rate(self, method: str) -> float:
-        _, _, rate = method.partition(":")
-        return float(rate) if rate else super().learning_rate(method)
+        return float(method.split(":")[1]) if ":" in method else super().learning_rate(method)
 
     def cell_folder(self, method: str) -> Path:
         few = "" if self.prompts == self.settings.prompts else f"_of_{self.prompts}"
         return self.stage_folder(method.replace(":", "_") + few)
 
     def measured(self, method: str) -> dict[str, Any]:
-        """The row of one cell; `method` is a setting, or one of the demo's methods and its learning rate."""
+        """The row of one cell; `method` is a setting, or one of `RATES`."""
         return self.row(method, stage(self.cell_folder(method), partial(self._distil, method)))
 
     def row(self, method: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +184,8 @@ def rates(arguments: argparse.Namespace) -> None:
     for clean in cells(arguments):
         flipped = AblationCell(clean.task, clean.seed, clean.settings, clean.folder, flipped=True, split="validation")
         for cell in (clean, flipped):
-            methods = [name for name in arguments.methods if name in LABELLED or not cell.flipped]
-            asked = [f"{method}:{rate:g}" for method in methods for rate in RATES[method]]
+            methods = [name for name in arguments.methods if name in FLIPPED or not cell.flipped]
+            asked = [name for method in methods for name in RATES[method]]
             rows += rows_of(cell, asked, arguments.finished)
         what = (
             "exact match on validation questions, in [0, 1], by method and learning rate: mean and standard deviation"

@@ -313,8 +313,16 @@ MEASURES = (
 )
 
 
+def mean_pi_q(row: dict[str, Any]) -> list[float]:
+    """The batch means of π^q = 1 − q·ℓ_q, q at the step, in means of five steps."""
+    settings, losses = ROWS[row["row"]][1], row["imitation"]
+    rise = settings["imitation_q_warmup"] * len(losses)
+    means = [1 - settings["imitation_q"] * min(1.0, i / rise if rise else 1.0) * x for i, x in enumerate(losses)]
+    return [round(mean(means[i : i + 5]), 4) for i in range(0, len(means), 5)]
+
+
 def write_results(args: Any, prompts: dict[str, list[dict[str, str]]]) -> None:
-    rows = _kept(args)
+    rows = [row | {"mean_pi_q": mean_pi_q(row)} if "imitation" in row else row for row in _kept(args)]
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(row["row"] for row in rows):
         found = [row for row in rows if row["row"] == name]
