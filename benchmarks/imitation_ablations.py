@@ -24,19 +24,11 @@ from typing import Any
 from bundled_tasks import spread
 from imitation_tasks import EITHER_SEPARATOR, GRADED, SCALE
 
-<<<<<<< HEAD
-from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
-from trl_kd.demo.methods import LABELLED, METHODS, Recipe
-from trl_kd.demo.progress import quiet_libraries
-from trl_kd.demo.report import environment
-from trl_kd.demo.stage import MARKER, check_settings, stage, write_json
-=======
 from trl_kd.demo.experiment import Cell, DemoSettings, fingerprint
 from trl_kd.demo.methods import FLIPPED, METHODS, Recipe
 from trl_kd.demo.progress import quiet_libraries
 from trl_kd.demo.report import environment
 from trl_kd.demo.stage import MARKER, check_settings, stage, write_json
->>>>>>> main
 from trl_kd.tasks import TASKS
 from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED
 from trl_kd.trainers.pbkd.tokens import mean_advantage
