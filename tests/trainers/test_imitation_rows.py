@@ -15,7 +15,7 @@ from tests.responses.templates import CHATML, TOOLS, says, tokenizer_with
 from tests.trainers.test_pbkd_responses import turns
 from trl_kd import PbKDConfig, PbKDTrainer
 from trl_kd.losses.confidence import imitation_advantage
-from trl_kd.trainers.pbkd.texts import text_key
+from trl_kd.trainers.common.teacher_texts import text_key
 
 
 OFF = {"dual_init": 0.0}

@@ -30,17 +30,17 @@ from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.scripts.memory import Q_BYTES, q_parameters
 from trl_kd.trainers.common.held_out import LEAST_HELD_OUT
 from trl_kd.trainers.common.imitation_weights import PairWeights
+from trl_kd.trainers.common.pair_rows import has_images
+from trl_kd.trainers.common.preference_pairs import known_pairs, read_pairs
+from trl_kd.trainers.common.prompts import check_prompts
+from trl_kd.trainers.common.tokenizer import check_tokenizer
 from trl_kd.trainers.mm_pbkd.data import (
     PairBatches,
     check_prompt_count,
-    check_prompts,
-    known_pairs,
     look_at_completions,
-    read_pairs,
     tokenize_completion,
     tokenize_pairs,
 )
-from trl_kd.trainers.pbkd.data import check_tokenizer, has_images
 
 
 def dry_run(script_args: Any, training_args: Any, model_args: Any, mixture: Any, processes: int = 1) -> str:
@@ -167,7 +167,7 @@ def _describe_pairs(dataset: Dataset, prompts: Any, processor: Any, args: Any, p
     table = [
         ("pairs columns", columns({c: dataset[0][c] for c in ("prompt", "chosen", "rejected") if c in dataset[0]}))
     ]
-    known = known_pairs(read_pairs(dataset, args.pair_max_length, prompts))
+    known = known_pairs(read_pairs(dataset, prompts))
     sample = tokenize_pairs(known.select(range(min(SAMPLE, len(known)))), processor, args)
     world: Any = SimpleNamespace(process_index=0, num_processes=processes)
     batches = PairBatches(_told_apart(known), args, world, pad_token_id=0)
@@ -193,7 +193,7 @@ def _describe_pairs(dataset: Dataset, prompts: Any, processor: Any, args: Any, p
 
 
 def _describe_imitation(dataset: Any, pairs: Dataset | None, args: Any) -> str:
-    weights = PairWeights(None if pairs is None else read_pairs(pairs, args.pair_max_length, dataset), args)
+    weights = PairWeights(None if pairs is None else read_pairs(pairs, dataset), args)
     told = f"weight {args.imitation_weight:g}"
     if pairs is None or not isinstance(dataset, Dataset) or "completion" not in dataset.column_names:
         return f"{told}, of all completions alike"

@@ -25,14 +25,10 @@ from trl_kd.scripts.dry_run import (
 )
 from trl_kd.scripts.dry_run_training import describe_training
 from trl_kd.trainers.common.config import imitation_radius
+from trl_kd.trainers.common.pair_rows import RowCounts, has_images, names_teacher
 from trl_kd.trainers.common.response_rows import tokenize_rows
-from trl_kd.trainers.pbkd.data import (
-    RowCounts,
-    check_tokenizer,
-    has_images,
-    names_teacher,
-    prepare_rows,
-)
+from trl_kd.trainers.common.tokenizer import check_tokenizer
+from trl_kd.trainers.pbkd.data import prepare_rows
 from trl_kd.trainers.pbkd.texts import weigh_texts
 from trl_kd.trainers.pbkd.tokens import only_teachers_text
 

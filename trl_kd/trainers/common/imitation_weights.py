@@ -9,9 +9,9 @@ from trl import extract_prompt
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.trainers.common.config import ImitationConfig, imitation_radius
+from trl_kd.trainers.common.pair_rows import SCORE_COLUMNS
 from trl_kd.trainers.common.student_answers import COUNT
-from trl_kd.trainers.pbkd.data import SCORE_COLUMNS
-from trl_kd.trainers.pbkd.texts import OF_PROMPT, TeacherText, is_known, read_columns, text_key
+from trl_kd.trainers.common.teacher_texts import OF_PROMPT, TeacherText, is_known, read_columns, text_key
 
 
 _OF_PAIR = ("chosen", "rejected", "preference", COUNT, *SCORE_COLUMNS)

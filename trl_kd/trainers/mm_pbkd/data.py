@@ -1,87 +1,31 @@
 """What `MMPbKDTrainer` reads beside prompts: the teacher's completions as off-policy states, and preference pairs."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 
-from trl_kd.pairs.checks import check_template_columns
-from trl_kd.preferences.tokens import is_conversational
-from trl_kd.responses.finish_reasons import check_finish_reason, has_end
+from trl_kd.responses.finish_reasons import has_end
 from trl_kd.responses.reasoning import stripped
 from trl_kd.responses.rendering import row_options
 from trl_kd.responses.special_tokens import turn_end
 from trl_kd.responses.tokens import OWN, encode
 from trl_kd.trainers.common.held_out import MOST_HELD_OUT, hold_out
+from trl_kd.trainers.common.preference_pairs import pair_settings
+from trl_kd.trainers.common.prompts import check_row
 from trl_kd.trainers.common.response_rows import KIND_COLUMNS, ResponseReader, tokenize_rows
+from trl_kd.trainers.common.tokenizer import check_tokenizer
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
-from trl_kd.trainers.pbkd.data import check_text, check_tokenizer, has_images, prepare_rows
 
 
 logger = get_logger(__name__)
 
 
 # ---- States ------------------------------------------------------------------------------------------------------------
-
-
-def check_prompts(dataset: Any, name: str, lmbda: float = 1.0, tools: Any = None) -> Any:
-    """
-    Args:
-        dataset (`Dataset` or `IterableDataset`):
-            Prompts, with `completion` or without. A stream is checked by its first row, and then as it is read.
-        name (`str`):
-            What it is called in messages.
-        lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of on-policy states; below 1 completions are read too.
-        tools (*optional*):
-            Tools of the student's, if it has any.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        `ValueError`: it has no prompts, or its rows cannot give off-policy states.
-    """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        hint = f": give one of them, such as dataset[{next(iter(dataset))!r}]" if isinstance(dataset, dict) else ""
-        raise ValueError(f"The {name} dataset is a {type(dataset).__name__}, not a `datasets.Dataset`{hint}.")
-    first: dict[str, Any] | None = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty: it needs at least one row.")
-    if "prompt" not in first:
-        raise ValueError(f"The {name} dataset has no column 'prompt'; it has {', '.join(sorted(first))}.")
-    mixed = lmbda < 1
-    if mixed and (has_images(first) or tools):
-        raise ValueError(
-            f"`lmbda` is {lmbda}, but {'tools' if tools else 'images'} are supported on-policy only: set `lmbda=1`."
-        )
-    unread = [column for column in ("tools", "chat_template_kwargs") if first.get(column)]
-    if mixed and unread and lmbda > 0:
-        logger.warning(
-            f"The {name} dataset has a column {unread[0]!r}, which the student's own prompts are made without: they are "
-            "another context than the one that the teacher answered in. Give what holds for all rows as "
-            "`chat_template_kwargs` or `tools` of the trainer."
-        )
-    if mixed and "completion" not in first:
-        logger.info(
-            f"The {name} dataset has no column 'completion': the teacher's states are sampled from the teacher."
-        )
-    read = [column for column in ("prompt", "completion", "completion_finish_reason") if column in first]
-    rows: Iterable[dict[str, Any]] = [first]
-    if isinstance(dataset, Dataset):
-        batches = dataset.select_columns(read).with_format(None).iter(batch_size=1000)  # much faster than row by row
-        values = (row for batch in batches for row in zip(*(batch[column] for column in read), strict=True))
-        rows = (dict(zip(read, row, strict=True)) for row in values)
-    for index, row in enumerate(rows):
-        check_row(row, f"Row {index} of the {name} dataset", mixed)
-    return dataset
 
 
 def look_at_completions(dataset: Any, processing_class: Any, args: MMPbKDConfig, name: str) -> Any:
@@ -107,24 +51,6 @@ def check_prompt_count(dataset: Any, args: MMPbKDConfig, processes: int) -> None
             f"The train dataset has {len(dataset)} prompts, and one step takes {batch} "
             f"(`per_device_train_batch_size` = {args.per_device_train_batch_size}, {processes} processes, "
             f"`gradient_accumulation_steps` = {args.gradient_accumulation_steps}): give more prompts, or lower one of them."
-        )
-
-
-def check_row(row: dict[str, Any], where: str, mixed: bool) -> None:
-    """Raises a `ValueError` for a prompt that is empty or no prompt, or a completion of another format."""
-    if row["prompt"] in (None, ""):
-        raise ValueError(f"{where}: `prompt` is {row['prompt']!r}. Give a text, or drop the row.")
-    check_text(row["prompt"], f"{where}: `prompt`")
-    check_template_columns(row, where)
-    completion = row.get("completion") if mixed else None
-    if completion is None:
-        return
-    check_text(completion, f"{where}: `completion`")
-    check_finish_reason(row.get("completion_finish_reason"), f"{where}: `completion_finish_reason`")
-    if isinstance(completion, str) != isinstance(row["prompt"], str):
-        kind = "text" if isinstance(row["prompt"], str) else "messages"
-        raise ValueError(
-            f"{where}: `prompt` is {kind} but `completion` is not: give both as text or both as messages."
         )
 
 
@@ -195,122 +121,7 @@ def tokenize_completion(
     return encoded.prompt_ids, ids[: end + 1], own[: end + 1]
 
 
-class EpochOrder(Sampler[int]):
-    """
-    TRL's order of the prompts, also where a training goes on in a later epoch: its generator would begin anew there.
-
-    Args:
-        sampler (`RepeatSampler`):
-            TRL's.
-        epoch (`Callable`):
-            Returns the epoch that begins or goes on.
-    """
-
-    def __init__(self, sampler: Any, epoch: Callable[[], int]):
-        self._sampler, self._epoch = sampler, epoch
-
-    def __iter__(self) -> Iterator[int]:
-        sampler = self._sampler
-        if sampler.shuffle:
-            sampler.generator.manual_seed(sampler.seed)
-            for _ in range(self._epoch()):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-        return iter(sampler)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
 # ---- Pairs -------------------------------------------------------------------------------------------------------------
-
-
-def _pair_settings(max_length: int | None, reasoning: str | None = None) -> Any:
-    """What the readers of pairs ask of a `PbKDConfig`: Q's likelihood is Bradley–Terry's, so every label will do."""
-    return SimpleNamespace(
-        loss_type=["sigmoid"],
-        use_weighting=False,
-        f_divergence_type="reverse_kl",
-        max_length=max_length,
-        truncation_mode="keep_start",
-        dataset_num_proc=None,
-        reasoning=reasoning,
-    )
-
-
-def read_pairs(dataset: Any, max_length: int | None, prompts: Any) -> Dataset:
-    """
-    Checks preference pairs as `PbKDTrainer` does.
-
-    Args:
-        dataset (`Dataset`):
-            Pairs in TRL's preference format, `preference` being P(chosen ≻ rejected), by default 1.
-        max_length (`int` or `None`):
-            Tokens of a row that will be read.
-        prompts (`Dataset` or `IterableDataset`, *optional*):
-            What is trained on, of the same format as the pairs.
-
-    Returns:
-        All pairs, with a column `preference`.
-
-    Raises:
-        `ValueError`: a stream, images, a wrong label, or text beside messages.
-    """
-    if not isinstance(dataset, Dataset):
-        hint = ""
-        if isinstance(dataset, dict) and dataset:
-            hint = f", for example preference_dataset[{next(iter(dataset))!r}]"
-        elif isinstance(dataset, list):
-            hint = ", for example `Dataset.from_list(pairs)`"
-        elif isinstance(dataset, IterableDataset):
-            hint = ": a stream cannot be drawn from in a new order again and again, as Q does"
-        raise ValueError(f"`preference_dataset` is a {type(dataset).__name__}; give a `datasets.Dataset`{hint}.")
-    if has_images(next(iter(dataset), {})):
-        raise ValueError("`preference_dataset` has images, which Q does not read: drop their columns, or those rows.")
-    unused = [c for c in ("teacher", "teacher_side") if c in dataset.column_names]  # who wrote what is nothing to Q
-    dataset = dataset.remove_columns(unused)
-    dataset, _ = prepare_rows(dataset, "preference", _pair_settings(max_length), imitated=False)
-    if prompts is not None:
-        _check_same_format(next(iter(dataset)), next(iter(prompts)))
-    if "preference" not in dataset.column_names:
-        dataset = dataset.add_column("preference", [1.0] * len(dataset))
-    return dataset
-
-
-def known_pairs(dataset: Dataset) -> Dataset:
-    """
-    Those of the pairs that Q learns from: with a known preference. Two equal responses have none, whatever their label says.
-
-    Args:
-        dataset (`Dataset`):
-            What `read_pairs` returned.
-
-    Raises:
-        `ValueError`: no pair is left.
-    """
-    read = dataset.select_columns(["chosen", "rejected", "preference"]).with_format(None).iter(batch_size=1000)
-    rows = (row for b in read for row in zip(b["chosen"], b["rejected"], b["preference"], strict=True))
-    differ = [None if p is None or math.isnan(p) else chosen != rejected for chosen, rejected, p in rows]
-    if False in differ:
-        logger.warning(
-            f"In {differ.count(False)} of {len(dataset)} rows of the preference dataset both responses are equal, so that "
-            "none is preferred: they are left out."
-        )
-    dataset = dataset.select([i for i, use in enumerate(differ) if use])
-    if not len(dataset):
-        raise ValueError(
-            "`preference_dataset` has no row with a known `preference` between two different responses: Q would learn "
-            "nothing from it."
-        )
-    return dataset
-
-
-def _check_same_format(pair: dict[str, Any], row: dict[str, Any]) -> None:
-    ours, theirs = ("messages" if is_conversational(first) else "text" for first in (pair, row))
-    if ours != theirs:
-        raise ValueError(
-            f"`preference_dataset` is {ours}, but the prompts of the train dataset are {theirs}: give both as text or both "
-            "as messages (`trl-kd pairs --as_messages` makes pairs of messages from prompts of text)."
-        )
 
 
 def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) -> Dataset:
@@ -321,7 +132,7 @@ def tokenize_pairs(dataset: Dataset, processing_class: Any, args: MMPbKDConfig) 
         `ValueError`: the tokenizer cannot render them, or `pair_max_length` leaves no response token.
     """
     check_tokenizer(getattr(processing_class, "tokenizer", processing_class), dataset, "preference")
-    settings = _pair_settings(args.pair_max_length, args.reasoning)
+    settings = pair_settings(args.pair_max_length, args.reasoning)
     dataset = tokenize_rows(dataset, processing_class, settings, "preference", limit="pair_max_length")
     kinds = [column for column in KIND_COLUMNS if column in dataset.column_names]
     return dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", "preference", *kinds])

@@ -31,21 +31,16 @@ from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
 from trl_kd.trainers.common.finite import FiniteTraining
 from trl_kd.trainers.common.imitation_weights import PairWeights
 from trl_kd.trainers.common.output_heads import output_head, output_layer, whole
+from trl_kd.trainers.common.pair_rows import each_dataset
+from trl_kd.trainers.common.preference_pairs import known_pairs, read_pairs
+from trl_kd.trainers.common.prompts import EpochOrder, check_prompts
 from trl_kd.trainers.common.student_head import CheckedStudent, check_student, check_student_tokens
 from trl_kd.trainers.common.teacher import Teacher
+from trl_kd.trainers.common.tokenizer import check_tokenizer, load_processing_class
 from trl_kd.trainers.mm_pbkd.adversary import Adversary, Baseline, PairStates
 from trl_kd.trainers.mm_pbkd.card import add_mm_pbkd_sections
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig, warn_if_approximate
-from trl_kd.trainers.mm_pbkd.data import (
-    EpochOrder,
-    PairBatches,
-    check_prompt_count,
-    check_prompts,
-    known_pairs,
-    look_at_completions,
-    read_pairs,
-    tokenize_pairs,
-)
+from trl_kd.trainers.mm_pbkd.data import PairBatches, check_prompt_count, look_at_completions, tokenize_pairs
 from trl_kd.trainers.mm_pbkd.generation import MixedStates
 from trl_kd.trainers.mm_pbkd.imitation import ImitatedStates
 from trl_kd.trainers.mm_pbkd.step import (
@@ -56,7 +51,6 @@ from trl_kd.trainers.mm_pbkd.step import (
     play,
     reshard,
 )
-from trl_kd.trainers.pbkd.data import check_tokenizer, each_dataset, load_processing_class
 
 
 if TYPE_CHECKING:
@@ -156,7 +150,7 @@ quantization_config, peft_config, tools:
         each_dataset(eval_dataset, lambda dataset, name: check_prompts(dataset, name, args.lmbda, tools))
         pairs = preference_dataset
         if pairs is not None:
-            pairs = read_pairs(pairs, args.pair_max_length, train_dataset)
+            pairs = read_pairs(pairs, train_dataset)
         if processing_class is None:
             processing_class = load_processing_class(model, args, truncation_side="left", padding_side="left")
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

@@ -25,11 +25,13 @@ from trl_kd.sampling import Answer, Sampler
 from trl_kd.sampling.as_json import to_json
 from trl_kd.sampling.column import ColumnSampler
 from trl_kd.sampling.sampler import beginning
+from trl_kd.trainers.common.pair_rows import has_images
+from trl_kd.trainers.common.preference_pairs import known_pairs, read_pairs
+from trl_kd.trainers.common.prompts import check_prompts
 from trl_kd.trainers.common.response_rows import ResponseReader
-from trl_kd.trainers.mm_pbkd.data import check_prompts, known_pairs, read_pairs
+from trl_kd.trainers.common.tokenizer import check_tokenizer, load_processing_class
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 from trl_kd.trainers.online_pbkd.pool import as_rows
-from trl_kd.trainers.pbkd.data import check_tokenizer, has_images, load_processing_class
 
 
 logger = get_logger(__name__)
@@ -205,7 +207,7 @@ reward_model (`str` or `PreTrainedModel`):
         """
         if self.pairs is None:
             return []
-        pairs = known_pairs(read_pairs(self.pairs, self.args.rm_max_length, prompts))
+        pairs = known_pairs(read_pairs(self.pairs, prompts))
         if "prompt" not in pairs.column_names:
             pairs = pairs.map(maybe_extract_prompt)
         if self.preference is not None:

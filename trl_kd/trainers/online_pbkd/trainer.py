@@ -32,8 +32,9 @@ from trl_kd.trainers.common.card import PAPER
 from trl_kd.trainers.common.config_checks import as_config, settle_end_token
 from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
 from trl_kd.trainers.common.finite import FiniteTraining, require_finite
+from trl_kd.trainers.common.pair_rows import each_dataset
+from trl_kd.trainers.common.prompts import EpochOrder
 from trl_kd.trainers.common.student_head import FusedStudent, check_student, check_student_tokens
-from trl_kd.trainers.mm_pbkd.data import EpochOrder
 from trl_kd.trainers.online_pbkd.card import add_online_sections
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 from trl_kd.trainers.online_pbkd.data import (
@@ -51,7 +52,6 @@ from trl_kd.trainers.online_pbkd.imitation import ImitationRows
 from trl_kd.trainers.online_pbkd.learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.online_pbkd.loading import check_reward_model, load_reward_model
 from trl_kd.trainers.online_pbkd.pool import PairPool
-from trl_kd.trainers.pbkd.data import each_dataset
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.tokens import OWN
 from trl_kd.trainers.common.response_rows import PairReader
+from trl_kd.trainers.common.teacher_texts import IMAGES
 from trl_kd.trainers.pbkd.data import ADVANTAGE, imitation_weights
-from trl_kd.trainers.pbkd.texts import IMAGES
 from trl_kd.trainers.pbkd.tokens import IGNORED, only_teachers_text
 
 

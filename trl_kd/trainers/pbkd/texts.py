@@ -5,31 +5,34 @@ prompt become one row. Where it is on, rows stay pairs, and such pairs share the
 nothing is learnt leave the data before batches are made.
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Image, IterableDataset, Sequence, Value, concatenate_datasets
 from trl import extract_prompt
 
-from trl_kd.losses.confidence import imitation_advantage
-from trl_kd.responses.finish_reasons import has_end
-from trl_kd.responses.nulls import without_nulls
+from trl_kd.trainers.common.pair_rows import SCORE_COLUMNS
 from trl_kd.trainers.common.response_rows import REASON_COLUMNS, map_rows
 from trl_kd.trainers.common.student_answers import COUNT, LEAST_COMPARISONS, StudentWins, Win, student_count
+from trl_kd.trainers.common.teacher_texts import (
+    IMAGES,
+    OF_PROMPT,
+    TeacherText,
+    known_number,
+    preference_of_teacher,
+    read_columns,
+    side_of_teacher,
+    text_key,
+)
 from trl_kd.trainers.pbkd.config import PbKDConfig
-from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED, SCORE_COLUMNS, SHARE
+from trl_kd.trainers.pbkd.data import ADVANTAGE, COMPARED, SHARE
 
 
 logger = get_logger(__name__)
-
-IMAGES = ("image", "images")
-OF_PROMPT = ("prompt", "tools", "chat_template_kwargs")
 
 
 @dataclass
@@ -131,75 +134,6 @@ def nothing_known(name: str) -> ValueError:
         f"No row of the {name} dataset has a known `preference`, and nothing is imitated, since `imitation_weight` is 0: "
         "label the rows, or set a weight above 0."
     )
-
-
-@dataclass
-class TeacherText:
-    """One text of the teacher's for one prompt, and what is known of it from all of its pairs: Σ p over the student's
-    answers with a known preference, and how many these are."""
-
-    won: float = 0.0
-    known: int = 0
-    scores: list[float] = field(default_factory=list)
-    compared: bool = False
-    row: int | None = None
-    """The row that stands for it: the first in which it has its end, or the first."""
-    ends: bool = False
-
-    def advantage(self, args: PbKDConfig, radius: float) -> float:
-        if args.imitation_min_score is not None and self.scores:
-            return float(sum(self.scores) / len(self.scores) >= args.imitation_min_score)
-        return imitation_advantage(self.won / self.known if self.known else None, radius)
-
-    def stand(self, index: int, row: dict[str, Any]) -> None:
-        """Lets the row stand for the text, unless another one does better."""
-        ends = has_end(row.get(f"{side_of_teacher(row)}_finish_reason"))
-        if self.row is None or (ends and not self.ends):
-            self.row, self.ends = index, ends
-
-    def add(self, row: dict[str, Any]) -> None:
-        score = _known(row.get(f"score_{side_of_teacher(row)}"))
-        if score is not None:
-            self.scores.append(score)
-        if without_nulls(row["chosen"]) == without_nulls(row["rejected"]):
-            return  # a label of equal texts says nothing
-        self.compared = True
-        preference = _of_teacher(row)
-        if preference is not None:
-            self.won += student_count(row) * preference
-            self.known += student_count(row)
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
-
-
-def side_of_teacher(row: dict[str, Any]) -> str | None:
-    return row.get("teacher_side", "chosen")
-
-
-def _of_teacher(row: dict[str, Any]) -> float | None:
-    """P(teacher's text ≻ the other)."""
-    preference = _known(row.get("preference", 1.0))
-    return preference if preference is None or side_of_teacher(row) == "chosen" else 1 - preference
-
-
-def is_known(row: dict[str, Any]) -> bool:
-    """Whether a pair has a known preference between different responses."""
-    differs = without_nulls(row["chosen"]) != without_nulls(row["rejected"])
-    return differs and _known(row.get("preference", 1.0)) is not None
-
-
-def text_key(row: dict[str, Any], side: str) -> bytes:
-    """What two rows have in common whose texts on these sides are one text to imitate."""
-    parts = [without_nulls(row.get(column)) or None for column in (*OF_PROMPT, *IMAGES)]
-    text = json.dumps([*parts, without_nulls(row[side])], sort_keys=True, default=_digest)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _digest(value: Any) -> str:
-    """Stands for what JSON cannot hold: the bytes of an image."""
-    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
 
 def weigh_texts(
@@ -322,9 +256,9 @@ def _compare(wins: StudentWins, key: bytes, index: int, row: dict[str, Any], arg
     if row.get(f"{side}_source") == "teacher" or not student_count(row):
         wins.know(key)
         return
-    score, least = _known(row.get(f"score_{side}")), args.imitation_min_score
+    score, least = known_number(row.get(f"score_{side}")), args.imitation_min_score
     is_good = score is None or least is None or score >= least
-    wins.add(key, text_key(row, side), index, side, _of_teacher(row), student_count(row), is_good)
+    wins.add(key, text_key(row, side), index, side, preference_of_teacher(row), student_count(row), is_good)
 
 
 def _with_wins(dataset: Dataset, kept: list[int], found: list[Win]) -> Dataset:
@@ -362,7 +296,7 @@ def _paired(dataset: Dataset, advantages: list[float | None], args: PbKDConfig) 
     labels = dataset["preference"] if "preference" in dataset.column_names else [1.0] * len(dataset)
     imitated = args.imitation_weight > 0
     rows = zip(advantages, labels, strict=True)
-    return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or _known(p) is not None]
+    return [index for index, (weight, p) in enumerate(rows) if (imitated and weight) or known_number(p) is not None]
 
 
 def _merged(texts: dict[bytes, TeacherText], weights: dict[bytes, float]) -> list[int]:
@@ -382,14 +316,6 @@ def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
     yield from read_columns(dataset, (*OF_PROMPT, *IMAGES, "chosen", "rejected", *labels))
 
 
-def read_columns(dataset: Dataset, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Rows with those of the columns that there are. One by one they would take thirty times as long."""
-    dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
-    for batch in dataset.with_format(None).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
 def _weigh_stream(
     dataset: IterableDataset, name: str, args: PbKDConfig, radius: float, training: bool
 ) -> IterableDataset:
@@ -401,7 +327,7 @@ def _weigh_stream(
         return {ADVANTAGE: text.advantage(args, radius), SHARE: 1.0, COMPARED: text.compared}
 
     def teaches(row: dict[str, Any]) -> bool:
-        prefers = args.has_preference_term and _known(row.get("preference", 1.0)) is not None
+        prefers = args.has_preference_term and known_number(row.get("preference", 1.0)) is not None
         return prefers or bool(args.imitation_weight and row[ADVANTAGE])
 
     dataset = dataset.map(weigh)

@@ -16,9 +16,9 @@ from trl_kd.trainers.common.response_rows import (
     map_rows,
     tokenize_rows,
 )
+from trl_kd.trainers.common.teacher_texts import IMAGES, read_columns, side_of_teacher
 from trl_kd.trainers.pbkd.config import PbKDConfig
 from trl_kd.trainers.pbkd.data import ADVANTAGE, SHARE
-from trl_kd.trainers.pbkd.texts import IMAGES, read_columns, side_of_teacher
 
 
 logger = get_logger(__name__)

@@ -31,23 +31,14 @@ from trl_kd.trainers.common.config import imitation_radius
 from trl_kd.trainers.common.config_checks import settle_end_token
 from trl_kd.trainers.common.dual import DualCheckpoints, make_dual
 from trl_kd.trainers.common.finite import FiniteTraining
+from trl_kd.trainers.common.pair_rows import RowCounts, each_dataset, has_images, names_teacher
 from trl_kd.trainers.common.response_rows import PairReader, tokenize_rows
 from trl_kd.trainers.common.student_head import FusedStudent, check_student, check_student_tokens
 from trl_kd.trainers.common.teacher import Teacher
+from trl_kd.trainers.common.tokenizer import check_tokenizer, load_processing_class
 from trl_kd.trainers.pbkd.card import add_pbkd_sections
 from trl_kd.trainers.pbkd.config import PbKDConfig, settle_config
-from trl_kd.trainers.pbkd.data import (
-    ADVANTAGE,
-    OUR_COLUMNS,
-    PbKDCollator,
-    RowCounts,
-    check_tokenizer,
-    each_dataset,
-    has_images,
-    load_processing_class,
-    names_teacher,
-    prepare_rows,
-)
+from trl_kd.trainers.pbkd.data import ADVANTAGE, OUR_COLUMNS, PbKDCollator, prepare_rows
 from trl_kd.trainers.pbkd.imitation_step import ImitationStep, NoReference
 from trl_kd.trainers.pbkd.imitation_term import STEPS, ImitationTerm
 from trl_kd.trainers.pbkd.preference_step import PreferenceStep

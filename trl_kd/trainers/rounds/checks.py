@@ -21,8 +21,10 @@ from trl_kd.pairs.readonly_store import resume_usage
 from trl_kd.sampling import Request
 from trl_kd.sampling.prompts import encode_prompt
 from trl_kd.trainers.common.config_checks import check_integer, check_schedule, extend_config
+from trl_kd.trainers.common.pair_rows import each_dataset
 from trl_kd.trainers.common.student_head import check_student, check_student_tokens
-from trl_kd.trainers.pbkd.data import each_dataset, load_processing_class, prepare_rows
+from trl_kd.trainers.common.tokenizer import load_processing_class
+from trl_kd.trainers.pbkd.data import prepare_rows
 from trl_kd.trainers.rounds.folder import TRAINED, as_json, compared_settings
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from trl_kd.trainers.common.student_answers import COUNT, student_count
-from trl_kd.trainers.pbkd.texts import read_columns
+from trl_kd.trainers.common.teacher_texts import read_columns
 
 
 def count_equal(pairs: Dataset) -> int:
