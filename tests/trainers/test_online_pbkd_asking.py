@@ -19,7 +19,7 @@ from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
-from trl_kd.trainers.online_pbkd.data import fill_groups, group_rows
+from trl_kd.trainers.online_pbkd.asking import fill_groups, group_rows
 from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 
 

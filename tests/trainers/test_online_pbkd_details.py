@@ -9,7 +9,7 @@ from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, logs_of, m
 from trl_kd.pairs import pair_row
 from trl_kd.pairs.prompts import PromptRow
 from trl_kd.sampling import Answer
-from trl_kd.trainers.online_pbkd.data import PromptGroup
+from trl_kd.trainers.online_pbkd.asking import PromptGroup
 
 
 PROMPTS = [row["prompt"] for row in ROWS]

@@ -14,10 +14,10 @@ from tests.conftest import make_model, make_tokenizer
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, make, unchecked, weights_of
 from trl_kd import OnlinePbKDConfig
 from trl_kd.rewards.reward_model import RewardModel, from_student
-from trl_kd.trainers.online_pbkd.data import HackingWatch
 from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 from trl_kd.trainers.online_pbkd.loading import load_reward_model
 from trl_kd.trainers.online_pbkd.pool import PairPool
+from trl_kd.trainers.online_pbkd.watch import HackingWatch
 
 
 CHAT = [

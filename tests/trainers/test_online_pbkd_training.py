@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 
 from tests.trainers.online_cases import PAIRS, ROWS, Teacher, digits, equal, logs_of, make, unchecked, weights_of
 from trl_kd.pairs import load_pairs
-from trl_kd.trainers.online_pbkd.data import HackingWatch
 from trl_kd.trainers.online_pbkd.learner import WarmUpFailed
 from trl_kd.trainers.online_pbkd.pool import PairPool
+from trl_kd.trainers.online_pbkd.watch import HackingWatch
 
 
 CHAT = [

@@ -28,7 +28,8 @@ from trl_kd.scripts.online_pbkd_build import Parts, make_parts, said, teacher_fo
 from trl_kd.scripts.pairs_arguments import is_server
 from trl_kd.scripts.pairs_dry_run import ask_teacher
 from trl_kd.trainers.common.held_out import LEAST_HELD_OUT
-from trl_kd.trainers.online_pbkd.data import OnlineParts, check_parts, check_student_template, reward_columns
+from trl_kd.trainers.online_pbkd.checks import check_parts, check_student_template
+from trl_kd.trainers.online_pbkd.data import OnlineParts, reward_columns
 from trl_kd.trainers.online_pbkd.learner import check_held_out
 from trl_kd.trainers.online_pbkd.pool import PairPool
 

@@ -172,7 +172,7 @@ def read_pairs_config(
 
 def make_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, model_args: ModelConfig) -> Any:
     """The `PbKDRounds` that the arguments describe; no weights are loaded for it."""
-    from trl_kd.trainers.pbkd.texts import NothingTeaches
+    from trl_kd.trainers.pbkd.counts import NothingTeaches
     from trl_kd.trainers.rounds.rounds import PbKDRounds
     from trl_kd.trainers.rounds.students import init_kwargs, round_seed
 

@@ -37,20 +37,14 @@ from trl_kd.trainers.common.prompts import EpochOrder, check_prompts
 from trl_kd.trainers.common.student_head import CheckedStudent, check_student, check_student_tokens
 from trl_kd.trainers.common.teacher import Teacher
 from trl_kd.trainers.common.tokenizer import check_tokenizer, load_processing_class
-from trl_kd.trainers.mm_pbkd.adversary import Adversary, Baseline, PairStates
+from trl_kd.trainers.mm_pbkd.adversary import Adversary
 from trl_kd.trainers.mm_pbkd.card import add_mm_pbkd_sections
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig, warn_if_approximate
 from trl_kd.trainers.mm_pbkd.data import PairBatches, check_prompt_count, look_at_completions, tokenize_pairs
 from trl_kd.trainers.mm_pbkd.generation import MixedStates
 from trl_kd.trainers.mm_pbkd.imitation import ImitatedStates
-from trl_kd.trainers.mm_pbkd.step import (
-    Played,
-    States,
-    constant,
-    learn_moments,
-    play,
-    reshard,
-)
+from trl_kd.trainers.mm_pbkd.pair_states import Baseline, PairStates
+from trl_kd.trainers.mm_pbkd.step import Played, States, constant, learn_moments, play, reshard
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from trl_kd.preferences.tokens import encode_answer
 from trl_kd.trainers.common.config import imitation_radius
 from trl_kd.trainers.common.imitation_schedule import ImitationSchedule
 from trl_kd.trainers.common.imitation_weights import weigh_answer
-from trl_kd.trainers.online_pbkd.data import PromptGroup
+from trl_kd.trainers.online_pbkd.asking import PromptGroup
 
 
 class ImitationRows(ImitationSchedule):

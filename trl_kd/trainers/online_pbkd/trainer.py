@@ -35,23 +35,16 @@ from trl_kd.trainers.common.finite import FiniteTraining, require_finite
 from trl_kd.trainers.common.pair_rows import each_dataset
 from trl_kd.trainers.common.prompts import EpochOrder
 from trl_kd.trainers.common.student_head import FusedStudent, check_student, check_student_tokens
+from trl_kd.trainers.online_pbkd.asking import PromptGroup, fill_groups, group_rows, leave_out_unreadable
 from trl_kd.trainers.online_pbkd.card import add_online_sections
+from trl_kd.trainers.online_pbkd.checks import check_parts, check_student_template
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
-from trl_kd.trainers.online_pbkd.data import (
-    HackingWatch,
-    OnlineParts,
-    PromptGroup,
-    check_parts,
-    check_student_template,
-    fill_groups,
-    group_rows,
-    leave_out_unreadable,
-    reward_columns,
-)
+from trl_kd.trainers.online_pbkd.data import OnlineParts, reward_columns
 from trl_kd.trainers.online_pbkd.imitation import ImitationRows
 from trl_kd.trainers.online_pbkd.learner import PAIRS, RewardLearner, WarmUpFailed, check_held_out
 from trl_kd.trainers.online_pbkd.loading import check_reward_model, load_reward_model
 from trl_kd.trainers.online_pbkd.pool import PairPool
+from trl_kd.trainers.online_pbkd.watch import HackingWatch
 
 
 if TYPE_CHECKING:

@@ -38,12 +38,13 @@ from trl_kd.trainers.common.teacher import Teacher
 from trl_kd.trainers.common.tokenizer import check_tokenizer, load_processing_class
 from trl_kd.trainers.pbkd.card import add_pbkd_sections
 from trl_kd.trainers.pbkd.config import PbKDConfig, settle_config
+from trl_kd.trainers.pbkd.counts import TextCounts
 from trl_kd.trainers.pbkd.data import ADVANTAGE, OUR_COLUMNS, PbKDCollator, prepare_rows
 from trl_kd.trainers.pbkd.imitation_step import ImitationStep, NoReference
 from trl_kd.trainers.pbkd.imitation_term import STEPS, ImitationTerm
 from trl_kd.trainers.pbkd.preference_step import PreferenceStep
 from trl_kd.trainers.pbkd.step import GlobalBatch
-from trl_kd.trainers.pbkd.texts import TextCounts, weigh_texts
+from trl_kd.trainers.pbkd.texts import weigh_texts
 from trl_kd.trainers.pbkd.tokens import TEXT_COLUMNS, mean_advantage, tokenize_texts
 
 

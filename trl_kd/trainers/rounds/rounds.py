@@ -27,7 +27,7 @@ from trl_kd.trainers.common.card import public_name
 from trl_kd.trainers.common.checkpoints import is_unfinished, last_checkpoint
 from trl_kd.trainers.common.main_process import Claim, claim
 from trl_kd.trainers.pbkd.config import PbKDConfig, settle_config
-from trl_kd.trainers.pbkd.texts import NothingTeaches
+from trl_kd.trainers.pbkd.counts import NothingTeaches
 from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 from trl_kd.trainers.rounds.card import add_rounds_section
 from trl_kd.trainers.rounds.checks import check_rounds, describe_rounds, no_pairs, resume_rounds_usage
