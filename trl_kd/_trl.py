@@ -87,8 +87,9 @@ DISTILLATION_SEAMS = (
 require_methods(require("trl", "DistillationTrainer"), DISTILLATION_SEAMS)
 
 
-TRAINER_SEAMS = ("training_step", "_get_grad_norm", "_save_checkpoint")
-"""Methods of transformers' `Trainer` by which `FiniteTraining` stops; by the last one `DualCheckpoints` says a full disk."""
+TRAINER_SEAMS = ("training_step", "_get_grad_norm", "_save_checkpoint", "_init_training_state")
+"""Methods of transformers' `Trainer` by which `FiniteTraining` stops; by the last two `DualCheckpoints` says a full disk,
+and goes on from a checkpoint at the end."""
 require_methods(require("transformers", "Trainer"), TRAINER_SEAMS)
 
 

@@ -2,28 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 
-def last_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda state: True) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """
     Args:
         folder (`Path`):
             A trainer's `output_dir`. It need not exist.
-        wanted (`Callable`, *optional*):
-            Says of a trainer's state whether to go on from it.
 
     Returns:
         `str`, *optional*: the newest checkpoint that was saved in full. The trainer's state is what it gets last.
     """
     for checkpoint in reversed(_checkpoints(folder)):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if wanted(state):
+        with suppress(OSError, ValueError):
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             return str(checkpoint)
     return None
 
@@ -56,8 +50,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
-
-
-def is_unfinished(state: dict[str, Any]) -> bool:
-    """Whether there is something left to train: `Trainer` would take a step too many from a checkpoint at the very end."""
-    return state["global_step"] < state["max_steps"]

@@ -66,6 +66,14 @@ class DualCheckpoints:
             put_names(path, model_name, dataset_name or None, get_config_model_id(self.model.config))
             self._add_card_sections(path, self)
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """`Trainer` takes one step too many from a checkpoint of the last step in the middle of an epoch: it looks whether
+        to stop behind each step."""
+        begun = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
     def _save_checkpoint(self, *args, **kwargs):
         with saving(self, os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
