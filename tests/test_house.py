@@ -13,6 +13,7 @@ from trl import DistillationTrainer, DPOTrainer, RLOOTrainer
 
 import trl_kd
 from trl_kd import MMPbKDTrainer, OnlinePbKDTrainer, PbKDTrainer, _trl
+from trl_kd.trainers.checkpoints import EndsAtLastStep
 from trl_kd.trainers.dual_checkpoints import DualCheckpoints
 from trl_kd.trainers.imitation_step import ImitationStep
 from trl_kd.trainers.preference_step import PreferenceStep
@@ -53,7 +54,7 @@ def test_a_private_name_that_is_gone_is_one_clear_sentence():
 
 def test_every_method_of_trl_that_is_overridden_is_listed():
     inherited = {name for owner in _trl.DPOTrainer.__mro__ for name in vars(owner)}
-    owners = (PbKDTrainer, ImitationStep, PreferenceStep, DualCheckpoints)
+    owners = (PbKDTrainer, ImitationStep, PreferenceStep, DualCheckpoints, EndsAtLastStep)
     ours = {name for owner in owners for name in vars(owner) if callable(vars(owner)[name])}
     overridden = {name for name in ours & inherited if not name.startswith("__")}
     assert overridden == {*_trl.DPO_SEAMS, "create_model_card", "evaluate", "save_model"}  # the latter are public

@@ -66,7 +66,7 @@ DPO_SEAMS = (
     *("_prepare_dataset", "_set_signature_columns_if_needed", "_compute_loss"),
     *("compute_ref_log_probs", "_precompute_ref_logps"),
     *("get_batch_samples", "training_step", "evaluation_loop", "_save", "_save_checkpoint"),
-    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
+    *("_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_init_training_state"),
 )
 """Methods that `PbKDTrainer` overrides. Of the attributes it uses `_metrics`, `_total_train_tokens`, `_signature_columns`,
 `_tokenizer`, `_is_vision_dataset` and `_tp_size`."""
@@ -88,8 +88,8 @@ require_methods(require("trl", "DistillationTrainer"), DISTILLATION_SEAMS)
 
 
 TRAINER_SEAMS = ("training_step", "_get_grad_norm", "_save_checkpoint", "_init_training_state")
-"""Methods of transformers' `Trainer` by which `FiniteTraining` stops; by the last two `DualCheckpoints` says a full disk,
-and goes on from a checkpoint at the end."""
+"""Methods of transformers' `Trainer` by which `FiniteTraining` stops; by the one before the last `DualCheckpoints` says
+a full disk, by the last one `EndsAtLastStep` ends."""
 require_methods(require("transformers", "Trainer"), TRAINER_SEAMS)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -41,6 +42,24 @@ def remove_older(checkpoint: str | Path, limit: int | None, best: str | None = N
     if limit and limit > 0:
         for path in others[: max(len(others) - max(limit - 1 - len(kept), 0), 0)]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+class EndsAtLastStep:
+    """Mixin before a `Trainer`, which by itself takes one step too many from a checkpoint of the last step in the middle of
+    an epoch: it looks whether to stop behind each step."""
+
+    state: Any
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        begun = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+
+def ending(trainer: type) -> Any:
+    """A trainer's class, with [`EndsAtLastStep`]."""
+    return trainer if issubclass(trainer, EndsAtLastStep) else type(trainer.__name__, (EndsAtLastStep, trainer), {})
 
 
 def _checkpoints(folder: Path) -> list[Path]:

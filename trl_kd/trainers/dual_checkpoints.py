@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 
 from trl_kd._trl import get_config_model_id
 from trl_kd.losses.dual import DualVariable, theory_radius
-from trl_kd.trainers.checkpoints import remove_older
+from trl_kd.trainers.checkpoints import EndsAtLastStep, remove_older
 from trl_kd.trainers.fields import without_keys
 from trl_kd.trainers.full_disk import saving
 from trl_kd.trainers.model_card import DATASET, MODEL, put_names
@@ -46,7 +46,7 @@ def _warn_of_processes(before: int | None, args: Any) -> None:
         )
 
 
-class DualCheckpoints:
+class DualCheckpoints(EndsAtLastStep):
     """Mixin before a TRL trainer: `self.dual` is saved beside the optimizer's state, and goes on from there; TRL's model
     card gets the sections that `_add_card_sections(path, trainer)` writes."""
 
@@ -65,14 +65,6 @@ class DualCheckpoints:
             path = os.path.join(self.args.output_dir, "README.md")
             put_names(path, model_name, dataset_name or None, get_config_model_id(self.model.config))
             self._add_card_sections(path, self)
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
-        """`Trainer` takes one step too many from a checkpoint of the last step in the middle of an epoch: it looks whether
-        to stop behind each step."""
-        begun = super()._init_training_state(  # type: ignore[misc]
-            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
-        )
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _save_checkpoint(self, *args, **kwargs):
         with saving(self, os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
