@@ -54,10 +54,10 @@ def chosen() -> list[Case]:
         Case("pbkd", KILL, "write", "out/_lock"),
         Case("pbkd", KILL, "write", "out/checkpoint-2/.tmp*", inside=True),  # weights
         Case("pbkd", TERM, "write", "out/checkpoint-2/optimizer.pt", 5, inside=True),
-        Case("pbkd", KILL, "write", "out/checkpoint-3/trainer_state.json", inside=True),
-        Case("pbkd", INT, "write", "out/checkpoint-3/trainer_state.json"),
-        Case("pbkd", TERM, "remove", "out/checkpoint-1/model.safetensors"),
-        Case("pbkd", KILL, "write", "out/.tmp*", inside=True),
+        Case("pbkd", KILL, "write", "out/checkpoint-4/trainer_state.json", inside=True),
+        Case("pbkd", INT, "write", "out/checkpoint-4/trainer_state.json"),
+        Case("pbkd", TERM, "remove", "out/checkpoint-2/model.safetensors"),
+        Case("pbkd", KILL, "write", "out/.tmp*", inside=True),  # all is trained
         Case("mm-pbkd", KILL, "write", "out/checkpoint-1/q_optimizer.pt", inside=True),
         Case("mm-pbkd", TERM, "write", "out/checkpoint-2/pbkd_dual.json"),
         Case("mm-pbkd", INT, "write", "out/tokenizer.json", inside=True),
@@ -69,7 +69,8 @@ def chosen() -> list[Case]:
         Case("rounds", KILL, "write", "out/round-1/metrics.json.building", inside=True),
         Case("rounds", TERM, "write", "out/round-1/carried.pt.building", 5, inside=True),
         Case("rounds", KILL, "rename", "out/round-1/metrics.json", 2),
-        Case("rounds", KILL, "remove", "out/round-1/student/checkpoint-2/model.safetensors"),
+        Case("rounds", KILL, "remove", "out/round-2/student/checkpoint-2/trainer_state.json"),  # the older one of two
+        Case("rounds", KILL, "remove", "out/round-1/student/checkpoint-3/model.safetensors"),
         Case("rounds", INT, "write", "out/model.safetensors", inside=True),
     ]
 

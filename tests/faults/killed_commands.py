@@ -34,7 +34,7 @@ TRAINING = {
     "gradient_checkpointing": False,
     "dataloader_pin_memory": False,
     "logging_steps": 1,
-    "max_steps": 3,
+    "max_steps": 4,  # in the middle of an epoch
     "save_steps": 1,
     "save_total_limit": 2,
     "learning_rate": 0.003,
@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "rounds": TRAINING
     | MOVING
-    | {"rounds": 2, "pairs_config": "sampling.yaml", "prompts_per_round": 3, "max_steps": 2, "save_total_limit": 1},
+    | {"rounds": 2, "pairs_config": "sampling.yaml", "prompts_per_round": 3, "max_steps": 3, "save_total_limit": 1},
     "asking": ASKING | SCORED,
     # Answers of the student end by a letter, not by their length: a cut one has no end to learn
     "sampling": ASKING

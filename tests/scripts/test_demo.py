@@ -224,8 +224,9 @@ def test_page_shows_what_was_found(interrupted_then_finished):
         assert text in html
 
 
-def test_training_goes_on_from_a_whole_checkpoint(task_file, tmp_path, monkeypatch):
-    """Cut off between two checkpoints, a stage ends with the very result of an unbroken run."""
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_training_goes_on_from_a_whole_checkpoint(task_file, tmp_path, monkeypatch, at_the_end):
+    """Cut off between two checkpoints, or after the last, a stage ends with the very result of an unbroken run."""
     monkeypatch.setattr(experiment, "SAVE_STEPS", 4)
     settings = replace(TINY, pretraining_steps=8, teacher_accuracy=1.1)
     task = demo_experiment_task(task_file)
@@ -241,13 +242,19 @@ def test_training_goes_on_from_a_whole_checkpoint(task_file, tmp_path, monkeypat
             raise KeyboardInterrupt
         return evaluate(self, args, state, control, **kwargs)
 
+    def test(self, *args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.ExactMatchCallback, "on_step_end", interrupt)
+        if at_the_end:
+            patch.setattr(experiment.Cell, "_test", test)
+        else:
+            patch.setattr(experiment.ExactMatchCallback, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
             teacher(tmp_path / "broken")
     model = tmp_path / "broken/teacher/size-teacher"
-    assert [path.name for path in model.glob("checkpoint-*")] == ["checkpoint-4"]
-    (model / "checkpoint-6").mkdir()  # begun and never finished: must be passed over
+    assert [path.name for path in model.glob("checkpoint-*")] == [f"checkpoint-{8 if at_the_end else 4}"]
+    (model / "checkpoint-10").mkdir()  # begun and never finished: must be passed over
     found = teacher(tmp_path / "broken")
     for key in ("sampled", "greedy", "answers", "steps"):
         assert found[key] == expected[key]

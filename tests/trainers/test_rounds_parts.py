@@ -14,7 +14,7 @@ from trl_kd.preferences.simple import LabelColumn
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.column import ColumnSampler
-from trl_kd.trainers.common.checkpoints import is_unfinished, last_checkpoint
+from trl_kd.trainers.common.checkpoints import last_checkpoint
 from trl_kd.trainers.rounds.folder import late_means
 from trl_kd.trainers.rounds.regret import count_equal, cumulative_regret, regret_coefficient, teacher_preferred
 
@@ -122,7 +122,7 @@ def test_fetched_answers_keep_the_teachers_usage(tmp_path):
         FetchedAnswers(Source("other"), tmp_path / "teacher", 1).fetch(PROMPTS, show_progress=False)
 
 
-def test_a_checkpoint_in_part_is_none_and_in_rounds_one_at_the_end(tmp_path):
+def test_a_checkpoint_in_part_is_none(tmp_path):
     for step, text in (
         (2, '{"global_step": 2, "max_steps": 5}'),
         (4, '{"global_step"'),
@@ -132,7 +132,6 @@ def test_a_checkpoint_in_part_is_none_and_in_rounds_one_at_the_end(tmp_path):
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     (tmp_path / "checkpoint-10").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
-    assert last_checkpoint(tmp_path, is_unfinished) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_record_tells_of_a_rounds_second_half_and_of_its_last_dual():

@@ -19,8 +19,9 @@ VisionCollator = require("trl.trainer.sft_trainer", "DataCollatorForVisionLangua
 
 _LOOP = "dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix"
 
-_EVERY_TRAINER = {  # of transformers' `Trainer`: `DualCheckpoints` and `FiniteTraining`
+_EVERY_TRAINER = {  # of transformers' `Trainer`: `DualCheckpoints`, `EndsAtLastStep` and `FiniteTraining`
     "train": "resume_from_checkpoint, trial, ignore_keys_for_eval",
+    "_init_training_state": "max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
     "_get_grad_norm": "model, grad_norm",
     "_save": "output_dir, state_dict",
     "_save_checkpoint": "model, trial",

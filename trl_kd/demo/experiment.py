@@ -35,7 +35,7 @@ from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
 from trl_kd.tasks import SPLITS, Question, Task
 from trl_kd.tasks.models import make_model, make_tokenizer
-from trl_kd.trainers.common.checkpoints import last_checkpoint
+from trl_kd.trainers.common.checkpoints import ending, last_checkpoint
 from trl_kd.trainers.mm_pbkd.trainer import MMPbKDTrainer
 from trl_kd.trainers.pbkd.trainer import PbKDTrainer
 
@@ -173,7 +173,7 @@ class Cell:
         seed = 10 * self.seed + offset
         questions = self.task.questions("pretraining", settings.pretraining_questions, seed)
         rows = [{"prompt": q.prompt, "completion": q.answer} for q in questions]
-        trainer = SFTTrainer(
+        trainer = ending(SFTTrainer)(
             model=make_model(tokenizer, *size, seed=seed),
             args=self._arguments(
                 SFTConfig,
@@ -232,7 +232,7 @@ class Cell:
             "learning_rate": self.learning_rate(method),
             "max_steps": settings.steps,
         }
-        return found.trainer(
+        return ending(found.trainer)(
             model=model,
             args=self._arguments(found.config, folder, seed=self.seed, **{**shared, **found.settings, **changed}),
             train_dataset=found.data,

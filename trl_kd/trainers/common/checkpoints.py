@@ -2,28 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def last_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda state: True) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """
     Args:
         folder (`Path`):
             A trainer's `output_dir`. It need not exist.
-        wanted (`Callable`, *optional*):
-            Says of a trainer's state whether to go on from it.
 
     Returns:
         `str`, *optional*: the newest checkpoint that was saved in full. The trainer's state is what it gets last.
     """
     for checkpoint in reversed(_checkpoints(folder)):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if wanted(state):
+        with suppress(OSError, ValueError):
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             return str(checkpoint)
     return None
 
@@ -49,6 +44,24 @@ def remove_older(checkpoint: str | Path, limit: int | None, best: str | None = N
             shutil.rmtree(path, ignore_errors=True)
 
 
+class EndsAtLastStep:
+    """Mixin before a `Trainer`, which by itself takes one step too many from a checkpoint of the last step in the middle of
+    an epoch: it looks whether to stop behind each step."""
+
+    state: Any
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        begun = super()._init_training_state(  # type: ignore[misc]
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+
+def ending(trainer: type) -> Any:
+    """A trainer's class, with [`EndsAtLastStep`]."""
+    return trainer if issubclass(trainer, EndsAtLastStep) else type(trainer.__name__, (EndsAtLastStep, trainer), {})
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """All of a folder, whole or not, from the first to the last."""
     return sorted((path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()), key=_step)
@@ -56,8 +69,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
-
-
-def is_unfinished(state: dict[str, Any]) -> bool:
-    """Whether there is something left to train: `Trainer` would take a step too many from a checkpoint at the very end."""
-    return state["global_step"] < state["max_steps"]

@@ -14,7 +14,7 @@ from trl_kd._trl.models import get_config_model_id
 from trl_kd._trl.seams import temporarily
 from trl_kd.losses.dual import DualVariable, theory_radius
 from trl_kd.trainers.common.card import DATASET, MODEL, put_names
-from trl_kd.trainers.common.checkpoints import remove_older
+from trl_kd.trainers.common.checkpoints import EndsAtLastStep, remove_older
 from trl_kd.trainers.common.config_checks import without_keys
 from trl_kd.trainers.common.full_disk import saving
 
@@ -48,7 +48,7 @@ def _warn_of_processes(before: int | None, args: Any) -> None:
         )
 
 
-class DualCheckpoints:
+class DualCheckpoints(EndsAtLastStep):
     """Mixin before a TRL trainer: `self.dual` is saved beside the optimizer's state, and goes on from there; TRL's model
     card gets the sections that `_add_card_sections(path, trainer)` writes."""
 

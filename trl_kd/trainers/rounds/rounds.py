@@ -24,7 +24,7 @@ from trl_kd.pairs.fetched import FetchedAnswers
 from trl_kd.preferences import Preference
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.trainers.common.card import public_name
-from trl_kd.trainers.common.checkpoints import is_unfinished, last_checkpoint
+from trl_kd.trainers.common.checkpoints import last_checkpoint
 from trl_kd.trainers.common.main_process import Claim, claim
 from trl_kd.trainers.pbkd.config import PbKDConfig, settle_config
 from trl_kd.trainers.pbkd.counts import NothingTeaches
@@ -340,7 +340,7 @@ class PbKDRounds:
                 raise
             self._end(number, nothing.told)
             return
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number), is_unfinished))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder.student(number)))
         steps = trainer.state.global_step
         record = (folder.record(folder.round(number)) or {}) | late_means(trainer.state.log_history, steps)
         record |= {"stage": TRAINED, "steps": steps, "schedule_rounds": trainer.rounds}
