@@ -70,9 +70,13 @@ class Recipes:
 
     def __enter__(self) -> "Recipes":
         self.server.__enter__()
+        # So that a recipe without an address asks nobody else
+        self.environment = mock.patch.dict(os.environ, OPENAI_BASE_URL=self.server.url)
+        self.environment.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.environment.stop()
         self.server.__exit__(*error)
 
     def of(self, command: str) -> dict[str, Any]:

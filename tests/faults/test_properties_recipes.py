@@ -118,6 +118,7 @@ KINDS = [
     ("online-pbkd", {"rm_lora_r": 2**62}),
     ("pairs", {"student_base_url": ["http://["]}),
     ("pairs", {"teacher_base_url": [None]}),
+    ("pairs", {"student_extra_body": {"": b""}}),
     ("pairs", {"student_top_p": 3}),
     ("pairs", {"teacher_price_in": -1}),
     ("pairs", {"num_student_samples": 10**9}),

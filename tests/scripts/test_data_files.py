@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
-from trl_kd.scripts.data import load_split
+from trl_kd.scripts.data import load_datasets, load_split
 from trl_kd.scripts.errors import InputError
 
 
@@ -116,3 +118,26 @@ def test_ones_and_halves(load):
 
 def test_other_columns_may_be_what_they_like(load):
     assert len(load([{**ROW, "tools": None}, {**ROW, "tools": [{"a": 1}]}, {**ROW, "tools": [{"a": "b"}]}])) == 3
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_streams_and_mixtures_are_checked_as_files_are(tmp_path, streaming):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path=str(folder))], streaming=streaming)
+    for content, said in (
+        ('{"prompt": "café"}\n'.encode("latin-1"), "line 1 of rows.jsonl is not UTF-8"),
+        (b'{"prompt": "a"}\n{"prompt":\n', "line 2 of rows.jsonl is no JSON"),
+    ):
+        (folder / "rows.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=f"`datasets` has '.*data': {said}"):
+            load_datasets(ScriptArguments(), mixture, with_eval=False)
+        if streaming:
+            with pytest.raises(InputError, match=said):
+                load_split(str(folder / "rows.jsonl"), None, "train", streaming=True)
+
+
+@pytest.mark.parametrize("start", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_a_first_row_that_is_null(load, start):
+    with pytest.raises(InputError, match="of rows.jsonl is null: each row must be an object"):
+        load(start + b'null\n{"prompt": "a"}\n')

@@ -105,6 +105,11 @@ def check_kind(key: str, value: Any, hint: Any, path: str) -> None:
     for item in value if isinstance(value, list) and list in kinds else [value]:
         if not _is_one_of(item, kinds):
             raise InputError(f"`{key}` is {value!r} in {path}, and it must be {_wanted(key, item, kinds)}.")
+    if isinstance(value, dict):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:  # a date, bytes, or a mapping that holds itself
+            raise InputError(f"`{key}` is {value!r} in {path}, which must be as in JSON: {error}.") from None
 
 
 def _is_one_of(item: Any, kinds: set[Any]) -> bool:
