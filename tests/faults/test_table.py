@@ -2,6 +2,7 @@
 
 import json
 
+from tests.faults.cases import chosen
 from tests.faults.table import ROOT, TABLE, markdown, summary, told
 
 
