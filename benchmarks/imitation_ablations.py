@@ -67,9 +67,13 @@ EQUAL = {"equal_0.3_radius_0": 0.3, "equal_0.6_radius_0": 0.6}
 """Weight of equal texts, which is no field of PbKDConfig."""
 RATES = {
     **{method: [f"{method}:{rate:g}" for rate in (0.0003, 0.001, 0.003)] for method in METHODS},
-    "dpo": [f"dpo:{rate:g}{beta}" for rate in (1e-7, 1e-6, 1e-5, 1e-4) for beta in ("", ":1")],
+    "dpo": [
+        *("dpo:1e-06:0.1", "dpo:1e-05:0.1"),
+        *(f"dpo:{rate:g}:{beta:g}" for beta in (1, 5, 20) for rate in (1e-5, 1e-4, 3e-4)),
+    ],
+    "dpo_sft": [f"dpo_sft:{rate:g}:{beta:g}" for beta in (0.1, 1) for rate in (0.0003, 0.001, 0.003)],
 }
-"""Method, learning rate, and β of DPO where it is not TRL's 0.1."""
+"""Method and learning rate, and β of DPO's."""
 MEASURES = ("sampled", "best", "greedy")
 
 

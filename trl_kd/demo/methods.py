@@ -30,9 +30,10 @@ LABELLED = ("sft_chosen", "dpo", "dpo_sft", "pbkd")
 FLIPPED = ("sft_chosen", "dpo_sft", "pbkd")
 """Those that learn from flipped labels too. DPO, which is slow, hardly gains from right ones."""
 
-LEARNING_RATES = {"dpo": 1e-6, "dpo_sft": 1e-3}
-"""Peak learning rates of methods that have their own: the best of a grid on validation seeds
-(`benchmarks/imitation_ablations.py --rates`)."""
+LEARNING_RATES = {"dpo": 1e-4, "dpo_sft": 1e-3}
+"""Peak learning rates of methods that have their own, and β of DPO: the best of a grid on validation seeds
+(`benchmarks/imitation_ablations.py --rates`). DPO + sft is best with TRL's β, 0.1."""
+DPO_BETA = 5.0
 
 VERIFIED = {
     "seqkd_verified": "SeqKD, verified answers",
@@ -83,7 +84,9 @@ def recipe(method: str, rows: list[dict[str, Any]], teacher: Path, task: Task) -
         return Recipe(PbKDTrainer, PbKDConfig, Dataset.from_list(pairs), settings, {})
     strict = [_ordered(row) for row in rows if row["preference"] in (0, 1)]
     if method in ("dpo", "dpo_sft"):
-        if method == "dpo_sft":
+        if method == "dpo":
+            settings["beta"] = DPO_BETA
+        else:
             settings |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
         return Recipe(DPOTrainer, DPOConfig, Dataset.from_list(strict), settings, {})
     if method == "sft_chosen":
