@@ -5,7 +5,7 @@
 Every stage is kept under `runs/`, so that an interrupted run goes on where it stopped. The rows, their means and the leads
 that matter are written to benchmarks/results/bundled_tasks.json after every seed.
 
-The settings are those of `DemoSettings`. They, and the learning rates of DPO and DPO + sft, were chosen on validation
+The settings are those of `DemoSettings`. They, and the learning rates and β of DPO and DPO + sft, were chosen on validation
 questions with other seeds (`imitation_ablations.py`); the numbers here are of test questions, which nothing was chosen on.
 """
 

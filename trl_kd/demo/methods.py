@@ -28,7 +28,7 @@ LABELLED = ("sft_chosen", "dpo", "dpo_sft", "pbkd")
 """Those of them that read labels: wrong ones change them."""
 
 FLIPPED = ("sft_chosen", "dpo_sft", "pbkd")
-"""Those that learn from flipped labels too. DPO, which is slow, hardly gains from right ones."""
+"""Those that learn from flipped labels too. DPO alone gains little from right ones."""
 
 LEARNING_RATES = {"dpo": 1e-4, "dpo_sft": 1e-3}
 """Peak learning rates of methods that have their own, and β of DPO: the best of a grid on validation seeds
