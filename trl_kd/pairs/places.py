@@ -1,6 +1,9 @@
 """What stands where a folder of pairs keeps its files, before any of them is opened."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,19 @@ def _what(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"`{path}` is a link to `{path.readlink()}`, which is not there"
     return f"`{path}` is a {'folder' if path.is_dir() else 'file' if path.is_file() else 'device or pipe'}"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives another name to write a file under, which becomes `path` when it is whole. If that fails nothing of it stays."""
+    building = path.with_name(f"{path.name}.building")
+    try:
+        yield building
+        os.replace(building, path)
+    except BaseException:
+        with suppress(OSError):
+            building.unlink()
+        raise
 
 
 def read_json_file(path: Path) -> Any:
