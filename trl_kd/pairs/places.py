@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,21 @@ def check_file(path: Path, kept: str) -> None:
         )
 
 
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Raises as [`check_file`] for files that a run is to write in the end."""
+    for name in names:
+        check_file(folder / name, "results of this run")
+
+
 def _what(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"`{path}` is a link to `{path.readlink()}`, which is not there"
     return f"`{path}` is a {'folder' if path.is_dir() else 'file' if path.is_file() else 'device or pipe'}"
+
+
+def quoted(path: Path) -> str:
+    """A path as a word of a command that can be pasted into a shell, and as none of its options."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 @contextmanager
