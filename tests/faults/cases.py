@@ -49,7 +49,7 @@ def chosen() -> list[Case]:
         Case("pairs", INT, "write", wal, 160),
         Case("pairs", KILL, "write", "out/answers.db", 3, inside=True),  # the log goes into the database
         Case("pairs", KILL, "rename", "out/data"),
-        Case("pairs", TERM, "write", "out/settings.json", inside=True),
+        Case("pairs", TERM, "write", "out/settings.json.building", inside=True),
         Case("pairs", INT, "sync", "out/answers.db"),
         Case("pbkd", KILL, "write", "out/_lock"),
         Case("pbkd", KILL, "write", "out/checkpoint-2/.tmp*", inside=True),  # weights

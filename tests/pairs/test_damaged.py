@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 from contextlib import closing
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from tests.pairs.fakes import Longer, Source
+from tests.pairs.fakes import Column, Longer, Source
 from tests.pairs.test_store import KEY, SETTINGS
 from trl_kd.pairs import build_pairs, merge_shards
 from trl_kd.pairs.fetched import FetchedAnswers
@@ -19,6 +20,7 @@ from trl_kd.pairs.lock import LOCK
 from trl_kd.pairs.places import StoreError
 from trl_kd.pairs.readonly_store import StoredAnswers
 from trl_kd.pairs.store import AnswerStore
+from trl_kd.preferences.simple import TeacherWins
 from trl_kd.sampling import Answer
 
 
@@ -62,6 +64,74 @@ def test_an_empty_store_beside_pairs_is_refused_and_may_be_deleted_on_purpose(tm
     (folder / "answers.db").unlink()  # as the sentence says
     assert build(folder, log).to_list() == rows
     assert sorted(log.read_text().splitlines()) == sorted([*asked.splitlines()] * 2)
+
+
+LOST = [
+    ("DELETE FROM answers", "no answers of the student and no answers of the teacher"),
+    ("DELETE FROM answers WHERE source = 'teacher'", "no answers of the teacher"),
+    ("DELETE FROM labels", "no labels"),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), LOST)
+def test_a_store_that_has_lost_what_pairs_were_made_of_is_refused(tmp_path, harm, said):
+    log, folder = tmp_path / "log", tmp_path / "pairs"
+    build(folder, log)
+    asked = log.read_text()
+    with closing(sqlite3.connect(folder / "answers.db")) as database, database:
+        assert database.execute(harm).rowcount > 0
+    for opened in (lambda: build(folder, log), lambda: StoredAnswers(folder)):
+        with pytest.raises(StoreError, match=rf"answers.db` holds {said}, though `.*/data/train-.*` was made of what"):
+            opened()
+    assert log.read_text() == asked
+    shutil.rmtree(folder / "data")  # nothing is made of it: it may have been meant
+    assert len(build(folder, log)) == 4
+
+
+def test_answers_that_are_looked_up_are_not_missed(tmp_path):
+    rows = Dataset.from_list([{"prompt": f"prompt {i}", "t": "good", "s": "bad"} for i in range(4)])
+    parts = {"teacher": Column("t"), "student": Column("s"), "preference": TeacherWins(), "show_progress": False}
+    for _ in range(2):
+        assert len(build_pairs(rows, output_dir=tmp_path, **parts)) == 4
+
+
+def test_a_store_that_is_gone_from_beside_its_pairs_is_said(tmp_path, caplog):
+    build(tmp_path)
+    assert "answers.db" not in caplog.text
+    (tmp_path / "answers.db").unlink()
+    build(tmp_path)
+    assert (
+        f"`{tmp_path}/answers.db` is not there, though `{tmp_path}/data/train-00000-of-00001.parquet`" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", "pairs.html", "summary.json", "counts.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_results_that_could_not_be_written_are_refused_before_anything_is_asked(tmp_path, name, make):
+    log, folder = tmp_path / "log", tmp_path / "pairs"
+    AnswerStore(folder).close()
+    make(folder / name)
+    with pytest.raises(StoreError, match=rf"{name}` is a (folder, where the file with results|link to `gone`)"):
+        build(folder, log)
+    assert not log.exists()
+
+
+def test_commands_to_paste_are_quoted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("-it's $HOME")
+    filled(folder)
+    for harm in (lambda database: database.execute("UPDATE settings SET value = '{' WHERE name = 'teacher'"), None):
+        if harm is None:
+            (folder / "answers.db").write_bytes(b"none" * 1000)
+        else:
+            with closing(sqlite3.connect(folder / "answers.db")) as database, database:
+                harm(database)
+        with pytest.raises(StoreError) as caught:
+            read_it(AnswerStore, folder, None)
+        commands = re.findall(r"`((?:sqlite3|mv) .*?)`", str(caught.value))
+        assert commands
+        for command in commands:
+            assert shlex.split(command)[1] == f"./{folder}/answers.db"
 
 
 def test_a_store_that_was_begun_a_moment_ago_goes_on(tmp_path):
@@ -144,6 +214,9 @@ DAMAGES = [
     ("labels", "value", "'better'", "1", "labels"),
     ("labels", "value", "9e999", "1", "labels"),
     ("settings", "value", "'{'", "name = 'teacher'", None),
+    ("settings", "value", "'5'", "name = 'student'", None),
+    ("settings", "value", "'null'", "name = 'preference'", None),
+    ("settings", "value", "'{}'", "name = 'held'", None),
     ("settings", "value", "'[1]'", "name = 'usage teacher'", "usage"),
     ("settings", "value", "'{\"pages\": 3}'", "name = 'usage teacher'", "usage"),
     ("settings", "value", "'7'", "name LIKE 'orders%'", "orders"),

@@ -17,6 +17,7 @@ from tests.pairs.test_store import KEY, OTHER, SETTINGS
 from tests.sampling.fault_server import FaultServer, chat
 from trl_kd.pairs import build_pairs
 from trl_kd.pairs.full_disk import RESERVE, RESERVE_BYTES, DiskFull, Reserve, full_disk_said, is_disk_full
+from trl_kd.pairs.places import StoreError, written_whole
 from trl_kd.pairs.store import AnswerStore
 from trl_kd.preferences.judge import LLMJudge
 from trl_kd.preferences.simple import TeacherWins
@@ -269,7 +270,25 @@ def test_errors_of_a_full_disk(tmp_path, error, expected):
 def test_an_error_without_a_number_is_one_of_a_full_disk_where_nothing_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_kd.pairs.full_disk.can_write", lambda folder: False)
     assert is_disk_full(RuntimeError("PytorchStreamWriter failed writing file data/3"), tmp_path)
+    assert is_disk_full(RuntimeError("basic_ios::clear: iostream error"), tmp_path)
+    assert is_disk_full(OSError("4096 requested and 0 written"), tmp_path)  # numpy's
+    assert is_disk_full(RuntimeError("of another library"), tmp_path, is_saving=True)
+    assert not is_disk_full(StoreError("`x` is damaged"), tmp_path, is_saving=True)
     assert not is_disk_full(RuntimeError("CUDA out of memory"), tmp_path)
+
+
+def test_nothing_stays_of_a_file_that_does_not_fit(tmp_path):
+    path = tmp_path / "rounds.json"
+    path.write_text("former")
+
+    def write():
+        with written_whole(path) as building:
+            building.write_text("half of")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("rounds.json", "former")]
 
 
 def test_other_errors_keep_their_words(tmp_path):

@@ -186,3 +186,10 @@ def test_lora_with_a_learning_rate_of_full_training(trl_kd, commands, command):
 )
 def test_what_is_saved(trl_kd, base, words, said):
     assert said in line(trl_kd(*base, "--dry_run", *words).out, "saves")
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_a_folder_where_a_result_belongs(trl_kd, commands, out, command):
+    (out / "README.md").mkdir(parents=True)
+    error = trl_kd(*commands[command]).error
+    assert f"`{out}/README.md` is a folder, where the file with results of this run belongs: move it away" in error

@@ -25,7 +25,7 @@ from trl_kd.scripts.pairs_arguments import PairsArguments
 from trl_kd.scripts.paths import resolved
 
 
-HOSTILE = "run [1] *?#%41\n{ä漢}~'\"$(x)\\"
+HOSTILE = "run: [1] *?#%41\n{ä,漢}~'\"$(x)\\"
 """A name that a pattern, an address, a shell and Markdown would each read in their own way."""
 NAMES = [
     "run[1]",
@@ -40,6 +40,10 @@ NAMES = [
     "~x",
     "ä漢",
     "{a,b}",
+    "{a}{a}",
+    "a(b",
+    "a+++b",
+    "a:b",
     "a'b",
     'a"b',
     "a\\b",
@@ -146,7 +150,7 @@ def test_names_like_options_and_users(trl_kd, furnished, tmp_path, home, monkeyp
     (tmp_path / "~here").mkdir()
     monkeypatch.chdir(tmp_path / "~here")
     words = furnished(tmp_path / "~here", "../~here")[command]
-    finish(trl_kd, [*words, "--output_dir=-x"], tmp_path / "~here" / "-x")
+    finish(trl_kd, [*words, "--output_dir=-x:{y,z}"], tmp_path / "~here" / "-x:{y,z}")
     if command in ("pairs", "pbkd"):
         finish(trl_kd, [*words, "--output_dir", "./~y"], tmp_path / "~here" / "~y")
 
@@ -249,6 +253,15 @@ def test_a_file_of_arguments(trl_kd, home, tmp_path):
 # ---- Data ----------------------------------------------------------------------------------------------------------------
 
 
+def read(source: str, streaming: bool) -> list[dict]:
+    """Rows of a dataset, of which a change is looked up in the cache where there is one."""
+    split = load_split(source, None, "train", streaming)
+    if streaming:
+        return list(split)
+    assert list(split.map(dict)) == list(split.map(dict)) == list(split)
+    return list(split)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_from_a_folder_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -260,14 +273,14 @@ def test_rows_from_a_folder_of_any_name(tmp_path, monkeypatch, name):
     Dataset.from_list(rows).save_to_disk((folder / "saved").absolute())
     for streaming in (False, True):
         for source in (f"{given}/{name}.jsonl", f"{given}/saved"):
-            assert list(load_split(source, None, "train", streaming)) == rows
+            assert read(source, streaming) == rows
     shutil.rmtree(folder / "saved")
     if (other := name.translate({42: "x", 63: "x"})) != name:  # which a pattern would match too
         shutil.copytree(folder, tmp_path / other)
     if "\n" in name:
         (folder / f"{name}.jsonl").rename(folder / "rows.jsonl")  # of a folder, `datasets` never finds such a file
     for streaming in (False, True):
-        assert list(load_split(given, None, "train", streaming)) == rows
+        assert read(given, streaming) == rows
     mixture = DatasetMixtureConfig(datasets=[DatasetConfig(path=resolved("datasets", given))])
     assert list(load_datasets(pbkd.PbKDScriptArguments(), mixture, with_eval=False)[0]) == rows
     (folder / "more.jsonl").write_text(json.dumps({"prompt": "1+3="}))

@@ -1,10 +1,11 @@
 """Results on disk, stage by stage, so that an interrupted run goes on where it stopped."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from trl_kd.pairs.places import written_whole
 
 
 MARKER = "done.json"
@@ -29,9 +30,8 @@ def stage(folder: Path, compute: Callable[[Path], dict[str, Any]]) -> dict[str, 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the whole file or none."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    os.replace(partial, path)
+    with written_whole(path) as building:
+        building.write_text(json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd import __version__
+from trl_kd.pairs.places import written_whole
 from trl_kd.pairs.statistics import summary_table
 
 
@@ -146,10 +147,8 @@ def write_card(output_dir: str | os.PathLike[str], summary: dict[str, Any], sett
             text = f"{_FRONT.format(size=size)}\n{text}"
     else:
         text = _FRONT.format(size=size) + _HEAD + block
-    # A card half written is no card: it appears at once
-    part = path.with_name("README.md.part")
-    part.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(part, path)
+    with written_whole(path) as building:
+        building.write_bytes(text.encode("utf-8", "replace"))
     return path
 
 

@@ -1,5 +1,6 @@
 """The database of a folder: opened by one process, written in transactions, and safe from a disk that fills up."""
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,9 +11,11 @@ from trl_kd.pairs.filesystems import is_network_folder
 from trl_kd.pairs.full_disk import RESERVE_BYTES, Reserve, disk_full, full_disk_said, is_disk_full
 from trl_kd.pairs.lock import lock_folder
 from trl_kd.pairs.null_causes import NULLS
-from trl_kd.pairs.places import StoreError, check_file, make_folder
+from trl_kd.pairs.places import StoreError, check_file, make_folder, quoted
 from trl_kd.pairs.stored_values import StoredValues, check_database
 
+
+logger = logging.getLogger(__name__)
 
 DATABASE = "answers.db"
 
@@ -65,6 +68,8 @@ class Database:
             with full_disk_said(folder):
                 self._reserve = Reserve(folder)
             self._was_there = self.path.exists()
+            if not self._was_there:
+                self._warn_of_absence()
             with self._guard():
                 self._connection = sqlite3.connect(
                     self.path, timeout=30, isolation_level=None, check_same_thread=False
@@ -95,6 +100,14 @@ class Database:
         self._connection.executescript(TABLES + NULLS.format(""))
         execute(f"PRAGMA user_version = {FORMAT}")
 
+    def _warn_of_absence(self) -> None:
+        finished = next(self._finished(), None)
+        if finished is not None:
+            logger.warning(
+                f"`{self.path}` is not there, though `{finished}` was made of what it held: that is asked for, and paid, "
+                "again. To prevent this, stop this run, delete the file and put a copy of the former one back."
+            )
+
     def _finished(self) -> Iterator[Path]:
         """What was made of the answers."""
         yield from self.path.parent.glob("data/train-*.parquet")
@@ -117,10 +130,10 @@ class Database:
         return StoreError(f"`{self.path}` cannot be read or written: {error}. What it holds was left as it is.")
 
     def _damaged(self, found: str) -> StoreError:
-        found = " ".join(found.split())
+        found, path, moved = " ".join(found.split()), quoted(self.path), self.path.with_name(f"{DATABASE}.damaged")
         return StoreError(
-            f"`{self.path}` is damaged ({found}); it was left as it is. Save what is readable with `sqlite3 {self.path} "
-            f".recover`, or move it away (`mv {self.path} {self.path}.damaged`, and `{DATABASE}-wal` if it is there) to ask "
+            f"`{self.path}` is damaged ({found}); it was left as it is. Save what is readable with `sqlite3 {path} "
+            f".recover`, or move it away (`mv {path} {quoted(moved)}`, and `{DATABASE}-wal` if it is there) to ask "
             "everything anew."
         )
 

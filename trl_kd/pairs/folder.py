@@ -7,6 +7,7 @@ from pathlib import Path
 from trl_kd.pairs.database import DATABASE
 from trl_kd.pairs.dataset import DATA
 from trl_kd.pairs.lock import LOCK
+from trl_kd.pairs.places import check_files
 from trl_kd.pairs.report import COUNTS, SETTINGS, SUMMARY
 
 
@@ -28,6 +29,7 @@ def check_folder(output_dir: str | Path) -> None:
     Raises:
         `ValueError`: it holds a file of a name that is written here and that no build has written, or a folder `data` with
         other files than those of pairs.
+        `StoreError`: something that is no file has a name that is written here.
     """
     folder = Path(output_dir)
     data = folder / DATA
@@ -43,6 +45,7 @@ def check_folder(output_dir: str | Path) -> None:
             f"`output_dir` is {str(output_dir)!r}, which holds `{foreign}`, which no build of pairs has written: it would "
             "be overwritten. Give the pairs a folder of their own."
         )
+    check_files(folder, _WRITTEN)
 
 
 def _is_ours(folder: Path) -> bool:

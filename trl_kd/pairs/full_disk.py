@@ -19,6 +19,8 @@ RESERVE_BYTES = 8 * 2**20
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBED_BYTES = 2**16
+_OF_WRITING = re.compile("(?i)inline_container|PytorchStreamWriter|iostream|writ")
+"""What torch's errors of writing say, and numpy's, which have no number either."""
 
 
 class DiskFull(StoreError):
@@ -59,11 +61,21 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(next(place for place in [path, *path.parents] if place.exists())).free
 
 
-def is_disk_full(error: BaseException | None, folder: str | Path) -> bool:
-    """Whether an error of writing to `folder` comes of a full disk. Where a library hides the number of the error, it is
-    looked whether anything can be written."""
-    if error is None:
-        return False
+def is_disk_full(error: BaseException | None, folder: str | Path, is_saving: bool = False) -> bool:
+    """
+    Whether an error comes of a full disk. Where a library hides the number of the error, it is looked whether anything can
+    be written.
+
+    Args:
+        error (`BaseException`, *optional*):
+            The error.
+        folder (`str` or `Path`):
+            The folder that was written to.
+        is_saving (`bool`, *optional*, defaults to `False`):
+            Whether nothing but writing was going on: then an error without a number need not speak of it.
+    """
+    if error is None or isinstance(error, StoreError):
+        return isinstance(error, DiskFull)
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     if isinstance(error, sqlite3.Error):
@@ -74,7 +86,7 @@ def is_disk_full(error: BaseException | None, folder: str | Path) -> bool:
     numbers = re.findall(r"\(os error (\d+)\)", str(error))  # of safetensors and others in Rust
     if numbers:
         return int(numbers[-1]) in _FULL
-    if isinstance(error, RuntimeError) and re.search(r"(?i)inline_container|PytorchStreamWriter|write", str(error)):
+    if isinstance(error, RuntimeError | OSError) and (is_saving or _OF_WRITING.search(str(error))):
         return is_disk_full(error.__cause__ or error.__context__, folder) or not can_write(folder)
     return False
 

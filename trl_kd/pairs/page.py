@@ -13,6 +13,7 @@ from typing import Any
 
 from trl_kd import __version__
 from trl_kd.pairs.card import flatten_settings
+from trl_kd.pairs.places import written_whole
 from trl_kd.pairs.statistics import content_text, summary_table, text_length
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.sampling import Text
@@ -56,9 +57,8 @@ def write_page(
         `Path`: the page.
     """
     path = Path(output_dir) / "pairs.html"
-    part = path.with_name("pairs.html.part")
-    part.write_bytes(render_page(rows, summary, settings).encode("utf-8", "replace"))
-    os.replace(part, path)
+    with written_whole(path) as building:
+        building.write_bytes(render_page(rows, summary, settings).encode("utf-8", "replace"))
     return path
 
 

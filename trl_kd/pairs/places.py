@@ -1,6 +1,10 @@
 """What stands where a folder of pairs keeps its files, before any of them is opened."""
 
 import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +53,34 @@ def check_file(path: Path, kept: str) -> None:
         )
 
 
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Raises as [`check_file`] for files that a run is to write in the end."""
+    for name in names:
+        check_file(folder / name, "results of this run")
+
+
 def _what(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"`{path}` is a link to `{path.readlink()}`, which is not there"
     return f"`{path}` is a {'folder' if path.is_dir() else 'file' if path.is_file() else 'device or pipe'}"
+
+
+def quoted(path: Path) -> str:
+    """A path as a word of a command that can be pasted into a shell, and as none of its options."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives another name to write a file under, which becomes `path` when it is whole. If that fails nothing of it stays."""
+    building = path.with_name(f"{path.name}.building")
+    try:
+        yield building
+        os.replace(building, path)
+    except BaseException:
+        with suppress(OSError):
+            building.unlink()
+        raise
 
 
 def read_json_file(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from trl_kd.pairs.card import write_card
 from trl_kd.pairs.full_disk import full_disk_said
 from trl_kd.pairs.page import write_page
-from trl_kd.pairs.places import read_json_file
+from trl_kd.pairs.places import read_json_file, written_whole
 from trl_kd.pairs.statistics import PairStatistics
 from trl_kd.pairs.store import SETTINGS
 from trl_kd.sampling import Answer
@@ -112,7 +112,8 @@ class PairReport:
         with full_disk_said(Path(folder)):
             for name, content in ((SUMMARY, summary), (SETTINGS, settings), (COUNTS, self._counts())):
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+                with written_whole(Path(folder) / name) as building:
+                    building.write_text(text, encoding="utf-8")
             write_card(folder, summary, settings)
             rows = [row for _, row in sorted(self._shown, key=lambda shown: shown[0])]
             write_page(folder, rows, summary, settings)

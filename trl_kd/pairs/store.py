@@ -5,13 +5,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.database import Database
 from trl_kd.pairs.differences import differences, listed
 from trl_kd.pairs.null_causes import Causes, as_cause, nulls_of
-from trl_kd.pairs.stored_values import are_texts, is_share, is_usage
+from trl_kd.pairs.stored_values import HELD, KINDS, are_texts, is_description, is_share, is_usage
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 from trl_kd.sampling.recorded import recorded_settings
@@ -52,6 +53,7 @@ class AnswerStore(Database):
         self._unreadable: list[str] = []
         self._written: dict[str, str] = {}  # of what is counted
         self._described: dict[str, Any] = {}  # what each source says of itself
+        self._kinds: set[str] = set()  # of rows that are stored
         super().__init__(folder, made)
 
     def check_settings(self, settings: dict[str, Any], relabel: bool = False) -> None:
@@ -71,7 +73,7 @@ class AnswerStore(Database):
         settings = recorded_settings(json.loads(json.dumps(settings)))
         with self._guard():
             rows = self._connection.execute("SELECT name, value FROM settings").fetchall()
-        stored = {name: self._values.setting(name, value) for name, value in rows}
+        stored = {name: self._values.setting(name, value, partial(is_description, name)) for name, value in rows}
         before = recorded_settings(stored)
         if before != stored:
             self._forget_keys(stored, before)
@@ -202,14 +204,21 @@ class AnswerStore(Database):
 
     def _before_commit(self) -> None:
         """Writes what was counted by now."""
-        now = self._usage_now() | self._verdicts_now()
+        now = self._usage_now() | self._verdicts_now() | self._held_now()
         new = {name: value for name, value in now.items() if value != self._written.get(name)}
         if new:
             self._connection.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", list(new.items()))
             self._written |= new
 
     def _rolled_back(self) -> None:
-        self._written = {}
+        self._written, self._kinds = {}, set()
+
+    def _held_now(self) -> dict[str, str]:
+        """Which kinds of rows there are, so that it is noticed where all of one are lost."""
+        for kind in KINDS.keys() - self._kinds:
+            if self._connection.execute(KINDS[kind]).fetchone():
+                self._kinds.add(kind)
+        return {HELD: json.dumps(sorted(self._kinds))} if self._kinds else {}
 
     def _usage_now(self) -> dict[str, str]:
         if self._counted is None:

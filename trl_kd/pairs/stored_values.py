@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.null_causes import recorded_cause
-from trl_kd.pairs.places import StoreError
+from trl_kd.pairs.places import StoreError, quoted
 from trl_kd.sampling import Answer
 from trl_kd.sampling.budget import Usage
 
@@ -18,6 +18,14 @@ from trl_kd.sampling.budget import Usage
 OURS = {"settings", "answers", "labels", "nulls"}
 _FIRST = OURS - {"nulls"}
 """The tables that every version has made."""
+HELD = "held"
+"""The setting that names which of `KINDS` are stored."""
+KINDS = {
+    "answers of the teacher": "SELECT 1 FROM answers WHERE source = 'teacher' LIMIT 1",
+    "answers of the student": "SELECT 1 FROM answers WHERE source = 'student' LIMIT 1",
+    "labels": "SELECT 1 FROM labels LIMIT 1",
+}
+"""What is paid for, with what finds one of it."""
 
 
 def check_database(connection: sqlite3.Connection, path: Path, version: int, made: Iterable[Path]) -> None:
@@ -35,7 +43,8 @@ def check_database(connection: sqlite3.Connection, path: Path, version: int, mad
             What is made of its answers.
 
     Raises:
-        `StoreError`: it is a database of something else, or empty beside something made of its answers.
+        `StoreError`: it is a database of something else, or empty beside something made of its answers, or has lost all
+            answers of a source, or all labels, since.
     """
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     tables = {name for name in tables if not name.startswith("sqlite_")}
@@ -46,12 +55,20 @@ def check_database(connection: sqlite3.Connection, path: Path, version: int, mad
             "answers back in its place, give another `output_dir`, or move it away to ask everything anew."
         )
     is_empty = "settings" not in tables or not connection.execute("SELECT COUNT(*) FROM settings").fetchone()[0]
-    finished = next(iter(made), None) if is_empty else None
+    lost = "nothing" if is_empty else " and ".join(f"no {kind}" for kind in _lost(connection, path))
+    finished = next(iter(made), None) if lost else None
     if finished is not None:
         raise StoreError(
-            f"`{path}` holds nothing, though `{finished}` was made of the answers in it: everything would be asked for, and "
-            f"paid, again. Put a copy of it back. To start over on purpose, delete `{path}`."
+            f"`{path}` holds {lost}, though `{finished}` was made of what it held: that would be asked for, and paid, "
+            f"again. Put a copy of it back. To start over on purpose, delete `{path}`."
         )
+
+
+def _lost(connection: sqlite3.Connection, path: Path) -> list[str]:
+    """Which of `KINDS` were stored and are not there any more."""
+    row = connection.execute("SELECT value FROM settings WHERE name = ?", (HELD,)).fetchone()
+    held = StoredValues(path).setting(HELD, row[0], are_texts) if row else []
+    return [kind for kind in held if kind in KINDS and connection.execute(KINDS[kind]).fetchone() is None]
 
 
 class StoredValues:
@@ -108,11 +125,20 @@ class StoredValues:
         )
 
     def _damaged(self, table: str, where: str, column: str, value: Any) -> StoreError:
-        way_out = f'sqlite3 {self._path} "DELETE FROM {table} WHERE {where}"'
+        way_out = f'sqlite3 {quoted(self._path)} "DELETE FROM {table} WHERE {where}"'
         return StoreError(
             f"`{self._path}` is damaged: in the row of `{table}` where {where}, `{column}` is {_shortened(value)}. It was "
             f"left as it is: put a copy of the file back, or delete the row (`{way_out}`), so that it is made anew."
         )
+
+
+def is_description(name: str, value: Any) -> bool:
+    """Whether a setting is what it must be that says what the stored answers and labels are of."""
+    if name == "shard":
+        return value is None or (
+            isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value)
+        )
+    return name not in ("teacher", "student", "preference") or isinstance(value, dict)
 
 
 def is_usage(value: Any) -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 
 from trl import ModelConfig
 
+from trl_kd.pairs.places import check_files
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.scripts.arguments import PreferenceScriptArguments, TrainingScriptArguments
-from trl_kd.scripts.errors import InputError, one_line
+from trl_kd.scripts.errors import InputError, bad_input, one_line
 from trl_kd.scripts.paths import check_name, nearest_folder
 from trl_kd.trainers.common.checkpoints import last_checkpoint
 
@@ -127,6 +128,10 @@ def check_attention(field: str, name: Any) -> None:
         raise InputError(f"{where}, which is none of {', '.join(known)}: use one of them, or drop it.")
 
 
+_WRITTEN_LAST = ("README.md", "config.json", "model.safetensors", "rounds.json", "rounds.html", "report.html")
+"""Files that commands write in the end, when a folder of that name would cost the whole run."""
+
+
 def check_output_dir(output_dir: str) -> None:
     """Raises unless `output_dir` can be written to. It is not created: a check must leave no trace."""
     if not output_dir:
@@ -148,6 +153,8 @@ def check_output_dir(output_dir: str) -> None:
         raise InputError(
             f"`output_dir` is {output_dir!r}, which cannot be written to ({error.strerror}): choose another folder."
         ) from error
+    with bad_input():
+        check_files(Path(output_dir), _WRITTEN_LAST)
 
 
 def _checkpoint(value: Any, output_dir: str) -> str | None:

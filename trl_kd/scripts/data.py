@@ -307,8 +307,9 @@ def _cache_of(path: Path) -> str:
 
 
 def _without_patterns(path: Path) -> str:
-    """The folder, or one of links to its files if `datasets` would read the folder's own name as a pattern."""
-    if not re.search(r"[*?\[\n]", str(path.resolve())):
+    """The folder, or one of links to its files if `datasets` would read the folder's own name as a pattern: a shell's, or
+    the template and regular expression that it makes of the place of what it caches."""
+    if not re.search(r"[*?\[\]\n(){}+|^$\\]", str(path.resolve())):
         return str(path)
     links = Path(_cache_of(path)) / "links"
     for file in path.rglob("*"):
@@ -322,7 +323,7 @@ def _without_patterns(path: Path) -> str:
 
 def _load_saved(path: Path, streaming: bool, field: str) -> Any:
     try:
-        saved = load_from_disk(str(path))
+        saved = load_from_disk(_without_patterns(path))
     except IndexError as error:  # how `datasets` says that a split was saved without rows
         raise InputError(f"`{field}` is {str(path)!r}, which is empty: it needs at least one row.") from error
     splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})

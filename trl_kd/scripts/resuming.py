@@ -14,6 +14,7 @@ from trl_kd.trainers.common.checkpoints import last_checkpoint
 
 
 _RESUME = ("--resume_from_checkpoint", "true")
+_BEGINS_ANEW = "There is no checkpoint yet: the same command begins anew."
 
 
 def refuse_checkpoint(training_args: Any, words: list[str] | None) -> None:
@@ -51,10 +52,16 @@ def told_how_to_resume(training_args: Any, words: list[str] | None) -> Iterator[
     except KeyboardInterrupt:
         last = last_checkpoint(Path(training_args.output_dir))
         if last is None:
-            print("\nStopped. There is no checkpoint yet: the same command begins anew.", file=sys.stderr)
+            print(f"\nStopped. {_BEGINS_ANEW}", file=sys.stderr)
         else:
             print(f"\nStopped. To go on from {Path(last).name}:\n  {_resuming(words)}", file=sys.stderr)
         raise
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """A sentence on how a training goes on that was stopped, where its command is not known."""
+    last = last_checkpoint(Path(output_dir))
+    return _BEGINS_ANEW if last is None else f"To go on from {Path(last).name}: {_resuming(None)}."
 
 
 def _resuming(words: list[str] | None) -> str:

@@ -269,7 +269,7 @@ def run_rounds(script_args: PbKDScriptArguments, training_args: PbKDConfig, mode
 
     with bad_input():
         rounds = checked_rounds(script_args, training_args, model_args)
-    with _said(), stopped_training(training_args.output_dir):
+    with _said(), stopped_training(training_args.output_dir, goes_on=True):
         rounds.run()
     state = PartialState()
     if state.is_main_process:

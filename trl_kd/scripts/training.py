@@ -19,7 +19,7 @@ from trl_kd.scripts.arguments import Parsed, parse
 from trl_kd.scripts.checks import check_push, model_error
 from trl_kd.scripts.errors import InputError, ProcessError, bad_input, kept_interruption, one_line, report
 from trl_kd.scripts.launch import LAUNCHED, launch, needs_launcher, planned_processes, resolve_config
-from trl_kd.scripts.resuming import refuse_checkpoint, told_how_to_resume
+from trl_kd.scripts.resuming import how_to_go_on, refuse_checkpoint, told_how_to_resume
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,19 @@ class TrainingCommand:
 
 
 @contextmanager
-def stopped_training(output_dir: str) -> Iterator[None]:
-    """What stops a training from outside, at NaN or infinity, or since the disk of `output_dir` is full, is one line."""
+def stopped_training(output_dir: str, goes_on: bool = False) -> Iterator[None]:
+    """
+    What stops a training from outside, at NaN or infinity, since the disk is full, or since another of its processes has
+    ended, is one line.
+
+    Args:
+        output_dir (`str`):
+            The folder that is written to.
+        goes_on (`bool`, *optional*, defaults to `False`):
+            Whether the same command goes on where it was stopped, without being told to.
+    """
     from trl_kd.trainers.common.finite import NotFinite
-    from trl_kd.trainers.common.main_process import MainProcessEnded
+    from trl_kd.trainers.common.main_process import GOES_ON, MainProcessEnded, lost_process
 
     try:
         with kept_interruption():
@@ -165,6 +174,9 @@ def stopped_training(output_dir: str) -> Iterator[None]:
     except MainProcessEnded as error:
         raise ProcessError(one_line(error)) from error
     except Exception as error:
+        lost = lost_process(error, GOES_ON if goes_on else how_to_go_on(output_dir))
+        if lost is not None:
+            raise ProcessError(one_line(lost)) from error
         if is_disk_full(error, output_dir):  # a log, say
             raise InputError(one_line(disk_full(output_dir, 2**20, "Checkpoints that are whole stay so"))) from error
         raise

@@ -22,19 +22,23 @@ def saving(trainer: Any, checkpoint: str | Path | None = None) -> Iterator[None]
             The trainer.
         checkpoint (`str` or `Path`, *optional*):
             Folder of the checkpoint; `None` for the model alone, in the end. A checkpoint in part is removed: it is of no
-            use, and takes room.
+            use, and takes room. So are files beside it that were begun and got nothing.
 
     Raises:
         `DiskFull`: the disk is full.
     """
     output_dir = Path(trainer.args.output_dir)
+    empty = set(_empty_files(output_dir))
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error, output_dir):
+        if not is_disk_full(error, output_dir, is_saving=True):
             raise
-        if checkpoint is not None and trainer.args.should_save:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        if trainer.args.should_save:
+            if checkpoint is not None:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            for path in set(_empty_files(output_dir)) - empty:
+                path.unlink(missing_ok=True)
         last = last_checkpoint(output_dir)
         needed = saved_bytes(trainer, with_optimizer=checkpoint is not None)
         if checkpoint is not None and last is not None:
@@ -43,6 +47,10 @@ def saving(trainer: Any, checkpoint: str | Path | None = None) -> Iterator[None]
         before = f"`{Path(last).name}` is the last whole checkpoint" if last else "nothing before"
         way_out = "free some space, and go on from it (`resume_from_checkpoint`)" if last else "free some space"
         raise disk_full(output_dir, needed, f"{what} was not saved, and {before}", way_out) from error
+
+
+def _empty_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("*") if path.is_file() and not path.stat().st_size)
 
 
 def saved_bytes(trainer: Any, with_optimizer: bool) -> int:

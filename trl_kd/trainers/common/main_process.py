@@ -1,13 +1,14 @@
 """One process of a run claims its folder and works there; the others wait for it, for as long as it lives."""
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
-from torch.distributed import distributed_c10d
+from torch.distributed import DistError, distributed_c10d
 
 from trl_kd.pairs.lock import LockWatch, hold_folder
 from trl_kd.pairs.places import StoreError
@@ -16,6 +17,12 @@ from trl_kd.trainers.common.leftovers import remove_leftovers
 
 _POLL = 0.2
 _REFUSED = "refused: "
+GOES_ON = "What is finished is kept: the same command goes on from there."
+_LOST = re.compile(
+    "(?i)remote worker crashing|remote process exited|ncclRemoteError|communicator was aborted|pair closure|broken pipe|"
+    "(connection )?(closed|reset) by peer|connection (closed|reset|refused)|timed out|socket timeout"
+)
+"""What gloo and NCCL say when another process does not answer any more."""
 _numbers = itertools.count()
 
 
@@ -42,7 +49,7 @@ class Claim:
             if done():
                 return
             if not lives:
-                raise _ended(f" ({self._watch.owner})" if self._watch else "")
+                raise _ended(f" ({self._watch.owner})" if self._watch else "", GOES_ON)
             time.sleep(_POLL)
 
 
@@ -87,7 +94,7 @@ def _told(key: str) -> str:
             time.sleep(_POLL)
         value = _store().get(key).decode()
     except RuntimeError as error:  # torch.distributed's DistError
-        raise _ended("") from error
+        raise _ended("", "Start the run again.") from error
     if value.startswith(_REFUSED):
         raise StoreError(value.removeprefix(_REFUSED))
     return value
@@ -97,8 +104,34 @@ def _store():
     return distributed_c10d._get_default_store()
 
 
-def _ended(who: str) -> MainProcessEnded:
+def _ended(who: str, way_out: str) -> MainProcessEnded:
     return MainProcessEnded(
         f"The main process of this run{who} has ended, and this process, of rank {PartialState().process_index}, ends "
-        "too: what it said stands in its own output. What is finished is kept: the same command goes on from there."
+        f"too: the output of the main process says why. {way_out}"
+    )
+
+
+# ---- A collective that another process has left ---------------------------------------------------------------------------
+
+
+def lost_process(error: Exception, way_out: str) -> str | None:
+    """
+    Says that a collective has failed since another process of the run has ended, or is out of reach.
+
+    Args:
+        error (`Exception`):
+            What was raised.
+        way_out (`str`):
+            A sentence on how to go on.
+
+    Returns:
+        `str`, *optional*: the sentences; `None` for any other error.
+    """
+    of_torch = type(error) is RuntimeError or isinstance(error, DistError)  # gloo's, or NCCL's
+    found = _LOST.search(" ".join(str(error).split())) if of_torch and distributed_c10d.is_initialized() else None
+    if found is None or distributed_c10d.get_world_size() < 2:
+        return None
+    return (
+        f"This process, of rank {distributed_c10d.get_rank()}, has lost another process of its run ({found[0]}), and ends "
+        f"too: the output of the other process says why. {way_out}"
     )

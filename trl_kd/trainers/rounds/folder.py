@@ -1,7 +1,6 @@
 """The folder of rounds: what is where, what is finished, and the settings that it was begun with."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_kd.pairs.differences import differences, listed
+from trl_kd.pairs.places import written_whole
 from trl_kd.sampling.recorded import recorded_settings
 from trl_kd.trainers.common.config_checks import without_keys
 from trl_kd.trainers.pbkd.config import PbKDConfig
@@ -216,9 +216,8 @@ def _read(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f"{path.name}.building")
-    building.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(building, path)
+    with written_whole(path) as building:
+        building.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def late_means(history: list[dict[str, Any]], steps: int) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from trl_kd.pairs.places import written_whole
 from trl_kd.sampling import Sampler, SamplingSettings
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.local import LocalSampler
@@ -151,9 +152,9 @@ class Carried(TrainerCallback):
 
     @staticmethod
     def save(trainer: Any, path: Path) -> None:
-        building = path.with_name(f"{path.name}.building")
-        torch.save({"optimizer": trainer.optimizer.state_dict()["state"], "dual": trainer.dual.state_dict()}, building)
-        building.replace(path)
+        state = {"optimizer": trainer.optimizer.state_dict()["state"], "dual": trainer.dual.state_dict()}
+        with written_whole(path) as building:
+            torch.save(state, building)
 
 
 def free(trainer: Any) -> None:
