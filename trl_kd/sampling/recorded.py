@@ -16,6 +16,9 @@ from typing import Any, Union
 NOT_STORED = "(not stored)"
 """Stands in place of a value that is not recorded."""
 
+NOT_SHOWN = "(it is not shown, since a key may stand in it)"
+"""Stands in a message in place of a value that is refused."""
+
 
 class How(Enum):
     """How a value is recorded."""
@@ -236,14 +239,18 @@ def read_object(name: str, text: str, example: str | None = None) -> dict[str, A
     else:
         if isinstance(value, dict):
             return value
-        fault = f"it is {_KINDS[type(value)]}"
+        fault = f"it is {kind_of(value)}"
     such_as = "" if example is None else f", such as '{example}'"
-    raise ValueError(
-        f"`{name}` must be a JSON object{such_as}, and is none: {fault}. (It is not shown, since a key may stand in it.)"
-    )
+    raise ValueError(f"`{name}` must be a JSON object{such_as}, and is none: {fault} {NOT_SHOWN}.")
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON or YAML is, in words."""
+    return _KINDS.get(type(value), "of another kind")
 
 
 _KINDS = {
+    dict: "an object",
     list: "a list",
     str: "a text",
     int: "a number",
