@@ -94,6 +94,20 @@ def test_a_key_is_in_no_output_and_may_change(folder, trl_kd, body, caplog):
     assert len(load_pairs("out")) == 4
 
 
+def test_a_number_that_is_a_secret_is_in_no_output(folder, trl_kd):
+    body = {"pin": 98769876, "deep": [{"pin": 98769876}], "mine": 4096}
+    with FaultServer(script) as server:
+        done = trl_kd(*words(server, body, ONE))
+        assert done.code == 0, done.err
+        assert server.bodies[0]["pin"] == 98769876
+    assert b"98769876" not in everything(folder / "out")
+    assert "98769876" not in done.out + done.err
+    answers = [row["chosen"] for row in load_pairs("out")]
+    assert all(
+        "***" in answer and "4096" in answer for answer in map(str, answers)
+    )  # a setting may stand in an answer
+
+
 def test_what_a_server_says_of_a_key_is_not_said_on(folder, trl_kd):
     with FaultServer(lambda body, number: Reply({"error": {"message": json.dumps(body)}}, 400)) as server:
         done = trl_kd(*words(server, BODIES[2], ONE))

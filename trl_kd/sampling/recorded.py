@@ -150,6 +150,9 @@ _HASH = re.compile(r"sha256:[0-9a-f]{16}")
 _KEY = re.compile(r"(?=.*\d)(?=.*[A-Za-z])\S{8,}")
 """What looks like a key."""
 
+_LONG_NUMBER = 8
+"""Digits of a number that may be a secret: a shorter one is a setting far more often, and stands in many answers."""
+
 
 def recorded(value: Any, rule: Rule) -> Any:
     """
@@ -199,8 +202,8 @@ def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hidden_texts(body: Mapping[str, Any]) -> list[str]:
-    """The texts in a request that are not recorded, and those recorded as hashes that look like keys: none of them may get
-    into an answer or an error by a server's echo."""
+    """The texts and the long numbers in a request that are not recorded, and the texts recorded as hashes that look like
+    keys: none of them may get into an answer or an error by a server's echo."""
     own = {name: value for name, value in body.items() if name not in _OF_REQUESTS}
     return list(_hidden(own, REQUEST_FIELDS))
 
@@ -214,6 +217,8 @@ def _hidden(value: Any, rule: Rule) -> Iterator[str]:
             yield from _hidden(item, rule)
     elif isinstance(value, str) and (rule is How.HIDDEN or (rule is not How.PLAIN and _KEY.fullmatch(value))):
         yield value
+    elif isinstance(value, int) and rule is How.HIDDEN and len(str(value)) >= _LONG_NUMBER:
+        yield str(value)
 
 
 def not_words(texts: Iterable[str]) -> list[str]:

@@ -41,12 +41,15 @@ def hide(text: str, secrets: list[str], shortest: int) -> str:
 
 
 def hide_in(value: Any, secrets: list[str], shortest: int) -> Any:
-    """`hide` in all texts of parsed JSON, where no escape hides a secret from it."""
+    """`hide` in all texts and numbers of parsed JSON, where no escape hides a secret from it."""
     if isinstance(value, str):
         return hide(value, secrets, shortest)
     if isinstance(value, dict):
         return {key: hide_in(item, secrets, shortest) for key, item in value.items()}
-    return [hide_in(item, secrets, shortest) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [hide_in(item, secrets, shortest) for item in value]
+    hidden = hide(str(value), secrets, shortest)
+    return value if hidden == str(value) else hidden
 
 
 def redact(text: str, secrets: list[str]) -> str:
