@@ -99,6 +99,11 @@ def test_keys_that_are_known_in_every_spelling(trl_kd, base):
         ("dtype: float33", ["`dtype` is 'float33' in", "'bfloat16'"]),
         ("env: 3", ["`env` in", "mapping"]),
         ("datasets: [{name: x}]", ["`datasets` in", "needs a `path`"]),
+        ("datasets: [{path: 5}]", ["`path` is 5 in an entry of `datasets` in", "it must be text"]),
+        ("resume_from_checkpoint: true", ["`resume_from_checkpoint` is true, but", "has no checkpoint"]),
+        ("fsdp_config: nowhere.json", ["`fsdp_config` is 'nowhere.json': no such file."]),
+        ("accelerator_config: nowhere.json", ["`accelerator_config` is 'nowhere.json': no such file."]),
+        ("num_machines: 2", ["`num_machines` is 2, but `main_process_ip` is not set"]),
         ("datasets: [{path: x, splt: train}]", ["unknown key `splt`", "did you mean `split`"]),
     ],
 )

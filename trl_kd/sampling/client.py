@@ -342,9 +342,9 @@ class _Run:
     def _malformed(self, index: int, text: str) -> ServerError:
         """The error of a reply that is none, of which the `text` is without secrets."""
         return ServerError(
-            f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in JSON, e.g. "
-            f"{text[:200]!r}: check that `base_url` leads to an OpenAI-compatible server (it mostly ends in "
-            "/v1).",
+            f"{self.client.urls[index]} sent replies that are not completions in JSON, in "
+            f"{attempts(self.client.max_retries)}, e.g. {text[:200]!r}: check that `base_url` leads to an OpenAI-compatible "
+            "server (it mostly ends in /v1).",
             code=MALFORMED,
             said=text[:200],
         )

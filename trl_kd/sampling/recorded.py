@@ -58,18 +58,8 @@ TEMPLATE_FIELDS = Fields(
 
 REQUEST_FIELDS = Fields(
     {
-        **_all(
-            How.HASHED,
-            "temperature",
-            "top_p",
-            "top_k",
-            "top_a",
-            "min_p",
-            "typical_p",
-            "tfs_z",
-            "seed",
-            "sampling_seed",
-        ),
+        **_all(How.HASHED, "temperature", "top_p", "top_k", "top_a", "min_p", "typical_p", "tfs_z"),
+        **_all(How.HASHED, "seed", "sampling_seed"),
         **_all(How.HASHED, "n", "best_of", "max_tokens", "max_completion_tokens", "max_new_tokens", "min_tokens"),
         **_all(How.HASHED, "n_predict", "num_ctx", "thinking_budget", "truncate_prompt_tokens", "allowed_token_ids"),
         **_all(How.HASHED, "presence_penalty", "frequency_penalty", "repetition_penalty", "repeat_penalty"),
@@ -83,9 +73,8 @@ REQUEST_FIELDS = Fields(
         **_all(How.HASHED, "enable_thinking", "chat_template", "response_format", "structured_outputs", "guided_json"),
         **_all(How.HASHED, "json_schema", "documents", "mm_processor_kwargs", "suffix"),
         **_all(How.PLAIN, "stop", "bad_words", "reasoning_effort", "reasoning_format", "verbosity", "service_tier"),
-        **_all(
-            How.PLAIN, "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend", "regex", "ebnf"
-        ),
+        **_all(How.PLAIN, "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
+        **_all(How.PLAIN, "regex", "ebnf"),
         **_all(How.PLAIN, "guided_whitespace_pattern", "grammar", "tool_choice", "modalities", "models", "route"),
         **_all(How.PLAIN, "transforms", "samplers"),
         "reasoning": Fields(_all(How.PLAIN, "effort", "max_tokens", "exclude", "enabled", "summary")),

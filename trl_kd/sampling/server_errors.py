@@ -136,9 +136,11 @@ def refused(
     elif status == 404:
         way_out = "Check `model` and `base_url` (it mostly ends in /v1)."
     elif status == 429:
-        way_out = f"{tries} were made: lower `max_concurrency` (now {max_concurrency}), or check your quota."
+        way_out = (
+            f"The request failed in {tries}: lower `max_concurrency` (now {max_concurrency}), or check your quota."
+        )
     elif status is None or status >= 500:
-        way_out = f"{tries} were made: look at the server's log."
+        way_out = f"The request failed in {tries}: look at the server's log."
     else:
         way_out = (
             "Change the setting that it names; `extra` (on the command line `extra_body`) sets a field of the request or, "
@@ -180,7 +182,7 @@ def role_hint(body: Mapping[str, Any], failure: ServerError) -> str:
 
 def attempts(max_retries: int) -> str:
     """How often a request is tried, in words."""
-    return f"{max_retries + 1} attempts (`max_retries` is {max_retries})"
+    return f"{max_retries + 1} attempt{'s' * (max_retries > 0)} (`max_retries` is {max_retries})"
 
 
 def _read(body: Any) -> tuple[str, str | None]:

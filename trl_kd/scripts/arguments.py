@@ -248,6 +248,8 @@ class _Parser(TrlParser):
             if key in actions and key != "help":
                 if value is None and key not in nullable:
                     raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
+                if key == "resume_from_checkpoint" and isinstance(value, bool):
+                    value = str(value).lower()
                 if not _is_converted(actions[key]):
                     check_kind(key, value, hints.get(key), path)
                 defaults[key] = None if value is None else _converted(key, value, actions[key], path)
@@ -382,6 +384,9 @@ def _dataset_config(entry: Any, path: str) -> DatasetConfig:
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
             raise InputError(f"unknown key `{key}` in an entry of `datasets` in {path}: {advice}")
+    hints = get_type_hints(DatasetConfig)
+    for key, value in entry.items():
+        check_kind(key, value, hints[key], f"an entry of `datasets` in {path}")
     named = ("path", "data_dir", "data_files")
     resolved = {k: paths.resolved("datasets", v) for k, v in entry.items() if k in named and isinstance(v, str)}
     return DatasetConfig(**entry | resolved)
