@@ -254,7 +254,7 @@ def test_a_store_that_is_no_file_is_one_sentence(tmp_path, kind, opened):
     }[kind]()
     expected = {
         "folder": r"answers.db` is a folder, where the file with the stored answers belongs: move it away",
-        "link": r"answers.db` is a link to `.*gone/answers.db`, which is not there. The stored answers belong into",
+        "link": r"answers.db` is a link to `.*gone/answers.db`, which is not there. That file holds the stored answers",
         "pipe": r"answers.db` is a device or pipe, where",
     }[kind]
     with pytest.raises(StoreError, match=expected):

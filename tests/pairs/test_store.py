@@ -306,7 +306,9 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     connection = sqlite3.connect(tmp_path / "answers.db")
     connection.execute("PRAGMA user_version = 9")
     connection.close()
-    with pytest.raises(StoreError, match="has format 9, and this version of trl-kd reads 1"):
+    with pytest.raises(
+        StoreError, match="has format 9, and this version of trl-kd reads 1: install the version that wrote it"
+    ):
         AnswerStore(tmp_path)
 
 

@@ -16,6 +16,7 @@ from trl_kd.sampling.recorded import (
     recorded,
     recorded_description,
 )
+from trl_kd.sampling.server_errors import hide_in
 from trl_kd.sampling.vllm import VLLMSampler
 from trl_kd.trainers.mm_pbkd.config import MMPbKDConfig
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
@@ -66,6 +67,14 @@ def test_what_is_hidden_of_a_request():
         "response_format": {"type": "json_object", "x": KEY},
     }
     assert hidden_texts({**own, **fields}) == ["one", "two", KEY]
+    numbers = {"pin": 98769876, "seed": 98769876, "mine": 4096, "flag": True, "deep": [[12345678]]}
+    assert hidden_texts(numbers) == ["98769876", "12345678"]
+
+
+def test_an_echo_may_be_a_number():
+    echo = {"arguments": {"pin": 98769876, "n": 3, "x": 0.5, "flag": True, "none": None, "texts": ["pin 98769876"]}}
+    hidden = {"pin": "***", "n": 3, "x": 0.5, "flag": True, "none": None, "texts": ["pin ***"]}
+    assert hide_in(echo, ["98769876"], 8) == {"arguments": hidden}
 
 
 OPTIONS = {"dtype": "float32", "token": KEY, "storage": {"deep": [[{"er": KEY}]]}, "quantization_config": None}

@@ -271,10 +271,22 @@ def test_retry_after_is_waited_for():
 @pytest.mark.parametrize(
     ("fault", "tries", "said"),
     [
-        (error(429, "slow down", Retry_After="0.05"), 2, r"status 429: slow down — 2 attempts .*`max_concurrency`"),
-        (error(503, "down", Retry_After="0.05"), 2, r"status 503: down — 2 attempts .*log.* The prompt begins 'hi'"),
+        (
+            error(429, "slow down", Retry_After="0.05"),
+            2,
+            r"status 429: slow down — The request failed in 2 attempts .*`max_concurrency`",
+        ),
+        (
+            error(503, "down", Retry_After="0.05"),
+            2,
+            r"status 503: down — The request failed in 2 attempts .*log.* The prompt begins 'hi'",
+        ),
         (Reply({}, cut=True), 2, r"cut the connection, in 2 attempts .*check `base_url`"),
-        (Reply(b"{"), 2, r"answered 2 times what is not a completion in JSON, e.g. '\{'"),
+        (
+            Reply(b"{"),
+            2,
+            r"sent replies that are not completions in JSON, in 2 attempts \(`max_retries` is 1\), e.g. '\{'",
+        ),
         (Reply({}, delay=1), 2, r"no answer within `timeout` = 0.5 seconds .*raise `timeout`"),
         (error(401, "who are you"), 1, r"status 401: who are you — Put a valid key .* OPENAI_API_KEY"),
         (error(404, "no model"), 1, r"status 404: no model — Check `model` and `base_url`"),

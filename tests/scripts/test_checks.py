@@ -127,6 +127,10 @@ def test_a_key_that_is_not_set(trl_kd, commands, monkeypatch, tmp_path, jsonl):
     assert "`teacher_base_url`" in trl_kd(*words, "--dry_run").error
     told = trl_kd(*words, "--teacher_base_url", "http://localhost:1/v1", "--teacher_api_key_env", "MINE").error
     assert "`teacher_api_key_env` is 'MINE', but the environment has no such variable" in told
+    for key in ("sk-proj-0123abcd", "AKIA0123456789ABCDEF", "abcdefgh"):  # in place of its variable
+        told = trl_kd(*words, "--teacher_base_url", "http://localhost:1/v1", "--teacher_api_key_env", key)
+        assert "`teacher_api_key_env` names no variable of the environment" in told.error
+        assert key not in told.out + told.err
     local = trl_kd(*words, "--teacher_base_url", "http://localhost:1/v1", "--teacher_max_retries", "0").error
     assert "OPENAI_API_KEY" not in local  # nobody answers there, which is another matter
 

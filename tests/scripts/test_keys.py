@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_a_key_is_in_no_output_and_may_change(folder, trl_kd, body, caplog):
     assert len(load_pairs("out")) == 4
 
 
+def test_a_number_that_is_a_secret_is_in_no_output(folder, trl_kd):
+    body = {"pin": 98769876, "deep": [{"pin": 98769876}], "mine": 4096}
+    with FaultServer(script) as server:
+        done = trl_kd(*words(server, body, ONE))
+        assert done.code == 0, done.err
+        assert server.bodies[0]["pin"] == 98769876
+    assert b"98769876" not in everything(folder / "out")
+    assert "98769876" not in done.out + done.err
+    answers = [row["chosen"] for row in load_pairs("out")]
+    assert all(
+        "***" in answer and "4096" in answer for answer in map(str, answers)
+    )  # a setting may stand in an answer
+
+
 def test_what_a_server_says_of_a_key_is_not_said_on(folder, trl_kd):
     with FaultServer(lambda body, number: Reply({"error": {"message": json.dumps(body)}}, 400)) as server:
         done = trl_kd(*words(server, BODIES[2], ONE))
@@ -149,3 +164,88 @@ def test_a_key_that_an_earlier_version_stored_is_forgotten_and_nothing_is_asked_
         assert server.count == asked
         assert json.loads(Path("out/counts.json").read_text())["unreadable"]
     assert key.encode() not in everything(folder / "out")
+
+
+# ---- The commands that train -----------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_names_options_of_loading_and_shows_no_key(trl_kd, base, teacher_dir):
+    options = json.dumps({"dtype": "float32", "token": ONE, "storage": {"deep": [ONE]}})
+    done = trl_kd(*base, "--imitation", "token", "--teacher_model_name_or_path", teacher_dir,
+                  "--teacher_model_init_kwargs", options, "--dry_run")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "'dtype': 'float32', 'token': '(not stored)'" in done.out
+    assert ONE not in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "is_shown"),
+    [
+        (("--model_init_kwargs", json.dumps({"token": ONE})), False),
+        (("--model-init-kwargs=" + json.dumps({"storage": {"key": [ONE]}}),), False),
+        (("--hub_token", ONE), False),
+        (("--hub_token=" + ONE,), False),
+        (("--run_name", "hf_" + ONE.replace("-", "")), False),
+        (("--model_init_kwargs", '{"dtype": "float32"}', "--run_name", "it's"), True),
+        (("--gradient_checkpointing_kwargs", '{"use_reentrant": false}'), True),
+    ],
+)
+def test_a_command_that_resumes_holds_no_key_and_can_be_pasted(trl_kd, base, out, words, is_shown):
+    (out / "checkpoint-1").mkdir(parents=True)
+    (out / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    refused = trl_kd(*base, *words)
+    assert "holds checkpoint-1 of an earlier run" in refused.error
+    resume, anew = refused.err.splitlines()[-2:]
+    remove = f"rm -r -- {out}/checkpoint-[0-9]*"
+    if is_shown:
+        command = shlex.join(["trl-kd", *base, *words])
+        assert resume == f"  resume: {command} --resume_from_checkpoint true"
+        assert anew == f"  start over: {remove} && {command}"
+    else:
+        assert resume == "  resume: the same command with --resume_from_checkpoint true"
+        assert anew == f"  start over: the same command, after: {remove}"
+        assert ONE not in refused.err
+        assert "***" not in refused.err
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("pairs", "teacher_extra_body: [1, KEY]"),
+        ("pairs", "teacher_model_init_kwargs: [KEY]"),
+        ("pbkd", 'model_init_kwargs: \'{"token": "KEY\''),
+        ("pbkd", "model_init_kwargs: [KEY]"),
+        ("pbkd", "model_init_kwargs: {1: KEY}"),
+        ("pbkd", "hub_token: [KEY]"),
+        ("pbkd", "hub_token: {a: KEY}"),
+        ("pbkd", 'env: {A: "KEY\\0"}'),
+        ("pbkd", "env: [KEY]"),
+        ("online-pbkd", 'chat_template_kwargs: \'{"token": "KEY\''),
+        ("online-pbkd", "chat_template_kwargs: [KEY]"),
+        ("pbkd", "dataset_name: https://example.com/rows.jsonl?key=KEY"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_not_shown(folder, trl_kd, command, text):
+    words = ("--model_name_or_path", "m") if command != "pairs" else ()
+    Path("config.yaml").write_text(text.replace("KEY", ONE))
+    done = trl_kd(command, *words, "--dataset_name", "prompts.jsonl", "--output_dir", "out", "--config", "config.yaml")
+    if text.startswith("dataset_name"):
+        done = trl_kd(command, *words, "--output_dir", "out", "--config", "config.yaml")
+    assert f"`{text.partition(':')[0]}`" in done.error
+    assert ONE not in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "values"),
+    [
+        ("pbkd", "model_init_kwargs", ['{"token": "' + ONE]),
+        ("pbkd", "model_init_kwargs", ["{token:", ONE + "}"]),
+        ("pairs", "teacher_extra_body", ["{token:", ONE + "}"]),
+        ("online-pbkd", "chat_template_kwargs", ['{"token": "' + ONE]),
+    ],
+)
+def test_json_that_a_shell_has_split_is_not_shown(trl_kd, command, name, values):
+    done = trl_kd(command, *(() if command == "pairs" else ("--model_name_or_path", "m")), f"--{name}", *values)
+    assert f"`{name}`" in done.error
+    assert ("single quotes" in done.error) == (len(values) > 1)
+    assert ONE not in done.out + done.err

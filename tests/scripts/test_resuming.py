@@ -86,6 +86,16 @@ def test_interrupted_resumed_and_begun_anew(trl_kd, base, tmp_path, interrupted,
     assert trl_kd(*words, "--dry_run").code == 0
 
 
+def test_a_dry_run_warns_of_another_number_of_processes(trl_kd, base, out):
+    (out / "checkpoint-1").mkdir(parents=True)
+    (out / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    for processes, is_said in ((2, True), (1, False)):
+        (out / "checkpoint-1" / "pbkd_dual.json").write_text(json.dumps({"num_processes": processes}))
+        done = trl_kd(*base, "--resume_from_checkpoint", "true", "--dry_run")
+        assert done.code == 0, done.err
+        assert ("saved by a run of 2 processes, and this run has 1" in done.out) == is_said
+
+
 @pytest.mark.parametrize("place", ["datasets.Dataset.map", "transformers.Trainer.training_step"])
 def test_ctrl_c_stays_ctrl_c_where_a_library_fails_on_its_way_out(trl_kd, base, monkeypatch, place):
     """As `datasets` does: it closes its file, and then writes to it."""

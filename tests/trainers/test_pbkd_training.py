@@ -106,7 +106,7 @@ def test_another_number_of_processes_is_told_on_resume(tiny_dir, rows, settings,
         assert dual["num_processes"] == 1
         (checkpoint / "pbkd_dual.json").write_text(json.dumps(dual | {"num_processes": 2}))
         make(tiny_dir, rows, settings, **options).train(resume_from_checkpoint=str(checkpoint))
-    assert caplog.text.count("was saved by a run of 2 processes, and this run has 1: each step takes") == 1
+    assert caplog.text.count("was saved by a run of 2 processes, and this run has 1. Its steps use") == 1
 
 
 def test_a_dual_at_its_cap_is_reported_once(tiny_dir, pairs, settings, caplog):

@@ -258,7 +258,10 @@ def check_format(connection: sqlite3.Connection, path: Path, made: Iterable[Path
     """The format of a database, 0 of one without its tables yet, after what [`check_database`] checks of it."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, FORMAT):
-        raise StoreError(f"`{path}` has format {version}, and this version of trl-kd reads {FORMAT}.")
+        raise StoreError(
+            f"`{path}` has format {version}, and this version of trl-kd reads {FORMAT}: install "
+            "the version that wrote it, or give another `output_dir`."
+        )
     check_database(connection, path, version, made)
     return version
 

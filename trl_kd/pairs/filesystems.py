@@ -6,22 +6,8 @@ from pathlib import Path
 
 # Besides every `fuse.*`. Some of these do support shared memory, which WAL needs; a rollback journal is right on all of them
 _NETWORK = {
-    *(
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "glusterfs",
-        "afs",
-        "panfs",
-        "pvfs2",
-    ),
-    *("orangefs", "wekafs", "9p", "virtiofs", "vboxsf"),
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "panfs"),
+    *("pvfs2", "orangefs", "wekafs", "9p", "virtiofs", "vboxsf"),
 }
 
 

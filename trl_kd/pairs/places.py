@@ -44,7 +44,7 @@ def check_file(path: Path, kept: str) -> None:
     """
     if path.is_symlink() and not path.exists():
         raise StoreError(
-            f"{_what(path)}. {kept[0].upper()}{kept[1:]} belong into that file: bring it back (mount its disk, say), or "
+            f"{_what(path)}. That file holds {kept}: bring it back (mount its disk, say), or "
             "remove the link to begin without."
         )
     if path.exists() and not path.is_file():

@@ -27,7 +27,7 @@ from trl_kd.sampling.server_errors import (
     redact,
     refused,
 )
-from trl_kd.sampling.urls import basic, credentials, plain_url
+from trl_kd.sampling.urls import basic, credentials, missing_key, plain_url
 
 
 Item = TypeVar("Item")
@@ -180,9 +180,7 @@ class ServerClient:
         """The key, read from the environment whenever it is needed so that no object holds it."""
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != "OPENAI_API_KEY":
-            raise ValueError(
-                f"`api_key_env` is {self.api_key_env!r}, but the environment has no such variable: set it."
-            )
+            raise ValueError(missing_key("api_key_env", self.api_key_env))
         if not key.isascii() or not key.isprintable():
             raise ValueError(
                 f"The environment variable {self.api_key_env} holds characters that no key has: copy the key again."
@@ -344,9 +342,9 @@ class _Run:
     def _malformed(self, index: int, text: str) -> ServerError:
         """The error of a reply that is none, of which the `text` is without secrets."""
         return ServerError(
-            f"{self.client.urls[index]} answered {self.client.max_retries + 1} times what is not a completion in JSON, e.g. "
-            f"{text[:200]!r}: check that `base_url` leads to an OpenAI-compatible server (it mostly ends in "
-            "/v1).",
+            f"{self.client.urls[index]} sent replies that are not completions in JSON, in "
+            f"{attempts(self.client.max_retries)}, e.g. {text[:200]!r}: check that `base_url` leads to an OpenAI-compatible "
+            "server (it mostly ends in /v1).",
             code=MALFORMED,
             said=text[:200],
         )

@@ -16,6 +16,9 @@ from typing import Any, Union
 NOT_STORED = "(not stored)"
 """Stands in place of a value that is not recorded."""
 
+NOT_SHOWN = "(it is not shown, since a key may stand in it)"
+"""Stands in a message in place of a value that is refused."""
+
 
 class How(Enum):
     """How a value is recorded."""
@@ -55,18 +58,8 @@ TEMPLATE_FIELDS = Fields(
 
 REQUEST_FIELDS = Fields(
     {
-        **_all(
-            How.HASHED,
-            "temperature",
-            "top_p",
-            "top_k",
-            "top_a",
-            "min_p",
-            "typical_p",
-            "tfs_z",
-            "seed",
-            "sampling_seed",
-        ),
+        **_all(How.HASHED, "temperature", "top_p", "top_k", "top_a", "min_p", "typical_p", "tfs_z"),
+        **_all(How.HASHED, "seed", "sampling_seed"),
         **_all(How.HASHED, "n", "best_of", "max_tokens", "max_completion_tokens", "max_new_tokens", "min_tokens"),
         **_all(How.HASHED, "n_predict", "num_ctx", "thinking_budget", "truncate_prompt_tokens", "allowed_token_ids"),
         **_all(How.HASHED, "presence_penalty", "frequency_penalty", "repetition_penalty", "repeat_penalty"),
@@ -80,9 +73,8 @@ REQUEST_FIELDS = Fields(
         **_all(How.HASHED, "enable_thinking", "chat_template", "response_format", "structured_outputs", "guided_json"),
         **_all(How.HASHED, "json_schema", "documents", "mm_processor_kwargs", "suffix"),
         **_all(How.PLAIN, "stop", "bad_words", "reasoning_effort", "reasoning_format", "verbosity", "service_tier"),
-        **_all(
-            How.PLAIN, "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend", "regex", "ebnf"
-        ),
+        **_all(How.PLAIN, "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
+        **_all(How.PLAIN, "regex", "ebnf"),
         **_all(How.PLAIN, "guided_whitespace_pattern", "grammar", "tool_choice", "modalities", "models", "route"),
         **_all(How.PLAIN, "transforms", "samplers"),
         "reasoning": Fields(_all(How.PLAIN, "effort", "max_tokens", "exclude", "enabled", "summary")),
@@ -147,6 +139,9 @@ _HASH = re.compile(r"sha256:[0-9a-f]{16}")
 _KEY = re.compile(r"(?=.*\d)(?=.*[A-Za-z])\S{8,}")
 """What looks like a key."""
 
+_LONG_NUMBER = 8
+"""Digits of a number that may be a secret: a shorter one is a setting far more often, and stands in many answers."""
+
 
 def recorded(value: Any, rule: Rule) -> Any:
     """
@@ -196,8 +191,8 @@ def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hidden_texts(body: Mapping[str, Any]) -> list[str]:
-    """The texts in a request that are not recorded, and those recorded as hashes that look like keys: none of them may get
-    into an answer or an error by a server's echo."""
+    """The texts and the long numbers in a request that are not recorded, and the texts recorded as hashes that look like
+    keys: none of them may get into an answer or an error by a server's echo."""
     own = {name: value for name, value in body.items() if name not in _OF_REQUESTS}
     return list(_hidden(own, REQUEST_FIELDS))
 
@@ -211,6 +206,8 @@ def _hidden(value: Any, rule: Rule) -> Iterator[str]:
             yield from _hidden(item, rule)
     elif isinstance(value, str) and (rule is How.HIDDEN or (rule is not How.PLAIN and _KEY.fullmatch(value))):
         yield value
+    elif isinstance(value, int) and rule is How.HIDDEN and len(str(value)) >= _LONG_NUMBER:
+        yield str(value)
 
 
 def not_words(texts: Iterable[str]) -> list[str]:
@@ -236,14 +233,18 @@ def read_object(name: str, text: str, example: str | None = None) -> dict[str, A
     else:
         if isinstance(value, dict):
             return value
-        fault = f"it is {_KINDS[type(value)]}"
+        fault = f"it is {kind_of(value)}"
     such_as = "" if example is None else f", such as '{example}'"
-    raise ValueError(
-        f"`{name}` must be a JSON object{such_as}, and is none: {fault}. (It is not shown, since a key may stand in it.)"
-    )
+    raise ValueError(f"`{name}` must be a JSON object{such_as}, and is none: {fault} {NOT_SHOWN}.")
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON or YAML is, in words."""
+    return _KINDS.get(type(value), "of another kind")
 
 
 _KINDS = {
+    dict: "an object",
     list: "a list",
     str: "a text",
     int: "a number",

@@ -41,12 +41,15 @@ def hide(text: str, secrets: list[str], shortest: int) -> str:
 
 
 def hide_in(value: Any, secrets: list[str], shortest: int) -> Any:
-    """`hide` in all texts of parsed JSON, where no escape hides a secret from it."""
+    """`hide` in all texts and numbers of parsed JSON, where no escape hides a secret from it."""
     if isinstance(value, str):
         return hide(value, secrets, shortest)
     if isinstance(value, dict):
         return {key: hide_in(item, secrets, shortest) for key, item in value.items()}
-    return [hide_in(item, secrets, shortest) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [hide_in(item, secrets, shortest) for item in value]
+    hidden = hide(str(value), secrets, shortest)
+    return value if hidden == str(value) else hidden
 
 
 def redact(text: str, secrets: list[str]) -> str:
@@ -133,9 +136,11 @@ def refused(
     elif status == 404:
         way_out = "Check `model` and `base_url` (it mostly ends in /v1)."
     elif status == 429:
-        way_out = f"{tries} were made: lower `max_concurrency` (now {max_concurrency}), or check your quota."
+        way_out = (
+            f"The request failed in {tries}: lower `max_concurrency` (now {max_concurrency}), or check your quota."
+        )
     elif status is None or status >= 500:
-        way_out = f"{tries} were made: look at the server's log."
+        way_out = f"The request failed in {tries}: look at the server's log."
     else:
         way_out = (
             "Change the setting that it names; `extra` (on the command line `extra_body`) sets a field of the request or, "
@@ -177,7 +182,7 @@ def role_hint(body: Mapping[str, Any], failure: ServerError) -> str:
 
 def attempts(max_retries: int) -> str:
     """How often a request is tried, in words."""
-    return f"{max_retries + 1} attempts (`max_retries` is {max_retries})"
+    return f"{max_retries + 1} attempt{'s' * (max_retries > 0)} (`max_retries` is {max_retries})"
 
 
 def _read(body: Any) -> tuple[str, str | None]:

@@ -1,7 +1,10 @@
 """Addresses of servers, with the credentials that may stand in them."""
 
 import base64
+import re
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+
+from trl_kd.sampling.recorded import NOT_SHOWN
 
 
 def plain_url(url: str) -> str:
@@ -39,3 +42,11 @@ def credentials(url: str) -> tuple[str, str] | None:
 def basic(pair: tuple[str, str]) -> str:
     """A user and a password as HTTP basic authentication sends them."""
     return base64.b64encode(":".join(pair).encode()).decode()
+
+
+def missing_key(field: str, variable: str) -> str:
+    """What is said of the `variable` of the environment that `field` names and that is not there. It is not shown where it
+    may be the key itself."""
+    if re.fullmatch(r"[A-Z]+|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", variable):
+        return f"`{field}` is {variable!r}, but the environment has no such variable: set it."
+    return f"`{field}` names no variable of the environment {NOT_SHOWN}: put the key into one, and give its name."

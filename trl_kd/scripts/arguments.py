@@ -19,8 +19,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
+from trl_kd.sampling.recorded import NOT_SHOWN
 from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, refuse
+from trl_kd.scripts.hidden import described, free_name
 from trl_kd.scripts.suggestions import advice
 from trl_kd.scripts.values import CONVERSIONS, check_kind, check_plain, number, optional
 from trl_kd.scripts.yaml_files import read_mapping
@@ -125,7 +127,7 @@ def parse(
     from_file = [] if path is None else parser.read_config(path)
     # Keys first: a dataclass may refuse a value for the very reason that a key was misspelt
     found, remaining = parser.parse_known_args(rest)
-    parser.check_command_line(remaining)
+    parser.check_command_line(remaining, rest)
     for name, told in (required or {}).items():
         if not getattr(found, name):
             raise InputError(f"`{name}` is not set: {told}")
@@ -161,12 +163,12 @@ def _check_mappings(types: Iterable[type], found: argparse.Namespace) -> None:
             with suppress(ValueError):
                 value = json.loads(value)
         if not (value is None or isinstance(value, dict) or (name in _FILES and isinstance(value, str))):
-            raise InputError(f'`{name}` is {given!r}: it must be a mapping, as in JSON: \'{{"name": "value"}}\'.')
+            raise InputError(f'{described(name, given)}: it must be a mapping, as in JSON: \'{{"name": "value"}}\'.')
         known = [f.name for f in fields(AcceleratorConfig)] if name == "accelerator_config" else None
         for key in value if isinstance(value, dict) else ():
             if not isinstance(key, str) or (known is not None and key not in known):
                 raise InputError(
-                    f"`{name}` is {given!r}, with the name {key!r}: "
+                    f"{described(name, given)}, with the name {key!r}: "
                     + ("it must be text." if known is None else f"choose from {', '.join(known)}.")
                 )
 
@@ -246,6 +248,8 @@ class _Parser(TrlParser):
             if key in actions and key != "help":
                 if value is None and key not in nullable:
                     raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
+                if key == "resume_from_checkpoint" and isinstance(value, bool):
+                    value = str(value).lower()
                 if not _is_converted(actions[key]):
                     check_kind(key, value, hints.get(key), path)
                 defaults[key] = None if value is None else _converted(key, value, actions[key], path)
@@ -264,8 +268,8 @@ class _Parser(TrlParser):
 
     # ---- The command line ------------------------------------------------------------------------
 
-    def check_command_line(self, remaining: list[str]) -> None:
-        """Raises for what neither the command nor `accelerate launch` takes."""
+    def check_command_line(self, remaining: list[str], words: list[str]) -> None:
+        """Raises for what neither the command nor `accelerate launch` takes: what is `remaining` of all `words`."""
         owner: argparse.Action | None = None
         for word in remaining:
             if word.startswith("-") and not re.fullmatch(r"-\.?\d.*", word):
@@ -276,6 +280,11 @@ class _Parser(TrlParser):
                 if "=" in word:
                     owner = None
             elif owner is None or owner.nargs == 0:
+                free = free_name(words, word)
+                if free is not None:
+                    raise InputError(
+                        f"`{free}` has several words as its value {NOT_SHOWN}: put the whole of it into single quotes."
+                    )
                 raise InputError(f"unexpected word {word!r}: every value follows its key, as in `--beta 0.1`.")
 
     def _advice(self, key: str) -> str:
@@ -302,7 +311,9 @@ def _set_environment(variables: Any, path: str) -> None:
         try:
             os.environ[str(name)] = str(value)
         except (ValueError, OSError):
-            raise InputError(f"`env` in {path} sets {str(name)!r} to {value!r}, which no variable can be.") from None
+            raise InputError(
+                f"`env` in {path} sets {str(name)!r} to what no variable can be {NOT_SHOWN}: write another value."
+            ) from None
 
 
 def _check_conversion(action: argparse.Action) -> None:
@@ -327,7 +338,7 @@ def _as_choice(value: Any, choices: Iterable[Any] | None) -> str:
 
 def _converted(key: str, value: Any, action: argparse.Action, path: str) -> Any:
     """A value of the file, as the command line would have it."""
-    where = f"`{key}` is {value!r} in {path}"
+    where = described(key, value, f" in {path}")
     if key == "datasets":
         return [_dataset_config(entry, path) for entry in (value if isinstance(value, list) else [value])]
     if action.nargs is not None and action.nargs != "?":
@@ -373,6 +384,9 @@ def _dataset_config(entry: Any, path: str) -> DatasetConfig:
             close = get_close_matches(str(key), known, n=1)
             advice = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(known)}."
             raise InputError(f"unknown key `{key}` in an entry of `datasets` in {path}: {advice}")
+    hints = get_type_hints(DatasetConfig)
+    for key, value in entry.items():
+        check_kind(key, value, hints[key], f"an entry of `datasets` in {path}")
     named = ("path", "data_dir", "data_files")
     resolved = {k: paths.resolved("datasets", v) for k, v in entry.items() if k in named and isinstance(v, str)}
     return DatasetConfig(**entry | resolved)

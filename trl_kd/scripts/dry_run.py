@@ -24,6 +24,7 @@ from trl_kd.scripts.memory import (
     trainable_parameters,
 )
 from trl_kd.scripts.pairs_arguments import PairsArguments, read_json
+from trl_kd.trainers.common.dual import other_processes
 from trl_kd.trainers.common.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
 
@@ -101,7 +102,10 @@ def describe_steps(epoch_steps: int | None, args: Any, processes: int) -> Table:
     told = f"{batch} rows a step ({args.per_device_train_batch_size} × {processes} processes × "
     told += f"{args.gradient_accumulation_steps} accumulated)"
     epochs = "" if args.max_steps > 0 else f" in {args.num_train_epochs:g} epochs"
-    return [("steps", f"{total_steps(epoch_steps, args)}{epochs}, {told}")]
+    resumed = args.resume_from_checkpoint
+    said = other_processes(resumed, processes) if resumed else None
+    table = [("steps", f"{total_steps(epoch_steps, args)}{epochs}, {told}")]
+    return table if said is None else [*table, ("warning", said)]
 
 
 # ---- Models ------------------------------------------------------------------------------------------------------------

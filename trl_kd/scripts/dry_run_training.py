@@ -8,6 +8,7 @@ from trl import ModelConfig
 
 from trl_kd.scripts.checks import hub_name
 from trl_kd.scripts.dry_run import Table, total_steps
+from trl_kd.scripts.hidden import shown
 from trl_kd.trainers.common.card import setting
 
 
@@ -75,7 +76,7 @@ def describe_settings(args: Any) -> Table:
     own = [f.name for f in fields(args) if f.name not in inherited or f.name in _OF_THE_METHOD]
     lines: list[str] = []
     for name in own:
-        said = f"{name} {_value(setting(args, name))}"
+        said = f"{name} {_value(shown(name, setting(args, name)))}"
         if lines and len(lines[-1]) + len(said) < _WIDTH:
             lines[-1] += f", {said}"
         else:

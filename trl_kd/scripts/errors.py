@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from trl_kd.sampling.recorded import NOT_SHOWN
+from trl_kd.scripts.hidden import is_free
+
 
 INPUT_ERROR = 2
 """Exit code of a command whose input was refused, argparse's own."""
@@ -90,8 +93,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text without the Hub's tokens and the passwords of addresses."""
+    """A text without the Hub's tokens, and without the passwords of addresses and what stands behind their '?'."""
     text = re.sub(r"://[^/@\s]+@", "://***@", text)
+    text = re.sub(r"(://[^\s?'\"]+\?)[^\s'\"]+", r"\1***", text)
     text = re.sub(r"(--hub[_-]token[ =])\S+", r"\1***", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
 
@@ -104,7 +108,8 @@ def refuse(message: str) -> None:
     name, reason = match.groups()
     value = re.fullmatch(r"invalid (\w+) value: (.*)", reason)
     if value is not None:
-        raise InputError(f"`{name}` is {value[2]}: it must be {KINDS.get(value[1], value[1])}.")
+        given = NOT_SHOWN if is_free(name.replace("-", "_")) else f"is {value[2]}"
+        raise InputError(f"`{name}` {given}: it must be {KINDS.get(value[1], value[1])}.")
     raise InputError(f"`{name}`: {reason}")
 
 

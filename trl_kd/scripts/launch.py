@@ -115,6 +115,9 @@ def _check_processes(args: Any) -> None:
     """`accelerate launch` starts one process where it sees fewer than two devices, whatever it was asked for."""
     distributed = args.multi_gpu or args.use_deepspeed or args.use_fsdp or args.use_megatron_lm or args.tpu
     asked = args.num_processes or 1
+    for name in ("main_process_ip", "main_process_port", "machine_rank"):
+        if (args.num_machines or 1) > 1 and not args.config_file and getattr(args, name) is None:
+            raise InputError(f"`num_machines` is {args.num_machines}, but `{name}` is not set: give it, or drop both.")
     if asked > 1 and not distributed and not args.config_file and torch.accelerator.device_count() < 2:
         raise InputError(
             f"`num_processes` is {asked}, but with {torch.accelerator.device_count()} devices here accelerate would "

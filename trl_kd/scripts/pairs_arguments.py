@@ -12,7 +12,7 @@ from trl_kd.pairs.folder import check_folder
 from trl_kd.pairs.report import SUMMARY
 from trl_kd.sampling.client import OPENAI_URL
 from trl_kd.sampling.recorded import read_object
-from trl_kd.sampling.urls import hostname
+from trl_kd.sampling.urls import hostname, missing_key
 from trl_kd.scripts.checks import check_attention, check_output_dir
 from trl_kd.scripts.errors import InputError, bad_input
 
@@ -247,7 +247,7 @@ def _check_keys(args: PairsArguments) -> None:
             continue
         urls = getattr(args, f"{who}_base_url") or [os.environ.get("OPENAI_BASE_URL") or OPENAI_URL]
         if variable != "OPENAI_API_KEY":
-            raise InputError(f"`{who}_api_key_env` is {variable!r}, but the environment has no such variable: set it.")
+            raise InputError(missing_key(f"{who}_api_key_env", variable))
         if any(hostname(url) == hostname(OPENAI_URL) for url in urls):
             field = "preference" if who == "judge" else who
             raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_kd.pairs.lock import check_unclaimed
 from trl_kd.scripts.errors import InputError, bad_input, without_credentials
+from trl_kd.scripts.hidden import has_hidden
 from trl_kd.scripts.paths import shell
 from trl_kd.trainers.common.checkpoints import last_checkpoint
 
@@ -36,11 +37,10 @@ def refuse_checkpoint(training_args: Any, words: list[str] | None) -> None:
     with bad_input():
         check_unclaimed(training_args.output_dir)
     remove = f"rm -r -- {shlex.quote(training_args.output_dir)}/checkpoint-[0-9]*"
-    again = "the same command" if words is None else _command(words)
     raise InputError(
         f"`output_dir` is {training_args.output_dir!r}, which holds {Path(last).name} of an earlier run: resume it, start "
         "over without its checkpoints, or give another `output_dir`.",
-        {"resume": _resuming(words), "start over": f"{remove} && {again}"},
+        {"resume": _command(words, *_RESUME), "start over": _command(words, before=remove)},
     )
 
 
@@ -54,23 +54,26 @@ def told_how_to_resume(training_args: Any, words: list[str] | None) -> Iterator[
         if last is None:
             print(f"\nStopped. {_BEGINS_ANEW}", file=sys.stderr)
         else:
-            print(f"\nStopped. To go on from {Path(last).name}:\n  {_resuming(words)}", file=sys.stderr)
+            print(f"\nStopped. To go on from {Path(last).name}:\n  {_command(words, *_RESUME)}", file=sys.stderr)
         raise
 
 
 def how_to_go_on(output_dir: str) -> str:
     """A sentence on how a training goes on that was stopped, where its command is not known."""
     last = last_checkpoint(Path(output_dir))
-    return _BEGINS_ANEW if last is None else f"To go on from {Path(last).name}: {_resuming(None)}."
+    return _BEGINS_ANEW if last is None else f"To go on from {Path(last).name}: {_command(None, *_RESUME)}."
 
 
-def _resuming(words: list[str] | None) -> str:
-    return f"the same command with {shell(*_RESUME)}" if words is None else _command(words, *_RESUME)
-
-
-def _command(words: list[str], *more: str) -> str:
-    kept = _without(words, ("dry_run", "resume_from_checkpoint"))
-    return without_credentials(shell(*kept, *more))
+def _command(words: list[str] | None, *more: str, before: str | None = None) -> str:
+    """
+    The command as it can be pasted, with `more` words at its end, and behind another one. In words, where it was not typed,
+    or where a key or a password stands in it.
+    """
+    command = None if words is None else shell(*_without(words, ("dry_run", "resume_from_checkpoint")), *more)
+    if words is None or command is None or has_hidden(words) or without_credentials(command) != command:
+        added = f" with {shell(*more)}" if more else ""
+        return f"the same command{added}" + (f", after: {before}" if before else "")
+    return command if before is None else f"{before} && {command}"
 
 
 def _without(words: Iterable[str], keys: tuple[str, ...]) -> list[str]:

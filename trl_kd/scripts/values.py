@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from trl_kd.scripts.errors import InputError
+from trl_kd.scripts.hidden import described, is_free
 
 
 _UNIONS = (Union, UnionType)
@@ -75,7 +76,7 @@ def check_plain(key: str, value: Any, where: str = "") -> None:
                 part.encode()
             except UnicodeEncodeError:
                 raise InputError(
-                    f"`{key}` is {part!r}{where}, which is not UTF-8: write its characters out."
+                    f"{described(key, part, where)}, which is not UTF-8: write its characters out."
                 ) from None
 
 
@@ -104,12 +105,12 @@ def check_kind(key: str, value: Any, hint: Any, path: str) -> None:
         return
     for item in value if isinstance(value, list) and list in kinds else [value]:
         if not _is_one_of(item, kinds):
-            raise InputError(f"`{key}` is {value!r} in {path}, and it must be {_wanted(key, item, kinds)}.")
+            raise InputError(f"{described(key, value, f' in {path}')}, and it must be {_wanted(key, item, kinds)}.")
     if isinstance(value, dict):
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:  # a date, bytes, or a mapping that holds itself
-            raise InputError(f"`{key}` is {value!r} in {path}, which must be as in JSON: {error}.") from None
+            raise InputError(f"{described(key, value, f' in {path}')}, which must be as in JSON: {error}.") from None
 
 
 def _is_one_of(item: Any, kinds: set[Any]) -> bool:
@@ -133,6 +134,8 @@ def _wanted(key: str, item: Any, kinds: set[Any]) -> str:
         return "a mapping of names to values"
     if kinds & {int, float}:
         return "a number, or one of the words that the documentation has"
+    if str in kinds and is_free(key):
+        return "text: put it into quotes"
     if str in kinds:
         return "text" if isinstance(item, list | dict) else f"text: put it into quotes, as in {key}: '{item}'"
     return "left out: it is for Python alone"

@@ -90,9 +90,17 @@ def settle_end_token(processing_class: Any, model: Any, eos_token: str | None, r
 
 
 def check_json(name: str, value: Any) -> None:
-    """Raises a `ValueError` where the text of a dictionary field is no JSON object."""
-    if isinstance(value, str):
+    """Raises a `ValueError` where the text of a dictionary field is no JSON object and, where it may be one, no file."""
+    if not isinstance(value, str):
+        return
+    if name not in _FILES or value.startswith("{"):
         read_object(name, value)
+    elif not os.path.isfile(value):
+        raise ValueError(f"`{name}` is {value!r}: no such file.")
+
+
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
+"""Dictionary fields that may be the name of a file."""
 
 
 def settle_bf16(args: Any) -> None:

@@ -39,13 +39,20 @@ def make_dual(args: Any, pairs: int, target: float = 0.0) -> DualVariable:
     )
 
 
-def _warn_of_processes(before: int | None, args: Any) -> None:
-    if before is not None and before != args.world_size:
-        logger.warning(
-            f"The checkpoint was saved by a run of {before} processes, and this run has {args.world_size}: each step "
-            "takes another number of rows, and other ones, so that the student will not be the one of a run that was never "
-            f"stopped. For that start {before} processes again."
-        )
+def other_processes(checkpoint: str, processes: int) -> str | None:
+    """What is said of a run of so many processes that goes on from a checkpoint of another number; `None` of the same."""
+    path = os.path.join(checkpoint, DUAL_FILE)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file).get(_PROCESSES)
+    if before in (None, processes):
+        return None
+    return (
+        f"The checkpoint was saved by a run of {before} processes, and this run has {processes}. Its steps use batches of "
+        "another size, so that the student will differ from that of a run that was not stopped. To get the same student, "
+        f"start {before} processes."
+    )
 
 
 class DualCheckpoints(EndsAtLastStep):
@@ -96,7 +103,10 @@ class DualCheckpoints(EndsAtLastStep):
             return
         with open(path, encoding="utf-8") as file:
             state = json.load(file)
-        _warn_of_processes(state.pop(_PROCESSES, None), self.args)
+        state.pop(_PROCESSES, None)
+        said = other_processes(checkpoint, self.args.world_size)
+        if said is not None:
+            logger.warning(said)
         for name, now in self.dual.settings().items():
             if state[name] != now:
                 logger.warning(f"λ's {name} was {state[name]} in the checkpoint and is now {now}.")
