@@ -231,24 +231,28 @@ def check_hub(name: str, field: str, value: Any, own_field: str, token: str | No
 def read_model(field: str, name: str, options: Mapping[str, Any], load: Callable[[], Any] = lambda: None) -> Any:
     """Checks the files of a model that `field` names, of which no weights are read, and returns its tokenizer or processor,
     which `load` gives."""
-    from trl_kd.sampling.model_files import check_files, check_tokens, read_config
+    from trl_kd.sampling.model_errors import BadModel
+    from trl_kd.sampling.model_files import check_files, check_tokens, read_config, tokenizer_reason
 
     try:
         rows = check_files(name, read_config(name, options), options)
-        processor = load()
+        try:
+            processor = load()
+        except Exception as error:  # those of `tokenizers` have no class of their own
+            raise BadModel(f"its tokenizer cannot be read: {tokenizer_reason(name, error)}") from error
         if processor is not None:
             check_tokens(getattr(processor, "tokenizer", processor), rows)
-    except Exception as error:  # those of `tokenizers` have no class of their own
+    except (OSError, ValueError) as error:
         raise model_error(field, name, error) from error
     return processor
 
 
-def model_error(field: str, name: str, error: BaseException) -> InputError:
+def model_error(field: str, name: str, error: BaseException, adapters: bool = False) -> InputError:
     """What went wrong with the model that `field` names, said so that the field can be found."""
     while isinstance(error, OSError) and type(error) is type(error.__cause__):
         error = error.__cause__  # without the name that it was given on the way
     try:
-        check_model_source(field, name)
+        check_model_source(field, name, adapters)
     except InputError as clearer:
         return clearer
     return InputError(f"`{field}` is {name!r}, which cannot be loaded: {one_line(error)}")

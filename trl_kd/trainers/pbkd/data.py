@@ -29,7 +29,7 @@ from trl_kd.responses.finish_reasons import check_finish_reason
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.responses.tokens import LEFT_OUT, OWN
-from trl_kd.sampling.model_files import reason
+from trl_kd.sampling.model_files import tokenizer_reason
 from trl_kd.trainers.common.response_rows import KIND_COLUMNS, REASON_COLUMNS, PairReader
 from trl_kd.trainers.common.student_answers import COUNT, check_count, student_count
 from trl_kd.trainers.pbkd.config import PbKDConfig
@@ -374,7 +374,7 @@ def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
             name, revision=(kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code, **options
         )
     except Exception as error:  # those of `tokenizers` have no class of their own
-        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {reason(error)}") from error
+        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {tokenizer_reason(name, error)}") from error
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
