@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,15 @@ def check_tokens(tokenizer: Any, rows: int | None) -> None:
 
 _OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenizer_config.json")
+
+
+@contextmanager
+def reading_tokenizer(name: str) -> Iterator[None]:
+    """Takes whatever goes wrong here for a fault of the tokenizer at `name`."""
+    try:
+        yield
+    except Exception as error:  # those of `tokenizers` have no class of their own
+        raise BadModel(f"its tokenizer cannot be read: {tokenizer_reason(name, error)}") from error
 
 
 def tokenizer_reason(name: str, error: BaseException) -> str:

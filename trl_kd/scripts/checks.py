@@ -231,15 +231,12 @@ def check_hub(name: str, field: str, value: Any, own_field: str, token: str | No
 def read_model(field: str, name: str, options: Mapping[str, Any], load: Callable[[], Any] = lambda: None) -> Any:
     """Checks the files of a model that `field` names, of which no weights are read, and returns its tokenizer or processor,
     which `load` gives."""
-    from trl_kd.sampling.model_errors import BadModel
-    from trl_kd.sampling.model_files import check_files, check_tokens, read_config, tokenizer_reason
+    from trl_kd.sampling.model_files import check_files, check_tokens, read_config, reading_tokenizer
 
     try:
         rows = check_files(name, read_config(name, options), options)
-        try:
+        with reading_tokenizer(name):
             processor = load()
-        except Exception as error:  # those of `tokenizers` have no class of their own
-            raise BadModel(f"its tokenizer cannot be read: {tokenizer_reason(name, error)}") from error
         if processor is not None:
             check_tokens(getattr(processor, "tokenizer", processor), rows)
     except (OSError, ValueError) as error:

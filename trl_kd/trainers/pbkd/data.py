@@ -29,7 +29,8 @@ from trl_kd.responses.finish_reasons import check_finish_reason
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.special_tokens import begins_twice
 from trl_kd.responses.tokens import LEFT_OUT, OWN
-from trl_kd.sampling.model_files import tokenizer_reason
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import reading_tokenizer
 from trl_kd.trainers.common.response_rows import KIND_COLUMNS, REASON_COLUMNS, PairReader
 from trl_kd.trainers.common.student_answers import COUNT, check_count, student_count
 from trl_kd.trainers.pbkd.config import PbKDConfig
@@ -366,15 +367,12 @@ def each_dataset(dataset: Any, change: Callable[[Any, str], Any]) -> Any:
 
 def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
     """The tokenizer or processor that TRL's trainer would load, before the weights."""
-    named = isinstance(model, str)
-    kwargs: Any = args.model_init_kwargs if named else None
-    name = model if named else get_config_model_id(model.config)
-    try:
+    kwargs: Any = args.model_init_kwargs if isinstance(model, str) else None
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    with named(f"`model` is {name!r}, which"), reading_tokenizer(name):
         return AutoProcessor.from_pretrained(
             name, revision=(kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code, **options
         )
-    except Exception as error:  # those of `tokenizers` have no class of their own
-        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {tokenizer_reason(name, error)}") from error
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:
