@@ -71,7 +71,9 @@ def test_weights_of_another_model(folder):
     sizes = {"model.layers.0.mlp.up_proj.weight": ("3 × 16", "32 × 16"), "model.norm.weight": ("3", "16")}
     for name, (there, wanted) in sizes.items():
         save_file(weights | {name: weights[name][:3].contiguous()}, folder / "model.safetensors")
-        said = rf"model.safetensors and config.json are not of one model: `{name}` is {there} there, and {wanted} by the"
+        said = (
+            rf"model.safetensors and config.json are not of one model: `{name}` is {there} there, and {wanted} by the"
+        )
         with pytest.raises(BadModel, match=said):
             check_model(str(folder), {}, make_tokenizer())
         check_model(str(folder), {"ignore_mismatched_sizes": True}, make_tokenizer())
@@ -120,7 +122,11 @@ FAMILIES = {
     "tied": ("LlamaConfig", LAYERS | {"tie_word_embeddings": True}, "model.embed_tokens."),
     "fused experts": ("MixtralConfig", LAYERS | {"num_local_experts": 4}, "model.layers.1.block_sparse_moe.experts."),
     "more experts": ("Qwen3MoeConfig", LAYERS | EXPERTS, "model.layers.0.mlp.experts.2."),
-    "experts in one": ("GptOssConfig", LAYERS | {"num_local_experts": 4, "head_dim": 8}, "model.layers.1.mlp.experts."),
+    "experts in one": (
+        "GptOssConfig",
+        LAYERS | {"num_local_experts": 4, "head_dim": 8},
+        "model.layers.1.mlp.experts.",
+    ),
     "routers with buffers": ("DeepseekV3Config", LAYERS | DEEPSEEK | {"num_key_value_heads": 2}, "model.norm."),
     "turned": ("GPT2Config", SMALL, "transformer.h.1.attn.c_attn."),
     "prefixes": ("GPTNeoXConfig", SMALL | {"intermediate_size": 32}, "gpt_neox.layers.1.mlp."),
@@ -179,9 +185,13 @@ def test_weights_of_the_hub_that_are_here(folder, tmp_path, monkeypatch):
 def test_options_that_are_none(folder):
     with pytest.raises(BadModel, match="`dtype` is 'float99': choose from 'auto', 'float32', 'bfloat16', 'float16'"):
         check_model(str(folder), {"dtype": "float99"})
-    with pytest.raises(BadModel, match="`nosuch` is neither an option of `from_pretrained` nor a field of config.json"):
+    with pytest.raises(
+        BadModel, match="`nosuch` is neither an option of `from_pretrained` nor a field of config.json"
+    ):
         check_model(str(folder), {"nosuch": 1})
-    check_model(str(folder), {"dtype": torch.bfloat16, "use_cache": False, "low_cpu_mem_usage": True, "device_map": None})
+    check_model(
+        str(folder), {"dtype": torch.bfloat16, "use_cache": False, "low_cpu_mem_usage": True, "device_map": None}
+    )
 
 
 def test_a_part_of_the_weights_that_is_missing(folder):

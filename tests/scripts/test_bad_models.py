@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, refuse_weights
 from tests.scripts.conftest import replaced
 
 
@@ -56,18 +55,10 @@ def nameless(folder: Path) -> str:
     return "cannot be loaded: config.json: `architectures` is ['NoSuch'], and transformers "
 
 
-LOAD = LlamaForCausalLM.from_pretrained.__func__
-
-
-def in_rehearsal(cls, name, **options):
-    assert name is None, "weights are loaded"
-    return LOAD(cls, name, **options)
-
-
 @pytest.fixture(params=[impossible, unsafe, large, untokenized, incomplete, nameless])
 def bad(request, tiny_dir, tmp_path, monkeypatch) -> tuple[str, str]:
     """The folder of a model that cannot be loaded, and what is to be said of it."""
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(in_rehearsal))
+    refuse_weights(monkeypatch)
     folder = tmp_path / "bad"
     shutil.copytree(tiny_dir, folder)
     return str(folder), request.param(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from trl_kd.sampling.model_errors import BadModel, reading
+from trl_kd.sampling.model_errors import BadModel, reading, reason
 from trl_kd.sampling.model_files import empty_model
 
 
@@ -55,17 +55,22 @@ def load_adapter(model: Any, adapter: str, **options: Any) -> PeftModel:
     Raises:
         `BadModel`: its config, or its weights, are missing, damaged or of another model.
     """
-    with reading(CONFIG):
+    config = str(Path(adapter, CONFIG))
+    with reading(config):
         PeftConfig.from_pretrained(adapter)
     folder = Path(adapter)
     if folder.is_dir() and not any((folder / file).is_file() for file in _WEIGHTS):
-        raise BadModel(f"{_WEIGHTS[0]}: there is no such file in {adapter!r}")
-    file = next((file for file in _WEIGHTS if (folder / file).is_file()), _WEIGHTS[0])
+        raise BadModel(f"{folder / _WEIGHTS[0]}: there is no such file")
+    file = str(folder / next((file for file in _WEIGHTS if (folder / file).is_file()), _WEIGHTS[0]))
     with reading(file), warnings.catch_warnings():
         # PEFT would leave these as they were made
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(model, adapter, **options)
+        except ValueError as error:
+            if isinstance(error, OSError):  # as some of the Hub's are
+                raise
+            raise BadModel(f"{config}: {reason(error)}") from error
         except UserWarning as error:
             raise BadModel(f"{file} lacks weights that {CONFIG} describes: {' '.join(str(error).split())}") from error
 

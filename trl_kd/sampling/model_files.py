@@ -154,9 +154,7 @@ def _check_dtype(options: Mapping[str, Any]) -> None:
 def _with_fields(config: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config as the options change it, and the options that are nothing to it."""
     fields = {
-        key: value
-        for key, value in options.items()
-        if key not in _OF_LOADING and not key.startswith(QUANTIZATION)
+        key: value for key, value in options.items() if key not in _OF_LOADING and not key.startswith(QUANTIZATION)
     }
     if not fields:
         return config, {}
@@ -219,8 +217,8 @@ def reading_tokenizer(name: str) -> Iterator[None]:
 
 
 def tokenizer_reason(name: str, error: BaseException) -> str:
-    """Why the tokenizer at `name` cannot be read: the file of its folder that is at fault, if one is, which transformers does
-    not say; otherwise the `error`."""
+    """Why the tokenizer at `name` cannot be read: the file of its folder at fault, which transformers does not say, or
+    else the `error`."""
     folder = Path(name)
     if not folder.is_dir():
         return reason(error)

@@ -1,9 +1,10 @@
 """
 Whether the weights of a model are those that its config describes.
 
-transformers fills what is missing in the files with random numbers, and says so in a report among its progress bars. Here it
-loads the model in rehearsal: from the names and shapes in the files, without a number, onto the meta device. So its own rules
-say what is missing: tied embeddings, names that it converts, experts that it fuses, weights that a class does without.
+transformers fills what is missing in the files with random numbers, and says so in a report among its progress bars. Here
+it loads the model in rehearsal, onto the meta device: from the names and shapes in the files, without their numbers. So its
+own rules say what is missing: tied embeddings, names that it converts, experts that it fuses, weights that a class does
+without.
 """
 
 import json

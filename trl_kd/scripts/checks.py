@@ -66,6 +66,13 @@ def check_training(training_args: Any, model_args: Any) -> None:
     check_attention("attn_implementation", model_args.attn_implementation)
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         check_attention(name, (getattr(training_args, name, None) or {}).get("attn_implementation"))
+    _check_packages(training_args)
+    _check_optimizer(training_args)
+    if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+        raise InputError(
+            "`save_strategy` is 'best', and `metric_for_best_model` is not set: name the metric, such as 'loss', or use "
+            "'steps' or 'epoch'."
+        )
     check_output_dir(training_args.output_dir)
 
 
@@ -109,10 +116,38 @@ def _check_reporting(names: list[str]) -> None:
         raise InputError(f"`report_to` is {missing[0]!r}, which is not installed: install it, or use 'none'.")
 
 
+def _check_packages(training_args: Any) -> None:
+    from transformers.utils import is_liger_kernel_available
+
+    if training_args.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("`use_liger_kernel` is True, which needs its package: pip install liger-kernel, or drop it.")
+    if getattr(training_args, "use_vllm", False) and find_spec("vllm") is None:
+        raise InputError("`use_vllm` is True, which needs vLLM: pip install 'trl-kd[vllm]', or drop it.")
+
+
+def _check_optimizer(training_args: Any) -> None:
+    """Raises where transformers knows, without a model, that it cannot make the optimizer: for want of its package, say."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if "need to pass a" in str(error):  # the model, which some are made of
+            return
+        name = getattr(training_args.optim, "value", training_args.optim)
+        raise InputError(f"`optim` is {name!r}, which cannot be used: {one_line(error)}") from error
+
+
 def check_attention(field: str, name: Any) -> None:
     """Raises for an implementation of attention that is not there, or whose package is not. `field` asks for it."""
-    if not isinstance(name, str):
+    if isinstance(name, dict):  # of parts of the model
+        for part in name.values():
+            check_attention(field, part)
         return
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise InputError(f"`{field}` asks for attention by {name!r}: it must be a name, such as 'sdpa'.")
     from transformers import AttentionInterface
     from transformers import utils as parts
 

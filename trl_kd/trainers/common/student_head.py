@@ -76,7 +76,9 @@ class CheckedStudent:
     def _check_student(self, given: Any, reference: Any = None) -> None:
         """Looks at the student, which was `given` as a model or by name, and at a reference model that was given."""
         if isinstance(given, str) and not Path(given).is_dir():
-            check_student(given, self.args)  # again: now its weights are downloaded, and TRL does not tell what they lack
+            check_student(
+                given, self.args
+            )  # again: now its weights are downloaded, and TRL does not tell what they lack
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return
         self._look_at_student()

@@ -151,9 +151,10 @@ class Teacher:
                 tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
         except Exception as error:  # those of `tokenizers` have no class of their own
             if self.model is None and not (isinstance(error, OSError) and not Path(self.name or "").is_dir()):
+                why = tokenizer_reason(self.name or "", error)
                 raise ValueError(
                     f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be "
-                    f"compared with the student's: save the tokenizer beside it. ({tokenizer_reason(self.name or '', error)})"
+                    f"compared with the student's: save the tokenizer beside it. ({why})"
                 ) from error
             if self.model is None:
                 raise

@@ -181,7 +181,9 @@ def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # those of `tokenizers` have no class of their own
-        raise ValueError(f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {tokenizer_reason(name, error)}") from error
+        raise ValueError(
+            f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {tokenizer_reason(name, error)}"
+        ) from error
 
 
 def _from_student(student: Any, args: OnlinePbKDConfig, dtype: torch.dtype) -> PreTrainedModel:
