@@ -12,11 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 
 torch.set_num_threads(1)
@@ -129,6 +130,17 @@ def settings(tmp_path) -> dict:
         "save_strategy": "no",
         "dataloader_pin_memory": False,
     }
+
+
+def refuse_weights(monkeypatch, owner: Any = LlamaForCausalLM) -> None:
+    """Lets a class load no weights. In rehearsal, of shapes and without a name, it goes on loading."""
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def in_rehearsal(cls, name, *args, **options):
+        assert name is None, "weights are loaded"
+        return load(cls, name, *args, **options)
+
+    monkeypatch.setattr(owner, "from_pretrained", classmethod(in_rehearsal))
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlavaConfig,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
     XLMConfig,
     XLNetConfig,
 )
 
-from tests.conftest import CHARACTERS, make_model, make_tokenizer, save_tiny
+from tests.conftest import CHARACTERS, make_model, make_tokenizer, refuse_weights, save_tiny
 from trl_kd import MMPbKDConfig, MMPbKDTrainer, OnlinePbKDConfig, OnlinePbKDTrainer, PbKDConfig, PbKDTrainer
 from trl_kd.preferences.likelihood import TeacherLikelihood
 from trl_kd.sampling import SamplingSettings
@@ -107,7 +108,7 @@ def no_weights(monkeypatch):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("trl_kd._trl.models.create_model_from_path", refuse)
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    refuse_weights(monkeypatch, PreTrainedModel)
 
 
 @pytest.mark.parametrize("save", [save_bert, save_t5])

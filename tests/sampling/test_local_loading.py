@@ -1,13 +1,19 @@
 """What a local model is loaded from, and what is recorded of it."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, make_tokenizer, save_tiny
 from tests.sampling.test_local import SETTINGS, TOKENIZER, answers, make_requests
 from trl_kd.sampling import SamplingSettings
 from trl_kd.sampling.local import LocalSampler
+from trl_kd.sampling.model_errors import BadModel
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +128,81 @@ def test_seeds_of_answers():
     assert len(seeds) == 2500
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert SamplingSettings(stop="x").stop == ("x",)
+
+
+# Adapters that cannot be used
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    return r"adapter_model\.safetensors: SafetensorError"
+
+
+def gone(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    return r"adapter_model\.safetensors: there is no such file"
+
+
+def partly_gone(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    return r"adapter_model\.safetensors lacks weights that adapter_config\.json describes: .*layers\.1\."
+
+
+def of_another_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    return r"adapter_model\.safetensors: RuntimeError: .*size mismatch"
+
+
+def of_no_kind(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "NOSUCH"}))
+    return r"adapter_config\.json: KeyError: 'NOSUCH'"
+
+
+def with_targets_that_are_not_there(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["nosuch"]}))
+    return r"adapter_config\.json: .*nosuch"
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut, gone, partly_gone, of_another_rank, of_no_kind, with_targets_that_are_not_there]
+)
+def test_an_adapter_that_cannot_be_used(spoil, tiny_dir, adapter_dir, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
+    said = rf"The model '{tiny_dir}' with the adapter '{folder}' cannot be loaded: {folder}/{spoil(folder)}"
+    with pytest.raises(BadModel, match=said):
+        LocalSampler(tiny_dir, SETTINGS, adapter=str(folder)).load()
+    monkeypatch.setattr("trl_kd.sampling.local.load_model", None)
+    for sampler in (LocalSampler(tiny_dir, SETTINGS, adapter=str(folder)), LocalSampler(str(folder), SETTINGS)):
+        with pytest.raises(BadModel, match=said):
+            sampler.check_model()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"base_model_name_or_path": 5}'])
+def test_a_config_of_an_adapter_that_is_none(content, tiny_dir, adapter_dir, tmp_path):
+    folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
+    (folder / "adapter_config.json").write_bytes(content)
+    with pytest.raises(BadModel, match=r"adapter_config\.json: "):
+        LocalSampler(str(folder), SETTINGS)
+
+
+def test_adapters_that_can_be_used(tiny_dir, adapter_dir, tmp_path):
+    state = torch.get_rng_state()
+    LocalSampler(tiny_dir, SETTINGS, adapter=adapter_dir).check_model()
+    LocalSampler(adapter_dir, SETTINGS, model_init_kwargs={"load_in_4bit": True}).check_model()
+    assert torch.equal(torch.get_rng_state(), state)
+    trained = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    trained.save_pretrained(tmp_path)
+    LocalSampler(tiny_dir, SETTINGS, adapter=str(tmp_path)).check_model()
+
+
+def test_the_base_of_an_adapter_is_looked_at(tiny_dir, adapter_dir, tmp_path):
+    base = Path(shutil.copytree(tiny_dir, tmp_path / "base"))
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadModel, match=r"cannot be loaded: model\.safetensors: "):
+        LocalSampler(str(base), SETTINGS, adapter=adapter_dir).check_model()

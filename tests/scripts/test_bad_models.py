@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, refuse_weights
 from tests.scripts.conftest import replaced
+
+
+UNREADABLE = "cannot be loaded: its tokenizer cannot be read: tokenizer.json: "
 
 
 def impossible(folder: Path) -> str:
@@ -21,7 +24,7 @@ def impossible(folder: Path) -> str:
 def unsafe(folder: Path) -> str:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cprint\n(S'run'\ntR.")
-    return "cannot be loaded: pytorch_model.bin, which is not safe to load or damaged"
+    return "cannot be loaded: pytorch_model.bin: it is damaged, or holds more than weights and is not safe to load"
 
 
 def large(folder: Path) -> str:
@@ -33,13 +36,29 @@ def large(folder: Path) -> str:
 
 def untokenized(folder: Path) -> str:
     (folder / "tokenizer.json").write_text("{}")
-    return "cannot be loaded: "
+    return UNREADABLE
 
 
-@pytest.fixture(params=[impossible, unsafe, large, untokenized])
+def incomplete(folder: Path) -> str:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if ".layers.0." not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return (
+        "cannot be loaded: config.json describes 9 weights that are not in model.safetensors, and would be random: "
+        "`model.layers.0.input_layernorm.weight`, "
+    )
+
+
+def nameless(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuch"]}))
+    return "cannot be loaded: config.json: `architectures` is ['NoSuch'], and transformers "
+
+
+@pytest.fixture(params=[impossible, unsafe, large, untokenized, incomplete, nameless])
 def bad(request, tiny_dir, tmp_path, monkeypatch) -> tuple[str, str]:
     """The folder of a model that cannot be loaded, and what is to be said of it."""
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     folder = tmp_path / "bad"
     shutil.copytree(tiny_dir, folder)
     return str(folder), request.param(folder)
@@ -61,12 +80,11 @@ def test_a_student(dry_run, bad, trl_kd, base):
 @pytest.mark.parametrize("field", ["model_name_or_path", "teacher_model_name_or_path"])
 def test_models_of_distributions(field, dry_run, bad, trl_kd, mm_base):
     outcome = trl_kd(*replaced(mm_base, f"--{field}", bad[0]), *dry_run)
-    if (
-        "tokenizer" in bad[1] and field.startswith("teacher") and not dry_run
-    ):  # which is compared with the student's first
-        assert "The teacher has another vocabulary than the student" in outcome.error
-    elif bad[1].endswith("loaded: ") and field.startswith("teacher") and not dry_run:
+    if bad[1] == UNREADABLE and field.startswith("teacher") and not dry_run:
         assert f"The teacher {bad[0]!r} has no tokenizer that can be read" in outcome.error
+        assert "(tokenizer.json: " in outcome.error
+    elif "tokenizer" in bad[1] and field.startswith("teacher") and not dry_run:  # compared with the student's first
+        assert "The teacher has another vocabulary than the student" in outcome.error
     else:
         check(outcome, field, bad)
 
@@ -102,9 +120,18 @@ def test_models_of_an_online_run(field, bad, trl_kd, base, tiny_dir, jsonl, pair
     words = replaced(words, "--model_name_or_path", tiny_dir)
     words += ["--preference_dataset", jsonl(pairs), "--num_generations", "2", "--rm_warmup_accuracy", "0"]
     outcome = trl_kd(*words, f"--{field}", bad[0])
-    if field == "reward_funcs" and "tokenizer" in bad[1] + "tokenizer" * bad[1].endswith("loaded: "):
-        return  # TRL's own, whose tokenizer is read with it
-    if field == "reward_model_name_or_path" and bad[1].endswith("loaded: "):
+    if field == "reward_model_name_or_path" and "NoSuch" in bad[1]:
+        assert "with the classes ['NoSuch'] and 2 labels: give a sequence-classification checkpoint" in outcome.error
+    elif field == "reward_model_name_or_path" and bad[1] == UNREADABLE:
         assert "The tokenizer of `reward_model_name_or_path`" in outcome.error
     else:
         check(outcome, field, bad)
+
+
+def test_a_reward_function_without_a_head(trl_kd, base, tiny_dir, jsonl, pairs):
+    """TRL would give it a random one."""
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    words = ["online-pbkd", *replaced(base, "--dataset_name", jsonl(rows, "prompts.jsonl"))[1:]]
+    words += ["--adversary", "off", "--num_generations", "2", "--reward_funcs", tiny_dir]
+    said = f"`reward_funcs` names {tiny_dir!r}, of the class LlamaForCausalLM, whose scores would be random"
+    assert said in trl_kd(*words).error

@@ -2,12 +2,15 @@
 
 import json
 import sys
-from types import ModuleType
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import transformers.utils
 import yaml
+from transformers import PreTrainedModel
 
+from tests.conftest import refuse_weights
 from tests.scripts.conftest import replaced
 from tests.scripts.test_online_pbkd import online, pairs_config  # noqa: F401
 from tests.scripts.test_pbkd_dry_run import line
@@ -29,7 +32,7 @@ def commands(base, mm_base, online, jsonl, tmp_path, teacher_dir):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", None)
+    refuse_weights(monkeypatch, PreTrainedModel)
     monkeypatch.setattr("trl_kd.scripts.rounds_dry_run._of_a_round", lambda *_: "")
 
 
@@ -86,6 +89,58 @@ def test_one_process_asks_the_hub(trl_kd, base, monkeypatch):
 def test_what_is_not_installed(trl_kd, commands, command, words, said, more):
     error = trl_kd(*commands[command], *words, *more).error
     assert all(part in error for part in said), error
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--use_liger_kernel"], "`use_liger_kernel` is True, which needs its package: pip install liger-kernel"),
+        (
+            ["--optim", "galore_adamw"],
+            "`optim` is 'galore_adamw', which cannot be used: You need to install `galore_torch`",
+        ),
+        (
+            ["--save_strategy", "best"],
+            "`save_strategy` is 'best', and `metric_for_best_model` is not set: name the metric",
+        ),
+        (
+            ["--accelerate_config", "zero3"],
+            "`accelerate_config` is 'zero3', which needs DeepSpeed: pip install deepspeed",
+        ),
+        (
+            ["--model_init_kwargs", '{"attn_implementation": 5}'],
+            "`model_init_kwargs` asks for attention by 5: it must",
+        ),
+        (["--model_init_kwargs", '{"dtype": "float99"}'], "`dtype` is 'float99': choose from 'auto', 'float32'"),
+        (
+            ["--model_init_kwargs", '{"nosuch": 1}'],
+            "`nosuch` is neither an option of `from_pretrained` nor a field of",
+        ),
+    ],
+)
+def test_what_would_fail_when_weights_are_loaded(trl_kd, commands, monkeypatch, command, words, said, more):
+    missing = ("deepspeed", "galore_torch", "liger_kernel")
+    for module in ("trl_kd.scripts.launch", "trl_kd.scripts.checks"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name in missing else find_spec(name))
+    monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
+    assert said in trl_kd(*commands[command], *words, *more).error
+
+
+@pytest.mark.parametrize("command", ["mm-pbkd", "online-pbkd"])
+def test_vllm_that_is_not_installed(trl_kd, commands, monkeypatch, command):
+    monkeypatch.setattr("trl_kd.scripts.checks.find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    for more in ([], ["--dry_run"]):
+        assert "`use_vllm` is True, which needs vLLM" in trl_kd(*commands[command], "--use_vllm", *more).error
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd", "lomo"])
+def test_optimizers_that_can_be_made(trl_kd, base, monkeypatch, optim):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_lomo_available", lambda: True)  # it needs the model
+    monkeypatch.setitem(sys.modules, "lomo_optim", SimpleNamespace(Lomo=None, AdaLomo=None))
+    assert trl_kd(*base, "--dry_run", "--optim", optim).code == 0
 
 
 def test_attention_of_a_teacher(trl_kd, mm_base, teacher_dir, tmp_path, jsonl):
@@ -185,6 +240,7 @@ def test_lora_with_a_learning_rate_of_full_training(trl_kd, commands, command):
         (["--save_strategy", "epoch"], "a checkpoint after each epoch; "),
         (["--save_strategy", "best", "--metric_for_best_model", "loss"], "a checkpoint whenever loss is better; "),
         (["--save_steps", "0.5", "--max_steps", "10"], "a checkpoint every 5 steps and after the last, 2 in all; "),
+        (["--save_steps", "0"], "a checkpoint after the last step alone; "),
         (["--save_only_model"], "without the optimizer (none can be resumed)"),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from torch.distributed import DistBackendError, distributed_c10d
-from transformers import LlamaForCausalLM
 
+from tests.conftest import refuse_weights
 from tests.scripts.test_rounds import pairs_config, rounds  # noqa: F401 (fixtures)
 from trl_kd.pairs.lock import LOCK, lock_folder
 from trl_kd.sampling.server_errors import ServerError
@@ -32,7 +32,7 @@ pbkd.COMMAND.run_module()
 @pytest.mark.parametrize("command", ["base", "mm_base", "rounds"])
 def test_a_second_run_is_refused_before_weights_load(command, request, trl_kd, out, monkeypatch):
     words = request.getfixturevalue(command)
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     out.mkdir()
     with lock_folder(out):
         error = trl_kd(*words).error

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trl_kd.trainers.online_pbkd.trainer as online_pbkd_trainer
-from tests.conftest import make_model
+from tests.conftest import make_model, refuse_weights
 from tests.sampling.fault_server import FaultServer, chat, error
 from tests.scripts.conftest import replaced
 from tests.scripts.test_pbkd_dry_run import line
@@ -257,7 +257,7 @@ def test_rewards_by_trls_names(name):
 
 
 def test_the_table(trl_kd, online, teacher_dir, out, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)  # no weights
+    refuse_weights(monkeypatch)  # no weights
     told = ok(trl_kd(*online, "--dry_run", "--rm_steps", "2", "--gradient_accumulation_steps", "2")).out
     assert line(told, "train columns") == "prompt, completion (text)"
     assert line(told, "train prompts") == "8"
@@ -377,7 +377,7 @@ def test_memory_of_the_reward_model(tiny_dir):
 )  # fmt: skip
 @pytest.mark.parametrize("dry", [True, False])
 def test_bad_input(dry, words, pairs, said, trl_kd, online, pairs_config, out, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     pairs_config(**pairs)
     assert said in trl_kd(*online, *words, *(["--dry_run"] if dry else [])).error
     assert not out.exists()
@@ -397,7 +397,7 @@ def test_a_reward_model_for_nobody(trl_kd, online, tiny_dir, tmp_path):
 
 
 def test_a_second_run_is_refused_before_weights_load(trl_kd, online, tmp_path, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     (tmp_path / "out").mkdir()
     with lock_folder(tmp_path / "out"):
         assert "out` is being written by process" in trl_kd(*online).error

@@ -95,8 +95,8 @@ def test_a_stream(dry, trl_kd, base):
 
 
 def test_processes_are_counted(dry, tmp_path):
-    assert "(4 × 8 processes" in line(dry("--accelerate_config", "zero2"), "steps")
-    assert "(4 × 3 processes" in line(dry("--accelerate_config", "zero2", "--num_processes", "3"), "steps")
+    assert "(4 × 8 processes" in line(dry("--accelerate_config", "multi_gpu"), "steps")
+    assert "(4 × 3 processes" in line(dry("--accelerate_config", "multi_gpu", "--num_processes", "3"), "steps")
     assert "(4 × 1 processes" in line(dry("--accelerate_config", "single_gpu"), "steps")
 
 

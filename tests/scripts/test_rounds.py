@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from tests.conftest import refuse_weights
 from tests.scripts.conftest import replaced
 from trl_kd.evaluation.rounds_report import make_page, write_rounds_report
 from trl_kd.pairs import load_pairs
@@ -246,7 +247,7 @@ def test_a_dry_run(trl_kd, rounds, out):
     ],
 )  # fmt: skip
 def test_bad_input(words, pairs, said, trl_kd, rounds, pairs_config, out, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     pairs_config(**pairs)
     error = trl_kd(*rounds, *words).error
     assert said in error

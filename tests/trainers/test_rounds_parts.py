@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import Dataset, Value
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
 
+from tests.conftest import refuse_weights
 from tests.pairs.fakes import Source
 from tests.trainers.rounds_cases import PROMPTS, Teacher, make
 from trl_kd.pairs.fetched import FetchedAnswers
@@ -56,7 +56,7 @@ from trl_kd.trainers.rounds.regret import count_equal, cumulative_regret, regret
     ],
 )  # fmt: skip
 def test_bad_input_before_weights(args, changed, said, tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    refuse_weights(monkeypatch)
     with pytest.raises((ValueError, TypeError, OSError)) as error:
         make(tmp_path / "out", changed.pop("model", tiny_dir), args, **changed)
     assert said in str(error.value)

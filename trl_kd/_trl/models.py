@@ -1,8 +1,11 @@
 """How TRL and transformers load, wrap and read models. Importing this imports no trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from transformers.integrations import deepspeed
 
 from trl_kd._trl.tested import require
 
@@ -33,3 +36,14 @@ def backbone(model: Any) -> Any:
     causal_lm = model.get_base_model() if is_peft_model(model) else model
     base = causal_lm.base_model
     return getattr(causal_lm, "model", base) if base is causal_lm else base  # Llama 4's text model names no base
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Models are made here as if there were no ZeRO-3, which splits every model that is made."""
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held

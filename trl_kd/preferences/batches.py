@@ -16,7 +16,8 @@ from trl_kd.responses.rendering import CannotRender
 from trl_kd.responses.tokens import Encoded
 from trl_kd.sampling import Text
 from trl_kd.sampling.loading import load_model
-from trl_kd.sampling.model_files import check_files, check_tokens, named, read_config
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import check_files, check_tokens, read_config
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.prompts import describe_files, describe_template, load_tokenizer
 from trl_kd.sampling.recorded import recorded_description

@@ -9,11 +9,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from trl_kd._trl import models as trl_models
 from trl_kd.sampling.causal import check_named
-from trl_kd.sampling.model_files import FINDING, MODEL_ERRORS, BadModel, reason
-
-
-QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
-"""How the options begin that are fields of `BitsAndBytesConfig`."""
+from trl_kd.sampling.model_errors import MODEL_ERRORS, BadModel, reason
+from trl_kd.sampling.model_files import FINDING, QUANTIZATION
+from trl_kd.sampling.weight_files import check_missing, find_weights
 
 
 def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) -> PreTrainedModel:
@@ -32,7 +30,7 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
     Raises:
         `ValueError`: it is no causal language model; before its weights are read.
         `ImportError`: it is to be quantized and bitsandbytes is missing.
-        `BadModel`: its files cannot be used.
+        `BadModel`: its files cannot be used, or lack weights.
     """
     quantization = {key: value for key, value in options.items() if key.startswith(QUANTIZATION)}
     kwargs = {key: value for key, value in options.items() if key not in quantization}
@@ -45,11 +43,22 @@ def load_model(name: str, options: Mapping[str, Any], architecture: Any = None) 
     if architecture is None:
         check_named(name, f"The model {name!r}", **{key: kwargs[key] for key in FINDING if key in kwargs})
     try:
-        return trl_models.create_model_from_path(name, architecture=architecture, **kwargs)
+        model, found = trl_models.create_model_from_path(
+            name, architecture=architecture, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, TypeError, ImportError, torch.OutOfMemoryError):  # of the options, or the machine
         raise
     except MODEL_ERRORS as error:
         raise BadModel(reason(error)) from error
+    check_loaded(name, model, found, kwargs)
+    return model
+
+
+def check_loaded(name: str, model: Any, found: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raises a `BadModel` if parameters of a loaded model are random: see `check_missing`. Of a folder it is known before,
+    but for quantised weights and remote code."""
+    weights = find_weights(name, options)
+    check_missing(model, found, "its files of weights" if weights is None else weights.name)
 
 
 def keep_gradients(model: Any) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_kd._trl import models as trl_models
 from trl_kd.responses.special_tokens import end_tokens, turn_end
+from trl_kd.sampling.adapters import check_adapter, load_adapter, split_adapter
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.decoding import Batch, Prompt, Row
-from trl_kd.sampling.loading import QUANTIZATION, load_model
-from trl_kd.sampling.model_files import check_files, check_tokens, named, read_config
+from trl_kd.sampling.loading import load_model
+from trl_kd.sampling.model_errors import BadModel, named
+from trl_kd.sampling.model_files import QUANTIZATION, check_files, check_tokens, read_config
 from trl_kd.sampling.own_logits import evaluating, probe
 from trl_kd.sampling.prompts import (
     cut_at,
@@ -34,8 +35,6 @@ from trl_kd.sampling.sampler import Answer, Request, SamplingSettings
 
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 class LocalSampler:
@@ -106,7 +105,7 @@ class LocalSampler:
         self.adapter: str | None = None
         self._given: Any = None
         if isinstance(model, str):
-            self.name, self.adapter = _split_adapter(model, adapter)
+            self.name, self.adapter = split_adapter(model, adapter)
         else:
             self.name, self._given = trl_models.get_config_model_id(model.config), model
             check_named(model, f"The model {self.name!r}")
@@ -146,6 +145,10 @@ class LocalSampler:
             )
         return self._model
 
+    @property
+    def _who(self) -> str:
+        return f"The model {self.name!r}" + (f" with the adapter {self.adapter!r}" if self.adapter else "")
+
     def load(self) -> None:
         """Loads the model now."""
         _ = self.model
@@ -155,10 +158,12 @@ class LocalSampler:
         has embeddings. Nothing is loaded for it."""
         if self._given is not None or self._is_checked:
             return
-        rows = None
-        with named(f"The model {self.name!r}"):
-            if self.adapter is None:  # or it may have embeddings of its own
-                rows = check_files(self.name, read_config(self.name, self._options), self._options)
+        with named(self._who):
+            config = read_config(self.name, self._options)
+            rows = check_files(self.name, config, self._options)
+            if self.adapter is not None:
+                check_adapter(self.adapter, config, self._options)
+                rows = None  # it may have embeddings of its own
             check_tokens(self.tokenizer, rows)
         self._is_checked = True
 
@@ -171,10 +176,9 @@ class LocalSampler:
         try:
             model: Any = load_model(self.name, self._options)
             if self.adapter is not None:
-                model = PeftModel.from_pretrained(model, self.adapter)
+                model = load_adapter(model, self.adapter)
         except OSError as error:
-            adapted = f" with the adapter {self.adapter!r}" if self.adapter else ""
-            raise OSError(f"The model {self.name!r}{adapted} cannot be loaded: {error}") from error
+            raise BadModel(f"{self._who} cannot be loaded: {error}") from error
         model.eval()
         who = f"The model {self.name!r}"
         check_causality(model, probe(model, None, who), who)
@@ -316,22 +320,6 @@ class LocalSampler:
     def _answer(self, request: Request, ids: list[int], row: Row) -> Answer:
         text, _ = cut_at(decode_answer(self.tokenizer, request, ids, row.tokens), self.settings.stop)
         return Answer(text, row.finish_reason, len(row.tokens))
-
-
-def _split_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
-    """The names of the base model and of the adapter, where `model` may itself be an adapter's folder."""
-    if not Path(model, ADAPTER_FILE).is_file():
-        return model, adapter
-    if adapter is not None:
-        raise ValueError(
-            f"`model` = {model!r} is an adapter already, and `adapter` = {adapter!r} another: give the base model."
-        )
-    base = json.loads(Path(model, ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    if not base:
-        raise ValueError(
-            f"The adapter {model!r} does not say what it adapts: give that as `model`, and this as `adapter`."
-        )
-    return base, model
 
 
 def _weights_hash(model: Any) -> str:

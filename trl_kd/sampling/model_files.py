@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trl_kd.sampling.model_errors import BadModel, reading, reason
+from trl_kd.sampling.weight_files import check_weights, find_weights, rehearse
 
 
 FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only")
@@ -22,50 +23,20 @@ FINDING = ("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "
 _ELSEWHERE = ("subfolder", "variant", "gguf_file")
 """Options that say which files of a folder hold the weights."""
 
-_PLAIN = (OSError, ValueError, StrictDataclassError)
-MODEL_ERRORS = (
-    *_PLAIN,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
-"""What transformers raises for files of a model that it cannot use: configs are not checked, but put to use."""
+_OF_LOADING = (
+    *(*FINDING, *_ELSEWHERE),
+    *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"),
+    *("device_map", "max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage"),
+    *("tp_plan", "tp_size", "device_mesh", "distributed_config", "use_kernels", "kernel_config", "allow_all_kernels"),
+    *("use_safetensors", "weights_only", "ignore_mismatched_sizes", "key_mapping", "disable_mmap"),
+    *("adapter_kwargs", "adapter_name", "generation_config", "force_download", "proxies"),
+)  # fmt: skip
+"""Options that `from_pretrained` takes for itself. Others must be fields of the config."""
 
+QUANTIZATION = ("load_in_", "bnb_", "llm_int8_")
+"""How the options begin that are fields of `BitsAndBytesConfig`."""
 
-class BadModel(OSError):
-    """A model cannot be loaded from its files; the sentence names the file."""
-
-
-@contextmanager
-def named(who: str) -> Iterator[None]:
-    """Whatever is wrong with a model's files is said of `who`: "The model 'name'"."""
-    try:
-        yield
-    except BadModel as error:
-        raise BadModel(f"{who} cannot be loaded: {error}") from error
-
-
-@contextmanager
-def reading(file: str) -> Iterator[None]:
-    """Takes whatever goes wrong here for a fault of the file."""
-    try:
-        yield
-    except BadModel:
-        raise
-    except MODEL_ERRORS as error:
-        raise BadModel(f"{file}: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """An error in words; of a KeyError and its like also which it is."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, _PLAIN) and text else f"{type(error).__name__}: {text}"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def read_config(name: str, options: Mapping[str, Any], **more: Any) -> Any:
@@ -77,9 +48,22 @@ def read_config(name: str, options: Mapping[str, Any], **more: Any) -> Any:
     """
     with reading("config.json"):
         try:
-            return AutoConfig.from_pretrained(name, **{key: options[key] for key in FINDING if key in options}, **more)
+            options = {key: options[key] for key in FINDING if key in options}
+            config = AutoConfig.from_pretrained(name, **options, **more)
         except OSError as error:  # which tells the file itself, or that there is no way to it
             raise BadModel(reason(error)) from error
+        _check_fields(config)
+        return config
+
+
+def _check_fields(config: Any) -> None:
+    """Fields that transformers takes as they come."""
+    classes = config.architectures
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise BadModel(f"config.json: `architectures` is {classes!r}: it must be a list of names")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise BadModel(f"config.json: `num_hidden_layers` is {layers}: it must be at least 1")
 
 
 def is_adapter(name: str) -> bool:
@@ -106,11 +90,10 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> PreTrainedModel
 
 
 def _class_of(config: Any) -> Any:
-    with reading("config.json"):
-        return getattr(transformers, (config.architectures or [""])[0], None)
+    return getattr(transformers, (config.architectures or [""])[0], None)
 
 
-def check_files(name: str, config: Any, options: Mapping[str, Any]) -> int | None:
+def check_files(name: str, config: Any, options: Mapping[str, Any], by_transformers: bool = True) -> int | None:
     """
     Checks the files of a model, of which weights are not read.
 
@@ -120,52 +103,79 @@ def check_files(name: str, config: Any, options: Mapping[str, Any]) -> int | Non
         config (`PretrainedConfig`):
             Its config.
         options (`Mapping[str, Any]`):
-            Options of its `from_pretrained`.
+            Options of its `from_pretrained`, or of another loader.
+        by_transformers (`bool`, *optional*, defaults to `True`):
+            Whether transformers will load it: then its class must be known, and the options be some.
 
     Returns:
         `int` or `None`: rows of its input embeddings, where they can be told.
 
     Raises:
-        `BadModel`: the config describes no model; of a folder also: weights are damaged, missing, not safe to load, or
-            another model's.
+        `BadModel`: the config describes no model, or an option is none; of weights that are here already also: some are
+            damaged, missing, not safe to load, or another model's.
     """
-    # Of remote code, or of a class that is not named, nothing is told
-    model = None if getattr(config, "auto_map", None) or _class_of(config) is None else empty_model(config)
-    if not any(options.get(option) for option in _ELSEWHERE):
-        quantized = getattr(config, "quantization_config", None) is not None
-        shapes = {} if model is None or quantized else {key: value.shape for key, value in model.state_dict().items()}
-        _check_weights(Path(name), shapes)
-    embeddings = None if model is None else model.get_input_embeddings()
+    described = config
+    if by_transformers:
+        _check_class(config)
+        _check_dtype(options)
+        config, unknown = _with_fields(config, options)
+    if not type(config).__module__.startswith("transformers.") or _class_of(config) is None:
+        return None  # of remote code nothing is told
+    model = empty_model(config)
+    if by_transformers and unknown:
+        _check_unknown(config, unknown)
+    quantized = getattr(config, "quantization_config", None) is not None
+    weights = None if any(options.get(option) for option in _ELSEWHERE) else find_weights(name, options)
+    if weights is not None and (quantized or getattr(config, "transformers_weights", None)):
+        weights.shapes()  # under names of their own, then
+    elif weights is not None:
+        check_weights(weights, _class_of(config), config, options, has_all_layers=_has_all_layers(config, described))
+    embeddings = model.get_input_embeddings()
     weight = getattr(embeddings, "weight", None)
     return None if weight is None else weight.shape[0]
 
 
-def _check_weights(folder: Path, shapes: dict[str, torch.Size]) -> None:
-    index = folder / "model.safetensors.index.json"
-    files = sorted(path for path in folder.glob("model*.safetensors"))
-    if index.is_file():
-        with reading(index.name):
-            content = json.loads(index.read_text(encoding="utf-8"))
-            files = [folder / shard for shard in sorted(set(content["weight_map"].values()))]
-    for path in files:
-        with reading(path.name), safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (it is no dictionary)
-                _check_shape(path.name, name, weights.get_slice(name).get_shape(), shapes.get(name))
-    if files:
-        return
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        with reading(f"{path.name}, which is not safe to load or damaged (save it as safetensors)"):
-            torch.load(path, map_location="meta", weights_only=True)
+def _check_class(config: Any) -> None:
+    if not config.architectures:
+        raise BadModel("config.json: `architectures` is not set: name the model's class there, in a list")
+    if _class_of(config) is None and not getattr(config, "auto_map", None):
+        raise BadModel(
+            f"config.json: `architectures` is {config.architectures!r}, and transformers {transformers.__version__} has no "
+            "such class"
+        )
 
 
-def _check_shape(file: str, name: str, found: list[int], wanted: torch.Size | None) -> None:
-    """Matrices only: transformers may rearrange what has more dimensions while it loads, or turn one."""
-    if wanted is None or len(wanted) != 2 or sorted(found) == sorted(wanted):
-        return
-    raise BadModel(
-        f"{file} and config.json are not of one model: `{name}` is {' × '.join(map(str, found))} there, and "
-        f"{' × '.join(map(str, wanted))} by the config"
-    )
+def _check_dtype(options: Mapping[str, Any]) -> None:
+    dtype = options.get("dtype")
+    if dtype is not None and not isinstance(dtype, torch.dtype) and dtype not in _DTYPES:
+        raise BadModel(f"`dtype` is {dtype!r}: choose from {', '.join(map(repr, _DTYPES))}")
+
+
+def _with_fields(config: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config as the options change it, and the options that are nothing to it."""
+    fields = {
+        key: value for key, value in options.items() if key not in _OF_LOADING and not key.startswith(QUANTIZATION)
+    }
+    if not fields:
+        return config, {}
+    with reading(f"config.json with {', '.join(f'`{field}`' for field in fields)} changed"):
+        return type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **fields)
+
+
+def _check_unknown(config: Any, unknown: dict[str, Any]) -> None:
+    try:
+        rehearse(_class_of(config), config, None, **unknown)
+    except TypeError as error:
+        raise BadModel(
+            f"`{next(iter(unknown))}` is neither an option of `from_pretrained` nor a field of config.json: drop it"
+        ) from error
+
+
+def _has_all_layers(config: Any, described: Any) -> bool:
+    """Whether a config has a place for each layer of its weights: no layers are left out by an option, and none predict
+    further tokens, which transformers does not use."""
+    text = config.get_text_config()
+    return config is described and not getattr(text, "num_nextn_predict_layers", None)
 
 
 def check_tokens(tokenizer: Any, rows: int | None) -> None:
@@ -191,6 +201,44 @@ def check_tokens(tokenizer: Any, rows: int | None) -> None:
             f"config.json): {last!r} has none. Take the model's own tokenizer, or enlarge the embeddings by "
             f"`resize_token_embeddings({vocabulary[last] + 1})` and save both"
         )
+
+
+_OF_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenizer_config.json")
+
+
+@contextmanager
+def reading_tokenizer(name: str) -> Iterator[None]:
+    """Takes whatever goes wrong here for a fault of the tokenizer at `name`."""
+    try:
+        yield
+    except Exception as error:  # those of `tokenizers` have no class of their own
+        raise BadModel(f"its tokenizer cannot be read: {tokenizer_reason(name, error)}") from error
+
+
+def tokenizer_reason(name: str, error: BaseException) -> str:
+    """Why the tokenizer at `name` cannot be read: the file of its folder at fault, which transformers does not say, or
+    else the `error`."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return reason(error)
+    for path in (folder / file for file in _OF_TOKENIZERS):
+        if path.is_file() and (fault := _json_fault(path)) is not None:
+            return f"{path.name}: {fault}"
+    if not any(next(folder.glob(file), None) for file in _VOCABULARIES):
+        return "there is no tokenizer.json in the folder"
+    return reason(error)
+
+
+def _json_fault(path: Path) -> str | None:
+    try:
+        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            return "it is no JSON object"
+        if path.name == _OF_TOKENIZERS[0]:
+            Tokenizer.from_file(str(path))
+    except Exception as error:  # those of `tokenizers` have no class of their own
+        return reason(error)
+    return None
 
 
 def check_model(name: str, options: Mapping[str, Any], tokenizer: Any = None) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from trl_kd.responses.nulls import without_nulls
 from trl_kd.responses.rendering import ends_open, row_options
-from trl_kd.sampling.model_files import BadModel, reason
+from trl_kd.sampling.model_files import reading_tokenizer
 from trl_kd.sampling.sampler import Request
 
 
@@ -17,12 +17,8 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
     """The tokenizer at `name`; of the options of a model those that a tokenizer shares are used. A `BadModel` for files that
     are none."""
     shared = ("revision", "trust_remote_code", "subfolder", "gguf_file", "token", "cache_dir", "local_files_only")
-    try:
+    with reading_tokenizer(name):
         return AutoTokenizer.from_pretrained(name, **{key: options[key] for key in shared if key in options})
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # those of `tokenizers` have no class of their own
-        raise BadModel(f"its tokenizer cannot be read: {reason(error)}") from error
 
 
 def encode_prompt(tokenizer: Any, request: Request, template_options: dict[str, Any]) -> list[int]:

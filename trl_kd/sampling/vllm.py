@@ -10,7 +10,9 @@ from peft import PeftConfig
 
 from trl_kd.responses.finish_reasons import ending
 from trl_kd.responses.special_tokens import turn_end
-from trl_kd.sampling.model_files import check_files, named, read_config
+from trl_kd.sampling.adapters import check_adapter
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import check_files, read_config
 from trl_kd.sampling.prompts import (
     cut_at,
     decode_answer,
@@ -101,7 +103,10 @@ class VLLMSampler:
     def check_model(self) -> None:
         """Raises a `BadModel` if config, weights or tokenizer of the model cannot be used; the engine is not started."""
         with named(f"The model {self.name!r}"):
-            check_files(self.name, read_config(self.name, self._engine_kwargs), self._engine_kwargs)
+            config = read_config(self.name, self._engine_kwargs)
+            check_files(self.name, config, self._engine_kwargs, by_transformers=False)
+            if self.adapter is not None:
+                check_adapter(self.adapter, config, self._engine_kwargs)
             _ = self.tokenizer
 
     @cached_property

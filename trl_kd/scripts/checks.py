@@ -67,6 +67,13 @@ def check_training(training_args: Any, model_args: Any) -> None:
     check_attention("attn_implementation", model_args.attn_implementation)
     for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
         check_attention(name, (getattr(training_args, name, None) or {}).get("attn_implementation"))
+    _check_packages(training_args)
+    _check_optimizer(training_args)
+    if training_args.save_strategy == "best" and training_args.metric_for_best_model is None:
+        raise InputError(
+            "`save_strategy` is 'best', and `metric_for_best_model` is not set: name the metric, such as 'loss', or use "
+            "'steps' or 'epoch'."
+        )
     check_output_dir(training_args.output_dir)
 
 
@@ -110,10 +117,38 @@ def _check_reporting(names: list[str]) -> None:
         raise InputError(f"`report_to` is {missing[0]!r}, which is not installed: install it, or use 'none'.")
 
 
+def _check_packages(training_args: Any) -> None:
+    from transformers.utils import is_liger_kernel_available
+
+    if training_args.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("`use_liger_kernel` is True, which needs its package: pip install liger-kernel, or drop it.")
+    if getattr(training_args, "use_vllm", False) and find_spec("vllm") is None:
+        raise InputError("`use_vllm` is True, which needs vLLM: pip install 'trl-kd[vllm]', or drop it.")
+
+
+def _check_optimizer(training_args: Any) -> None:
+    """Raises where transformers knows, without a model, that it cannot make the optimizer: for want of its package, say."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if "need to pass a" in str(error):  # the model, which some are made of
+            return
+        name = getattr(training_args.optim, "value", training_args.optim)
+        raise InputError(f"`optim` is {name!r}, which cannot be used: {one_line(error)}") from error
+
+
 def check_attention(field: str, name: Any) -> None:
     """Raises for an implementation of attention that is not there, or whose package is not. `field` asks for it."""
-    if not isinstance(name, str):
+    if isinstance(name, dict):  # of parts of the model
+        for part in name.values():
+            check_attention(field, part)
         return
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise InputError(f"`{field}` asks for attention by {name!r}: it must be a name, such as 'sdpa'.")
     from transformers import AttentionInterface
     from transformers import utils as parts
 
@@ -238,24 +273,25 @@ def check_hub(name: str, field: str, value: Any, own_field: str, token: str | No
 def read_model(field: str, name: str, options: Mapping[str, Any], load: Callable[[], Any] = lambda: None) -> Any:
     """Checks the files of a model that `field` names, of which no weights are read, and returns its tokenizer or processor,
     which `load` gives."""
-    from trl_kd.sampling.model_files import check_files, check_tokens, read_config
+    from trl_kd.sampling.model_files import check_files, check_tokens, read_config, reading_tokenizer
 
     try:
         rows = check_files(name, read_config(name, options), options)
-        processor = load()
+        with reading_tokenizer(name):
+            processor = load()
         if processor is not None:
             check_tokens(getattr(processor, "tokenizer", processor), rows)
-    except Exception as error:  # those of `tokenizers` have no class of their own
+    except (OSError, ValueError) as error:
         raise model_error(field, name, error) from error
     return processor
 
 
-def model_error(field: str, name: str, error: BaseException) -> InputError:
+def model_error(field: str, name: str, error: BaseException, adapters: bool = False) -> InputError:
     """What went wrong with the model that `field` names, said so that the field can be found."""
     while isinstance(error, OSError) and type(error) is type(error.__cause__):
         error = error.__cause__  # without the name that it was given on the way
     try:
-        check_model_source(field, name)
+        check_model_source(field, name, adapters)
     except InputError as clearer:
         return clearer
     return InputError(f"`{field}` is {name!r}, which cannot be loaded: {one_line(error)}")

@@ -24,6 +24,7 @@ from trl_kd.scripts.memory import (
     trainable_parameters,
 )
 from trl_kd.scripts.pairs_arguments import PairsArguments, read_json
+from trl_kd.scripts.training import model_init_kwargs
 from trl_kd.trainers.common.dual import other_processes
 from trl_kd.trainers.common.vocabulary import check_same_vocabulary, shared_rows, vocabulary_size
 
@@ -114,14 +115,15 @@ def describe_steps(epoch_steps: int | None, args: Any, processes: int) -> Table:
 def load_student_processor(args: Any, model_args: ModelConfig) -> Any:
     """The student's tokenizer or processor, with the end token that it is to have."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
-    processor = _load(AutoProcessor, "model_name_or_path", name, revision, args)
+    given = model_init_kwargs(args, model_args)
+    processor = _load(AutoProcessor, "model_name_or_path", name, revision, args, given)
     set_end_token(getattr(processor, "tokenizer", processor), args.eos_token)
     return processor
 
 
-def _load(auto: Any, field: str, name: str, revision: str | None, args: Any) -> Any:
+def _load(auto: Any, field: str, name: str, revision: str | None, args: Any, given: dict[str, Any]) -> Any:
     options = {"revision": revision, "trust_remote_code": args.trust_remote_code}
-    return read_model(field, name, options, lambda: auto.from_pretrained(name, **options))
+    return read_model(field, name, options | given, lambda: auto.from_pretrained(name, **options))
 
 
 def describe_tokenizer(processor: Any) -> Table:
@@ -148,7 +150,9 @@ def describe_end(processor: Any, row: dict[str, Any], args: Any, model_args: Mod
 def describe_teacher(tokenizer: Any, args: Any, model_args: ModelConfig) -> Table:
     """Raises a `ValueError` for a white-box teacher that has another vocabulary than the student."""
     teacher, revision = args.teacher_model_name_or_path, args.teacher_model_revision
-    other = _load(AutoTokenizer, "teacher_model_name_or_path", teacher, revision, args)
+    other = _load(
+        AutoTokenizer, "teacher_model_name_or_path", teacher, revision, args, args.teacher_model_init_kwargs or {}
+    )
     check_same_vocabulary(tokenizer, other)
     ours = vocabulary_size(model_args.model_name_or_path, args, model_args.model_revision)
     theirs = vocabulary_size(teacher, args, revision)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ def resolve_config(name: str | None) -> list[str]:
         if name not in names:
             raise InputError(f"`accelerate_config` is {name!r}: no such file, and TRL ships {', '.join(names)}.")
         path = Path(str(shipped.joinpath(f"{name}.yaml")))
-    read_mapping("accelerate_config", str(path), "; `accelerate config` writes one.")
+    config = read_mapping("accelerate_config", str(path), "; `accelerate config` writes one.")
+    if config.get("distributed_type") == "DEEPSPEED" and find_spec("deepspeed") is None:
+        raise InputError(
+            f"`accelerate_config` is {name!r}, which needs DeepSpeed: pip install deepspeed, or use 'multi_gpu' or 'fsdp2'."
+        )
     return ["--config_file", str(path)]
 
 

@@ -11,7 +11,8 @@ from trl_kd.rewards.q_function import ADAPTER_WIDTH
 from trl_kd.rewards.reward_model import RewardModel
 from trl_kd.sampling import model_files
 from trl_kd.sampling.causal import check_kind
-from trl_kd.sampling.model_files import read_config, reading
+from trl_kd.sampling.model_errors import reading
+from trl_kd.sampling.model_files import read_config
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

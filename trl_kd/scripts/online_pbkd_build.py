@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, AutoTokenizer
 from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_kd.sampling.budget import BudgetExceeded
@@ -228,7 +229,13 @@ def reward_function(name: str) -> str | Callable:
     if Path(name).is_dir() or ("/" in name and ":" not in name):
         check_model_source("reward_funcs", name)
         if Path(name).is_dir():
-            read_model("reward_funcs", name, {})
+            read_model("reward_funcs", name, {}, lambda: AutoTokenizer.from_pretrained(name))
+            classes = AutoConfig.from_pretrained(name).architectures
+            if not any("SequenceClassification" in each for each in classes):
+                raise InputError(
+                    f"`reward_funcs` names {name!r}, of the class {' or '.join(classes)}, whose scores would be random: "
+                    "give a sequence-classification checkpoint."
+                )
         return name
     if "." not in name and ":" not in name:
         raise InputError(

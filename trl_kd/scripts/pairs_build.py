@@ -79,12 +79,12 @@ def check_sampler(field: str, name: str, sampler: Any) -> None:
     `field` that names it."""
     if not hasattr(type(sampler), "check_model"):
         return
-    from trl_kd.sampling.model_files import MODEL_ERRORS
+    from trl_kd.sampling.model_errors import MODEL_ERRORS
 
     try:
         sampler.check_model()
     except MODEL_ERRORS as error:
-        raise model_error(field, name, error) from error
+        raise model_error(field, name, error, adapters=True) from error
 
 
 def make_sampler(args: PairsArguments, source: str) -> Any:
@@ -141,7 +141,11 @@ def _model_sampler(args: PairsArguments, source: str, model: str) -> Any:
     from trl_kd.sampling.local import LocalSampler
 
     check_model_source(source, model, adapters=True)
-    return LocalSampler(model, settings, model_init_kwargs=kwargs, adapter=adapter, chat_template_kwargs=template)
+    options = {"model_init_kwargs": kwargs, "adapter": adapter, "chat_template_kwargs": template}
+    try:
+        return LocalSampler(model, settings, **options)
+    except OSError as error:  # of an adapter's config
+        raise model_error(source, model, error, adapters=True) from error
 
 
 def make_preference(args: PairsArguments, student: Any = None) -> Any:

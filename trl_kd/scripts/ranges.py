@@ -59,6 +59,6 @@ def check_ranges(args: Any) -> None:
             raise InputError(
                 f"`debug` is {option!r}: choose from {', '.join(repr(each.value) for each in DebugOption)}."
             )
-    for kind in ("logging", "save", "eval"):
+    for kind, numbers in (("logging", _POSITIVE), ("save", _NOT_NEGATIVE), ("eval", _POSITIVE)):
         if getattr(args, f"{kind}_strategy", None) == "steps":
-            check_number(f"{kind}_steps", getattr(args, f"{kind}_steps"), *_POSITIVE)
+            check_number(f"{kind}_steps", getattr(args, f"{kind}_steps"), *numbers)

@@ -1,5 +1,6 @@
 """The student's loss is about the student's own distribution: looked at once, before the first update."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch
 from trl_kd._trl import models as trl_models
 from trl_kd._trl.models import get_config_model_id
 from trl_kd.sampling.causal import check_causality, check_named
-from trl_kd.sampling.model_files import check_files, check_tokens, is_adapter, named, read_config
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import check_files, check_tokens, is_adapter, read_config
 from trl_kd.sampling.own_logits import (
     OTHER_CAPS,
     Probe,
@@ -62,6 +64,7 @@ class CheckedStudent:
     weights are placed or split by DeepSpeed or FSDP it is done at the first micro-batch, by all processes together.
     """
 
+    args: Any
     model: Any
     model_wrapped: Any
     accelerator: Any
@@ -70,8 +73,12 @@ class CheckedStudent:
     _tokenizer: Any
     _student_looked_at = False
 
-    def _check_student(self, reference: Any = None) -> None:
-        """Looks at the student, and at a reference model that was given."""
+    def _check_student(self, given: Any, reference: Any = None) -> None:
+        """Looks at the student, which was `given` as a model or by name, and at a reference model that was given."""
+        if isinstance(given, str) and not Path(given).is_dir():
+            check_student(
+                given, self.args
+            )  # again: now its weights are downloaded, and TRL does not tell what they lack
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return
         self._look_at_student()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from trl_kd.losses.heads import Head
 from trl_kd.losses.moments import moment_matching
 from trl_kd.sampling.causal import check_causality, check_named
 from trl_kd.sampling.loading import load_model
-from trl_kd.sampling.model_files import check_files, read_config
+from trl_kd.sampling.model_files import check_files, read_config, tokenizer_reason
 from trl_kd.sampling.names import check_no_adapter
 from trl_kd.sampling.own_logits import NotOwn, OwnLogits, not_own, probe
 from trl_kd.trainers.common.config_checks import without_keys
@@ -149,10 +150,11 @@ class Teacher:
             with self._named():
                 tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
         except Exception as error:  # those of `tokenizers` have no class of their own
-            if self.model is None and not isinstance(error, OSError):
+            if self.model is None and not (isinstance(error, OSError) and not Path(self.name or "").is_dir()):
+                why = tokenizer_reason(self.name or "", error)
                 raise ValueError(
                     f"The teacher {self.name!r} has no tokenizer that can be read, so that its vocabulary cannot be "
-                    f"compared with the student's: save the tokenizer beside it. ({str(error).splitlines()[0]})"
+                    f"compared with the student's: save the tokenizer beside it. ({why})"
                 ) from error
             if self.model is None:
                 raise

@@ -9,7 +9,8 @@ from transformers import AutoProcessor
 from trl_kd._trl.models import get_config_model_id
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.responses.special_tokens import begins_twice
-from trl_kd.sampling.model_files import reason
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import reading_tokenizer
 
 
 logger = get_logger(__name__)
@@ -17,15 +18,12 @@ logger = get_logger(__name__)
 
 def load_processing_class(model: Any, args: Any, **options: Any) -> Any:
     """The tokenizer or processor that TRL's trainer would load, before the weights."""
-    named = isinstance(model, str)
-    kwargs: Any = args.model_init_kwargs if named else None
-    name = model if named else get_config_model_id(model.config)
-    try:
+    kwargs: Any = args.model_init_kwargs if isinstance(model, str) else None
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    with named(f"`model` is {name!r}, which"), reading_tokenizer(name):
         return AutoProcessor.from_pretrained(
             name, revision=(kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code, **options
         )
-    except Exception as error:  # those of `tokenizers` have no class of their own
-        raise OSError(f"`model` is {name!r}, whose tokenizer cannot be loaded: {reason(error)}") from error
 
 
 def check_tokenizer(tokenizer: Any, dataset: Dataset | IterableDataset, name: str) -> None:

@@ -181,7 +181,7 @@ quantization_config, peft_config, tools:
         warn_if_approximate(args)
         self.teacher = teacher.load(self.accelerator)
         self.teacher_model = self.teacher.model
-        self._check_student()
+        self._check_student(model)
         self._check_ends()
         self._settings: dict[str, Any] = {
             "q_bound": args.q_bound,

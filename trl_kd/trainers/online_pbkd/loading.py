@@ -17,8 +17,9 @@ from trl_kd._trl.models import get_config_model_id
 from trl_kd.preferences.tokens import is_conversational
 from trl_kd.rewards.reward_model import RewardModel, classifier, from_student, zero_head
 from trl_kd.sampling.causal import check_kind
-from trl_kd.sampling.loading import keep_gradients, load_model
-from trl_kd.sampling.model_files import check_model, named, read_config
+from trl_kd.sampling.loading import check_loaded, keep_gradients, load_model
+from trl_kd.sampling.model_errors import named
+from trl_kd.sampling.model_files import check_model, read_config, tokenizer_reason
 from trl_kd.sampling.names import looks_like_path
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 
@@ -64,7 +65,10 @@ def load_reward_model(
                     # Layers before the head, under other names in the language model: they would be random
                     model = _from_language_model(source, model.dtype, args)
                 zero_head(model)
+                found = {**found, "missing_keys": set()}
                 logger.info(f"The reward model's head starts at zero: {source} has none.")
+            with named(f"`reward_model` is {source!r}, which"):
+                check_loaded(source, model, found, options)
         else:
             model = source
         if tokenizer.pad_token_id is None:
@@ -177,7 +181,9 @@ def _load_tokenizer(name: str, args: OnlinePbKDConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # those of `tokenizers` have no class of their own
-        raise ValueError(f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {error}") from error
+        raise ValueError(
+            f"The tokenizer of `reward_model`, {name!r}, cannot be loaded: {fix} {tokenizer_reason(name, error)}"
+        ) from error
 
 
 def _from_student(student: Any, args: OnlinePbKDConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -186,7 +186,7 @@ optimizers, quantization_config, peft_config:
         )
         keep_gradients(self.model)
         settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(train_dataset or []), None))
-        self._check_student()
+        self._check_student(model)
         self.parts = parts
         self._asker = parts.asker(os.path.join(args.output_dir, COMPANIONS), self.accelerator)
         self._watch = HackingWatch()

@@ -203,7 +203,7 @@ optimizers, quantization_config, peft_config:
         keep_gradients(self.model)
         self._extend_collator()
         settle_end_token(self.processing_class, self.model, args.eos_token, next(iter(self.train_dataset), None))
-        self._check_student(reference=ref_model)
+        self._check_student(model, reference=ref_model)
         self.teacher = teacher.load(self.accelerator) if teacher is not None else None
 
     # ---- Data, before any weight is loaded -------------------------------------------------------------------------

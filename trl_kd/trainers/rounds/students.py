@@ -11,12 +11,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from trl_kd.pairs.places import written_whole
-from trl_kd.sampling import Sampler, SamplingSettings
+from trl_kd.sampling import Sampler, SamplingSettings, adapters
 from trl_kd.sampling.loading import load_model
 from trl_kd.sampling.local import LocalSampler
 from trl_kd.trainers.pbkd.trainer import PbKDTrainer
@@ -62,7 +62,7 @@ def load_reference(name: str, args: Any, is_start: bool, adapter: str | None = N
         options["device_map"] = None  # each process places its own
     model: Any = load_model(name, options)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = adapters.load_adapter(model, adapter).merge_and_unload()
     return model
 
 
