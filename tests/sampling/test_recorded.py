@@ -77,7 +77,7 @@ def test_an_echo_may_be_a_number():
     assert hide_in(echo, ["98769876"], 8) == {"arguments": hidden}
 
 
-OPTIONS = {"dtype": "float32", "token": KEY, "storage": {"deep": [[{"er": KEY}]]}, "quantization_config": None}
+OPTIONS = {"dtype": "float32", "token": KEY, "adapter_kwargs": {"deep": [[{"er": KEY}]]}, "quantization_config": None}
 
 
 def test_options_of_loading(tiny_dir):
@@ -92,7 +92,7 @@ def test_options_of_loading(tiny_dir):
     described = [part.describe() for part in parts]
     assert KEY not in json.dumps(described)
     assert described[0]["model_options"]["dtype"] == described[2]["model_init_kwargs"]["dtype"] == "float32"
-    assert described[1]["model_options"]["extra"] == described[2]["model_init_kwargs"]["storage"] == NOT_STORED
+    assert described[1]["model_options"]["extra"] == described[2]["model_init_kwargs"]["adapter_kwargs"] == NOT_STORED
     assert all(recorded_description(one) == one for one in described)
 
 
