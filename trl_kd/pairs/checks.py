@@ -234,10 +234,10 @@ def check_template_columns(columns: Mapping[str, Any], where: str) -> None:
     """Raises a `ValueError` that begins with `where` for a value that a chat template is given with each row, and that is of
     another kind."""
     _check_tools(columns.get("tools"), where)
-    variables = columns.get("chat_template_kwargs", {})
-    if not isinstance(variables, Mapping):
+    variables = columns.get("chat_template_kwargs")
+    if not isinstance(variables, Mapping | None):
         raise ValueError(
-            f"{where}: `chat_template_kwargs` is {repr(variables)[:60]}; it must be a mapping of names to values."
+            f"{where}: `chat_template_kwargs` is {repr(variables)[:60]}; it must be null or a mapping of names to values."
         )
 
 
