@@ -52,7 +52,7 @@ def chosen() -> list[Case]:
         Case("pairs", TERM, "write", "out/settings.json.building", inside=True),
         Case("pairs", INT, "sync", "out/answers.db"),
         Case("pbkd", KILL, "write", "out/_lock"),
-        Case("pbkd", KILL, "write", "out/checkpoint-2/.tmp*", inside=True),  # weights
+        Case("pbkd", KILL, "write", "out/checkpoint-4/.tmp*", inside=True),  # weights of a checkpoint that stays
         Case("pbkd", TERM, "write", "out/checkpoint-2/optimizer.pt", 5, inside=True),
         Case("pbkd", KILL, "write", "out/checkpoint-4/trainer_state.json", inside=True),
         Case("pbkd", INT, "write", "out/checkpoint-4/trainer_state.json"),

@@ -27,13 +27,9 @@ DEADLINE = 240
 
 IMPORTED = (
     *(f"trl_kd.scripts.{name}" for name in ("pairs", "pbkd", "mm_pbkd", "online_pbkd")),
-    *(f"trl_kd.trainers.{name}" for name in ("pbkd_trainer", "mm_pbkd_trainer", "online_pbkd_trainer", "rounds")),
-    *(
-        "trl_kd.evaluation.rounds_report",
-        "trl_kd.preferences.judge",
-        "trl_kd.sampling.server",
-        "trl_kd.sampling.local",
-    ),
+    *(f"trl_kd.trainers.{name}.trainer" for name in ("pbkd", "mm_pbkd", "online_pbkd")),
+    *("trl_kd.trainers.rounds.rounds", "trl_kd.evaluation.rounds_report", "trl_kd.preferences.judge"),
+    *("trl_kd.sampling.server", "trl_kd.sampling.local"),
     *("openai.resources.chat.completions", "datasets.io.parquet", "transformers.models.llama.modeling_llama"),
 )
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "benchmarks/results/faults.json"
 SIGNALS = {"SIGKILL": "`kill -9`", "SIGTERM": "`kill`", "SIGINT": "Ctrl-C"}
 PLACES = {
+    "the cache of `datasets`": ("cache/",),
     "answers and labels": ("answers.db", ".reserve"),
     "checkpoints": ("checkpoint-",),
     "pairs": ("data.building", "/data", "summary.json", "settings.json", "counts.json", "pairs.html"),
-    "the cache of `datasets`": ("cache",),
     "the student and other files": ("",),
 }
 """Where a kill comes, by a part of the path of what is being written; the first that is found."""
@@ -80,7 +80,7 @@ class Kept:
 
 def _code() -> str:
     """A hash of the code that is tried, and of what tries it."""
-    names = ("commands.py", "fork_server.py", "killing.py", "kill_at_write.c")
+    names = ("cases.py", "killed_commands.py", "fork_server.py", "killing.py", "kill_at_write.c")
     files = [*sorted(ROOT.glob("trl_kd/**/*.py")), *(Path(__file__).with_name(name) for name in names)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
@@ -102,6 +102,7 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "longest_run_until_ctrl_c_has_ended_it_seconds": max(stops, default=None),
         "cells": cells,
         "date": date.today().isoformat(),
+        "code": _code(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("trl-kd", "trl", "transformers", "torch", "datasets", "safetensors")},
         "hardware": f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores",

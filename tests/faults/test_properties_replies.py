@@ -95,13 +95,18 @@ class Odd:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_API_odd.key", "sk-of-a-test")
+        patch.setenv("OPENAI_API_KEY", "sk-of-a-test")
         patch.setattr("trl_kd.sampling.client.backoff", lambda attempt: 0.0)
         patch.setattr("trl_kd.sampling.server.backoff", lambda attempt: 0.0)
         patch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *_: 0.0)
         odd = Odd(tmp_path_factory.mktemp("replies"))
         with odd.server:
             yield odd
+
+
+def test_a_whole_reply_is_its_text(odd):
+    (answer,) = odd.ask(chat("2"))
+    assert answer.text == "2"
 
 
 @properties

@@ -241,11 +241,21 @@ def test_lora_with_a_learning_rate_of_full_training(trl_kd, commands, command):
         (["--save_strategy", "best", "--metric_for_best_model", "loss"], "a checkpoint whenever loss is better; "),
         (["--save_steps", "0.5", "--max_steps", "10"], "a checkpoint every 5 steps and after the last, 2 in all; "),
         (["--save_steps", "0"], "a checkpoint after the last step alone; "),
+        (["--save_steps", "-1"], "a checkpoint after the last step alone; "),
         (["--save_only_model"], "without the optimizer (none can be resumed)"),
     ],
 )
 def test_what_is_saved(trl_kd, base, words, said):
     assert said in line(trl_kd(*base, "--dry_run", *words).out, "saves")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["max_grad_norm: .inf", "max_grad_norm: -1.0", "fsdp: false", "fsdp: []", "save_steps: -1", "seed: 4294967295"],
+)
+def test_values_that_transformers_takes_are_taken(trl_kd, base, tmp_path, line):
+    (tmp_path / "values.yaml").write_text(line)
+    assert "Ready to train." in trl_kd(*base, "--dry_run", "--config", str(tmp_path / "values.yaml")).out
 
 
 @pytest.mark.parametrize("command", TRAINING)

@@ -24,7 +24,7 @@ from trl_kd.scripts import paths
 from trl_kd.scripts.errors import KINDS, InputError, bad_input, refuse
 from trl_kd.scripts.hidden import described, free_name
 from trl_kd.scripts.suggestions import advice
-from trl_kd.scripts.values import CONVERSIONS, check_kind, check_plain, number, optional
+from trl_kd.scripts.values import CONVERSIONS, check_kind, check_plain, number, number_or_infinity, optional
 from trl_kd.scripts.yaml_files import read_mapping
 
 
@@ -250,6 +250,9 @@ class _Parser(TrlParser):
                     raise InputError(f"`{key}` is null in {path}: give a value, or leave it out.")
                 if key == "resume_from_checkpoint" and isinstance(value, bool):
                     value = str(value).lower()
+                if key == "fsdp" and isinstance(value, bool | list):  # as transformers takes it
+                    defaults[key] = value
+                    continue
                 if not _is_converted(actions[key]):
                     check_kind(key, value, hints.get(key), path)
                 defaults[key] = None if value is None else _converted(key, value, actions[key], path)
@@ -321,6 +324,8 @@ def _check_conversion(action: argparse.Action) -> None:
     name = getattr(action.type, "__name__", "")
     if name == "tuple":
         action.type, action.nargs = number, 2
+    elif action.dest == "max_grad_norm":  # infinity: the norm is logged, and nothing is clipped
+        action.type = number_or_infinity
     elif name in CONVERSIONS:
         action.type = CONVERSIONS[name] if isinstance(action.type, type) else optional(CONVERSIONS[name])
 

@@ -105,7 +105,7 @@ def _saves(args: Any, steps: int) -> str:
         return f"a checkpoint whenever {args.metric_for_best_model} is better{_kept(args)}; {at_the_end}"
     if strategy == "epoch":
         return f"a checkpoint after each epoch{_kept(args)}; {at_the_end}"
-    if not args.save_steps:  # as transformers takes it
+    if args.save_steps <= 0:  # as transformers takes it
         return f"a checkpoint after the last step alone{_kept(args)}; {at_the_end}"
     every = int(args.save_steps) if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
     told = f"a checkpoint every {every} steps and after the last, {math.ceil(steps / every)} in all"

@@ -21,7 +21,7 @@ _LONGEST = 700
 
 KINDS = {
     **{"int": "a whole number", "float": "a number", "string_to_bool": "true or false"},
-    **{"whole_number": "a whole number", "number": "a number, and finite"},
+    **{"whole_number": "a whole number", "number": "a number, and finite", "number_or_infinity": "a number"},
     "mapping": "a mapping, as in JSON: '{\"name\": true}'",
 }
 """Types of arguments by the names that argparse gives them, in words."""

@@ -32,11 +32,12 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("per_device_eval_batch_size", "eval_accumulation_steps", "gradient_accumulation_steps"), _COUNT),
     **dict.fromkeys(("ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps", "pad_to_multiple_of"), _COUNT),
     **dict.fromkeys(("precompute_ref_batch_size", "vllm_max_model_length", "lora_alpha"), _COUNT),
-    **dict.fromkeys(("max_tool_calling_iterations", "num_completions_to_print", "max_completion_length"), _COUNT),
+    **dict.fromkeys(("max_tool_calling_iterations", "max_completion_length"), _COUNT),
     **dict.fromkeys(("dataset_num_proc", "vllm_tensor_parallel_size"), _WORKERS),
     **dict.fromkeys(("vllm_server_port", "vllm_group_port"), _PORT),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "dataloader_num_workers": (0, 1024),
+    "num_completions_to_print": (0, 2**63 - 1),
     "lora_r": (1, 2**16),
     "rm_lora_r": (0, 2**16),
     "top_k": (-1, 2**31 - 1),
@@ -59,6 +60,6 @@ def check_ranges(args: Any) -> None:
             raise InputError(
                 f"`debug` is {option!r}: choose from {', '.join(repr(each.value) for each in DebugOption)}."
             )
-    for kind, numbers in (("logging", _POSITIVE), ("save", _NOT_NEGATIVE), ("eval", _POSITIVE)):
+    for kind, numbers in (("logging", _POSITIVE), ("eval", _POSITIVE)):
         if getattr(args, f"{kind}_strategy", None) == "steps":
             check_number(f"{kind}_steps", getattr(args, f"{kind}_steps"), *numbers)

@@ -47,6 +47,14 @@ def number(text: str) -> float:
     return value
 
 
+def number_or_infinity(text: str) -> float:
+    """A `float` that is not NaN."""
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError
+    return value
+
+
 CONVERSIONS: dict[str, Callable[[str], Any]] = {
     **{"int": whole_number, "float": number, "dict": mapping},
     "ParallelismConfig": for_python,

@@ -1,5 +1,6 @@
 """Settings of `PbKDTrainer`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,8 +247,9 @@ class PbKDConfig(DPOConfig, ImitationConfig):
         for name in ("gradient_accumulation_steps", "max_length"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), lambda value: value >= 1, "at least 1")
-        for name in ("num_train_epochs", "max_grad_norm"):
-            check_number(name, getattr(self, name), lambda value: value >= 0, "at least 0")
+        check_number("num_train_epochs", self.num_train_epochs, lambda value: value >= 0, "at least 0")
+        if not isinstance(self.max_grad_norm, int | float) or math.isnan(self.max_grad_norm):
+            raise ValueError(f"`max_grad_norm` is {self.max_grad_norm!r}: it must be a number.")
         for weight in self.loss_weights or []:
             check_number("loss_weights", weight, lambda value: value >= 0, "at least 0")
         if self.ld_alpha is not None:
