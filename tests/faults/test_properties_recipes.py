@@ -93,7 +93,7 @@ def test_a_field_of_any_value(recipes, command):
 
 
 KINDS = [
-    ("pbkd", {"save_steps": 0}),
+    ("pbkd", {"eval_delay": -1}),
     ("pbkd", {"warmup_steps": float("inf")}),
     ("pbkd", {"max_steps": 10**400}),
     ("pbkd", {"max_length": 10**400}),

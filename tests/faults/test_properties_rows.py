@@ -145,7 +145,6 @@ KINDS = [
     ("pbkd", True, "completion", [], (0, 1, 2), 0),
     ("pbkd", False, "other", DEEP, (1,), "`other` is nested"),
     ("pairs", False, "other", DEEP, (1,), "`other` is nested"),
-    ("pbkd", False, "chat_template_kwargs", None, (1,), "Row 1 of the train dataset: `chat_template_kwargs` is None"),
     (
         "mm-pbkd",
         False,

@@ -129,7 +129,10 @@ def test_methods_learn_from_the_rows_they_should(interrupted_then_finished, task
     assert [row[f"score_{row['teacher_side']}"] == 1 for row in verified.data] == right
     chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows if row["preference"] == 1]
     assert recipe("sft_chosen").data.to_list() == chosen
-    for method, extra in (("dpo", {}), ("dpo_sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]})):
+    for method, extra in (
+        ("dpo", {"beta": 5.0}),
+        ("dpo_sft", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
+    ):
         found = recipe(method)
         assert len(found.data) == counts["strict"]
         assert found.settings == length | extra

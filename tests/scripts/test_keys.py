@@ -170,7 +170,7 @@ def test_a_key_that_an_earlier_version_stored_is_forgotten_and_nothing_is_asked_
 
 
 def test_a_dry_run_names_options_of_loading_and_shows_no_key(trl_kd, base, teacher_dir):
-    options = json.dumps({"dtype": "float32", "token": ONE, "storage": {"deep": [ONE]}})
+    options = json.dumps({"dtype": "float32", "token": ONE, "proxies": {"deep": [ONE]}})
     done = trl_kd(*base, "--imitation", "token", "--teacher_model_name_or_path", teacher_dir,
                   "--teacher_model_init_kwargs", options, "--dry_run")  # fmt: skip
     assert done.code == 0, done.err

@@ -36,7 +36,7 @@ def named(who: str) -> Iterator[None]:
     try:
         yield
     except BadModel as error:
-        raise BadModel(f"{who} cannot be loaded: {error}") from error
+        raise type(error)(f"{who} cannot be loaded: {error}") from error
 
 
 @contextmanager

@@ -33,6 +33,14 @@ _KINDS = (
 _SHOWN = 3
 
 
+class MissingWeights(BadModel):
+    """Parameters that are in no file, so that they would be random. `names` are theirs."""
+
+    def __init__(self, message: str, names: Iterable[str] = ()):
+        super().__init__(message)
+        self.names = set(names)
+
+
 @dataclass(frozen=True)
 class WeightFiles:
     """The `files` that weights would be loaded from; `name` stands for them in messages."""
@@ -196,14 +204,15 @@ def check_missing(model: Any, found: Mapping[str, Any], weights: str) -> None:
             What the files of weights are called.
 
     Raises:
-        `BadModel`: parameters were in no file, so that they are random. Buffers may be missing: most are computed.
+        `MissingWeights`: parameters were in no file, so that they are random. Buffers may be missing: most are computed.
     """
     parameters = {name for name, _ in model.named_parameters()}
     missing = parameters & set(found["missing_keys"])
     if missing:
-        raise BadModel(
+        raise MissingWeights(
             f"config.json describes {len(missing)} weights that are not in {weights}, and would be random: "
-            f"{_some(missing)}; save the whole model, or correct config.json"
+            f"{_some(missing)}; save the whole model, or correct config.json",
+            missing,
         )
 
 

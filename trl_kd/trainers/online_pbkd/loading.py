@@ -21,10 +21,13 @@ from trl_kd.sampling.loading import check_loaded, keep_gradients, load_model
 from trl_kd.sampling.model_errors import named
 from trl_kd.sampling.model_files import check_model, read_config, tokenizer_reason
 from trl_kd.sampling.names import looks_like_path
+from trl_kd.sampling.weight_files import MissingWeights
 from trl_kd.trainers.online_pbkd.config import OnlinePbKDConfig
 
 
 logger = get_logger(__name__)
+
+_HEADS = ("lm_head.", "score.", "classifier.")
 
 
 def load_reward_model(
@@ -122,7 +125,13 @@ def check_reward_model(
         tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer
         if isinstance(source, str):
             with named(f"`reward_model` is {source!r}, which"):
-                check_model(source, {"trust_remote_code": args.trust_remote_code}, tokenizer)
+                try:
+                    check_model(source, {"trust_remote_code": args.trust_remote_code}, tokenizer)
+                except (
+                    MissingWeights
+                ) as error:  # heads are looked at when it is loaded, whatever class the config names
+                    if not all(name.startswith(_HEADS) for name in error.names):
+                        raise
     if tokenizer is None:
         return None
     for dataset_name, dataset in datasets.items():
