@@ -164,10 +164,10 @@ def test_kill_9_loses_only_what_is_in_flight(tmp_path):
         build(tmp_path, server, count=20)
         asked = [body["model"] for body in server.bodies]
     for name, used in usage(tmp_path).items():
-        # Under way when it died: two requests, of which a judge's comparison may have had another before
+        # Two were under way when it died, and as many replies may have waited for the disk. A comparison takes a judge two
         lost = asked.count(name) - used.requests
         # Or one was counted as it started, and never arrived
-        assert -1 <= lost <= (4 if name == "judge" else 2), name
+        assert -1 <= lost <= (8 if name == "judge" else 4), name
         assert used.completion_tokens >= 10 * (20 if name != "judge" else 40)
 
 
