@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from inspect import Parameter, getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,3 +159,10 @@ def test_no_trainer_of_trl_is_imported_below_the_trainers():
     code = f"import sys, {below}; print([name for name in sys.modules if name.endswith('_trainer')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["PbKDConfig", "MMPbKDConfig", "OnlinePbKDConfig"])
+def test_training_arguments_of_earlier_versions_find_their_class(name):
+    former = {"PbKDConfig": "pbkd", "MMPbKDConfig": "mm_pbkd", "OnlinePbKDConfig": "online_pbkd"}[name]
+    module = import_module(f"trl_kd.trainers.{former}_config")  # as pickled in their `training_args.bin`
+    assert getattr(module, name) is getattr(trl_kd, name)
